@@ -1,0 +1,64 @@
+"""What d2scale tells a user who made a mistake: one line a fault, all faults at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+EXIT_STATUS_USER_ERROR = 2
+
+
+class D2ScaleError(Exception):
+    """A mistake that the user can mend. The command line prints it and exits with status 2."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong setting.
+
+    Attributes:
+        key: the config key, option or file that is wrong.
+        value: what it holds now.
+        allowed: what it may hold.
+        advice: what to do about it.
+    """
+
+    key: str
+    value: Any
+    allowed: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.key} is {self.value!r}; allowed: {self.allowed}; {self.advice}"
+
+
+class ConfigError(D2ScaleError):
+    """Every fault that was found in a config, one line each."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The launcher hands a worker's error to its parent by pickle.
+        return (type(self), (self.faults,))
+
+
+class DataError(ConfigError):
+    """A dataset, annotation file or image that cannot be used."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be read, or does not belong to this model."""
+
+
+class MissingPackageError(D2ScaleError):
+    """An optional package that the requested engine needs is not installed."""
+
+    def __init__(self, package: str, needed_for: str, install: str) -> None:
+        super().__init__(f"{needed_for} needs {package}, which is not installed; {install}")
+        self._arguments = (package, needed_for, install)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), self._arguments)
