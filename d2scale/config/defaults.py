@@ -139,5 +139,7 @@ def _add_model(cfg: CfgNode) -> None:
             "RES2_OUT_CHANNELS": 256,
         }
     )
-    cfg.MODEL.FPN = CfgNode({"IN_FEATURES": [], "OUT_CHANNELS": 256, "NORM": "", "FUSE_TYPE": "sum"})
+    cfg.MODEL.FPN = CfgNode(
+        {"IN_FEATURES": [], "OUT_CHANNELS": 256, "NORM": "", "FUSE_TYPE": "sum"}
+    )
     cfg.MODEL.PROPOSAL_GENERATOR = CfgNode({"NAME": "RPN"})

@@ -1,0 +1,1 @@
+"""Drop-in configs, opened as ``d2scale://NAME.yaml``."""

@@ -1,0 +1,279 @@
+"""Reading configs: safe YAML, ``_BASE_`` chains, shipped files, and every fault told at once."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import BASE_KEY, CfgNode
+
+from d2scale.config.defaults import get_cfg
+from d2scale.config.upstream import LOOK_ALIKES, UNPLANNED_SECTIONS
+from d2scale.errors import ConfigError, Fault
+
+SHIPPED_PREFIX = "d2scale://"
+
+# Where the prefixes that d2go understands point to, inside the packages that own them.
+_UPSTREAM_PREFIXES = {
+    "d2go://": ("d2go", ""),
+    "detectron2go://": ("d2go", "configs"),
+    "detectron2://": ("detectron2", "model_zoo/configs"),
+}
+
+# In a recipe of another engine these sections must still make sense to d2scale.
+_PLANNING_SECTIONS = ("SOLVER", "TEST", "D2SCALE", "QUANTIZATION", "MODEL_EMA")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configs that come with d2scale, by the name after ``d2scale://``."""
+    root = importlib.resources.files("d2scale.configs")
+    project = importlib.resources.files("d2scale.configs.MetaFCOS")
+    found = {}
+    for prefix, folder in (("", root), ("MetaFCOS/", project)):
+        for entry in folder.iterdir():
+            if entry.name.endswith(".yaml"):
+                found[prefix + entry.name] = Path(str(entry))
+    return dict(sorted(found.items()))
+
+
+def resolve_config_path(path: str) -> str:
+    """Turn ``d2scale://NAME.yaml`` and the prefixes of installed upstream packages into a file.
+
+    Raises:
+        ConfigError: for a shipped name that does not exist, a package that is not installed,
+            or an address on the network.
+    """
+    if path.startswith(SHIPPED_PREFIX):
+        return str(_shipped_config(path))
+    for prefix, (package, folder) in _UPSTREAM_PREFIXES.items():
+        if path.startswith(prefix):
+            # find_spec of a top-level package locates it without importing it.
+            spec = importlib.util.find_spec(package)
+            if spec is None or not spec.submodule_search_locations:
+                raise _path_fault(path, f"a path, while {package} is not installed")
+            return os.path.join(
+                spec.submodule_search_locations[0], folder, path.removeprefix(prefix)
+            )
+    if "://" in path:
+        raise _path_fault(path, f"a file, or {SHIPPED_PREFIX}NAME.yaml")
+    return os.path.expanduser(path)
+
+
+def _shipped_config(path: str) -> Path:
+    known = shipped_configs()
+    name = path.removeprefix(SHIPPED_PREFIX)
+    if name not in known:
+        raise _path_fault(path, SHIPPED_PREFIX + "{" + ", ".join(known) + "}")
+    return known[name]
+
+
+def _path_fault(path: str, allowed: str) -> ConfigError:
+    return ConfigError([Fault("config file", path, allowed, "check the name")])
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """Read a config and everything its ``_BASE_`` keys name, later files winning.
+
+    Args:
+        path: a file, or ``d2scale://NAME.yaml``.
+
+    Returns:
+        The merged settings, nested, without ``_BASE_``.
+
+    Raises:
+        ConfigError: for a missing or unreadable file, YAML that is broken or asks for Python
+            objects, or a chain of ``_BASE_`` that leads back to itself.
+    """
+    return _load_chain(os.path.abspath(resolve_config_path(path)), ())
+
+
+def _load_chain(path: str, above: tuple[str, ...]) -> dict[str, Any]:
+    if path in above:
+        chain = " -> ".join([*above[above.index(path) :], path])
+        raise ConfigError([Fault(BASE_KEY, chain, "a chain that ends", "remove one of the links")])
+    content = _read_yaml(path)
+    bases = content.pop(BASE_KEY, [])
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(
+            [Fault(f"{BASE_KEY} in {path}", bases, "a file name, or a list of them", "correct it")]
+        )
+    merged: dict[str, Any] = {}
+    for base in bases:
+        resolved = os.path.join(os.path.dirname(path), resolve_config_path(base))
+        _merge_mapping(merged, _load_chain(os.path.abspath(resolved), (*above, path)))
+    _merge_mapping(merged, content)
+    return merged
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise ConfigError(
+            [Fault("config file", path, "a readable YAML file", f"check the path ({reason})")]
+        ) from error
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = path if line is None else f"{path}, line {line + 1}"
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(
+            [Fault("config file", where, "plain YAML without Python tags", f"mend it: {problem}")]
+        ) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            [Fault("config file", path, "YAML of the form KEY: value", "check the file")]
+        )
+    return content
+
+
+def _merge_mapping(target: dict[str, Any], source: Mapping[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _merge_mapping(target[key], value)
+        else:
+            target[key] = value
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of every leaf of nested settings."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def load_cfg(path: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Load a config for the default engine: every key must be one that it knows.
+
+    Args:
+        path: a file, or ``d2scale://NAME.yaml``.
+        opts: ``KEY VALUE`` pairs that win over the file.
+
+    Raises:
+        ConfigError: with all faults of the config.
+    """
+    cfg = get_cfg()
+    for entry in entry_points(group="d2scale.configs"):
+        entry.load()(cfg)
+    _merge(cfg, [*flatten(load_yaml(path)), *parse_opts(opts)], _fault_of_unknown_key)
+    return cfg
+
+
+def load_recipe(path: str, opts: Sequence[str] = ()) -> tuple[CfgNode, dict[str, Any]]:
+    """Load a recipe of any engine for planning.
+
+    Keys that say nothing about batch, learning rate and iterations are passed over, for other
+    runners bring their own; a key that looks like a misspelling of one that does is a fault.
+
+    Returns:
+        The config with d2go's defaults filled in, and the settings that the recipe itself makes,
+        by dotted key.
+
+    Raises:
+        ConfigError: with all faults of the recipe.
+    """
+    cfg = get_cfg()
+    settings = dict(flatten(load_yaml(path)))
+    overrides = parse_opts(opts)
+    known = dict(flatten(cfg))
+    faults = [
+        _unknown_key_fault(key, value, known)
+        for key, value in overrides
+        if key not in known and key not in settings
+    ]
+    if faults:
+        raise ConfigError(faults)
+    settings.update(overrides)
+    _merge(cfg, settings.items(), _fault_of_misspelt_key)
+    return cfg, settings
+
+
+def parse_opts(opts: Sequence[str]) -> list[tuple[str, Any]]:
+    """Turn ``[KEY, VALUE, KEY, VALUE]`` into pairs.
+
+    Raises:
+        ConfigError: if a key has no value.
+    """
+    if len(opts) % 2:
+        raise ConfigError([Fault("KEY VALUE", " ".join(opts), "pairs", f"give {opts[-1]} a value")])
+    return list(zip(opts[::2], opts[1::2], strict=True))
+
+
+def _merge(
+    cfg: CfgNode,
+    settings: Sequence[tuple[str, Any]] | Any,
+    judge_unknown: Callable[[str, Any, Mapping[str, Any]], Fault | None],
+) -> None:
+    """Set every known key in ``cfg``, in place; raise all faults together."""
+    known = dict(flatten(cfg))
+    faults = []
+    for key, value in settings:
+        if key not in known:
+            fault = judge_unknown(key, value, known)
+        else:
+            fault = _set_checked(cfg, key, value, known[key])
+        if fault is not None:
+            faults.append(fault)
+    if faults:
+        raise ConfigError(faults)
+
+
+def _set_checked(cfg: CfgNode, key: str, value: Any, default: Any) -> Fault | None:
+    if isinstance(default, float):
+        value = _as_float(value)
+    try:
+        cfg.merge_from_list([key, value])
+    except (ValueError, SyntaxError):
+        kind = "a list" if isinstance(default, (list, tuple)) else type(default).__name__
+        return Fault(key, value, f"{kind}, such as {default!r}", "correct the value")
+    return None
+
+
+def _as_float(value: Any) -> Any:
+    """Accept 1 where 1.0 is meant; leave everything else to the type check."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return float(value) if type(value) is int else value
+
+
+def _suggestion(key: str, known: Mapping[str, Any]) -> str | None:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    return close[0] if close else None
+
+
+def _unknown_key_fault(key: str, value: Any, known: Mapping[str, Any]) -> Fault:
+    suggestion = _suggestion(key, known)
+    advice = f"did you mean {suggestion}?" if suggestion else "remove it"
+    return Fault(key, value, "keys that exist", advice)
+
+
+def _fault_of_unknown_key(key: str, value: Any, known: Mapping[str, Any]) -> Fault | None:
+    suggestion = _suggestion(key, known)
+    advice = f"did you mean {suggestion}?" if suggestion else "remove it, or train with d2go"
+    return Fault(key, value, "keys that the default engine honours", advice)
+
+
+def _fault_of_misspelt_key(key: str, value: Any, known: Mapping[str, Any]) -> Fault | None:
+    planning = {k: v for k, v in known.items() if k.split(".")[0] in _PLANNING_SECTIONS}
+    if key.startswith("D2SCALE."):
+        return _unknown_key_fault(key, value, planning)
+    if key in LOOK_ALIKES or key.startswith(UNPLANNED_SECTIONS):
+        return None
+    return _unknown_key_fault(key, value, planning) if _suggestion(key, planning) else None

@@ -1,0 +1,58 @@
+"""What is installed and what can run here, for a person and for a bug report."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import d2scale
+
+_PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "fvcore", "tensorboard")
+_UPSTREAM = ("detectron2", "d2go", "mobile_cv")
+
+
+def diagnose() -> str:
+    """Return a report of versions, devices and engines, a line each."""
+    lines = [
+        ("d2scale", d2scale.__version__),
+        ("Python", f"{platform.python_version()} ({sys.executable})"),
+        ("platform", f"{platform.platform()}, {os.cpu_count()} CPU cores"),
+        *((name, _version(name)) for name in _PACKAGES),
+        *((name, _upstream(name)) for name in _UPSTREAM),
+        ("devices", _devices()),
+        ("datasets", os.path.abspath(os.environ.get("DETECTRON2_DATASETS", "datasets"))),
+    ]
+    return "\n".join(f"{name + ':':14}{value}" for name, value in lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed (pip install 'd2scale[train]')"
+
+
+def _upstream(module: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return "not installed (only the d2go engine needs it; see the README)"
+    try:
+        return version(module.replace("_", "-"))
+    except PackageNotFoundError:
+        return "importable, version unknown"
+
+
+def _devices() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "unknown without torch"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device; training runs on the CPU"
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+    return "; ".join(found)

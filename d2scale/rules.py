@@ -1,0 +1,105 @@
+"""How the numbers of a recipe follow a change of the total batch. Numbers in, numbers out.
+
+With k = B / B0, the batch ratio, a count of iterations keeps the images it stands for: it is
+divided by k. The learning rate follows "Accurate, Large Minibatch SGD" (arXiv 1706.02677,
+linear) or the square-root rule for Adam-like optimizers ("On the SDEs and Scaling Rules for
+Adaptive Gradient Algorithms", arXiv 2205.10287).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+LR_RULES = ("auto", "linear", "sqrt", "none")
+
+
+def split_evenly(total: int, parts: int) -> tuple[int, ...]:
+    """Split ``total`` into ``parts`` whole numbers that differ by at most one, largest first.
+
+    >>> split_evenly(16, 3)
+    (6, 5, 5)
+    """
+    share, rest = divmod(total, parts)
+    return tuple(share + (part < rest) for part in range(parts))
+
+
+def micro_batch_sizes(total: int, world_size: int, ims_per_gpu: int) -> tuple[tuple[int, ...], ...]:
+    """Divide the images of one optimizer step over ranks and their micro-batches.
+
+    Args:
+        total: images in the step, at least ``world_size``.
+        world_size: ranks.
+        ims_per_gpu: most images that one micro-batch may hold.
+
+    Returns:
+        For each rank the sizes of its micro-batches, as few and as even as possible.
+
+    >>> micro_batch_sizes(16, 3, 4)
+    ((3, 3), (3, 2), (3, 2))
+    """
+    shares = split_evenly(total, world_size)
+    return tuple(split_evenly(share, -(-share // ims_per_gpu)) for share in shares)
+
+
+def resolve_lr_rule(rule: str, optimizer: str) -> str:
+    """Turn ``auto`` into the rule that suits the optimizer: sqrt if Adam-like, else linear."""
+    if rule != "auto":
+        return rule
+    return "sqrt" if optimizer.lower().startswith("adam") else "linear"
+
+
+def scale_learning_rate(learning_rate: float, ratio: Fraction, rule: str) -> float:
+    """Return the learning rate for a batch ``ratio`` times as large.
+
+    Args:
+        learning_rate: the recipe's, per step.
+        ratio: k = B / B0.
+        rule: ``linear``, ``sqrt`` or ``none``.
+    """
+    if rule == "linear":
+        # The decimal that the user wrote, not its nearest double: 0.01 * 15/8 is 0.01875.
+        return float(Fraction(repr(learning_rate)) * ratio)
+    if rule == "sqrt":
+        return learning_rate * math.sqrt(ratio)
+    return learning_rate
+
+
+def scale_count(iterations: int, ratio: Fraction) -> int:
+    """Scale a period or a moment: same images, rounded, and 0 only if it was 0."""
+    if iterations == 0:
+        return 0
+    return max(1, round(iterations / ratio))
+
+
+def scale_max_iter(max_iter: int, ratio: Fraction) -> int:
+    """Return the smallest number of steps that shows at least the recipe's images."""
+    return math.ceil(max_iter / ratio)
+
+
+def scale_steps(steps: Sequence[int], ratio: Fraction, max_iter: int) -> tuple[int, ...]:
+    """Scale the iterations at which the learning rate drops.
+
+    Args:
+        steps: the recipe's, strictly increasing.
+        ratio: k = B / B0.
+        max_iter: the new length; the results stay below it.
+
+    Raises:
+        ValueError: if there is no room for that many drops in ``max_iter`` iterations.
+    """
+    if len(steps) >= max_iter and steps:
+        raise ValueError(f"{len(steps)} steps do not fit below {max_iter} iterations")
+    scaled = [scale_count(step, ratio) for step in steps]
+    for index in range(1, len(scaled)):
+        scaled[index] = max(scaled[index], scaled[index - 1] + 1)
+    limit = max_iter
+    for index in reversed(range(len(scaled))):
+        scaled[index] = limit = min(scaled[index], limit - 1)
+    return tuple(scaled)
+
+
+def scale_ema_decay(decay: float, ratio: Fraction) -> float:
+    """Scale a decay per step, so that it forgets as much per image: decay to the power k."""
+    return decay ** float(ratio)

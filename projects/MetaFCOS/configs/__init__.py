@@ -1,0 +1,1 @@
+"""MetaFCOS recipes, opened as ``d2scale://MetaFCOS/NAME.yaml``."""

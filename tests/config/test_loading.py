@@ -1,0 +1,113 @@
+import pytest
+
+from d2scale.config import load_cfg, load_recipe
+from d2scale.config.loading import load_yaml, shipped_configs
+from d2scale.errors import ConfigError
+from d2scale.plan import Hardware, make_plan
+
+
+def message_of(load, *arguments):
+    with pytest.raises(ConfigError) as raised:
+        load(*arguments)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_config_loads_in_the_engine_and_plans(name):
+    url = f"d2scale://{name}"
+    load_cfg(url)
+    cfg, _ = load_recipe(url)
+    make_plan(cfg, Hardware(2, ims_per_gpu=2))
+
+
+def test_later_bases_win_and_the_file_wins_over_them(write_config):
+    write_config("SOLVER: {BASE_LR: 0.1, MAX_ITER: 50, STEPS: []}\n", "a.yaml")
+    write_config("SOLVER: {BASE_LR: 0.2, WARMUP_ITERS: 7}\n", "b.yaml")
+    path = write_config("_BASE_: [a.yaml, b.yaml]\nSOLVER: {WARMUP_ITERS: 9}\n")
+    assert load_yaml(path) == {
+        "SOLVER": {"BASE_LR": 0.2, "MAX_ITER": 50, "STEPS": [], "WARMUP_ITERS": 9}
+    }
+
+
+def test_a_shipped_base_opens_from_anywhere(write_config):
+    path = write_config("_BASE_: d2scale://MetaFCOS/experiment-1-baseline.yaml\n")
+    assert load_cfg(path).SOLVER.MAX_ITER == 30000
+
+
+def test_overrides_win_and_are_converted(recipes):
+    opts = ["SOLVER.BASE_LR", "1", "SOLVER.STEPS", "(5, 7)", "DATASETS.TRAIN", "('x',)"]
+    cfg = load_cfg(str(recipes / "Meta-FCOS-pretrain.yaml"), opts)
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.STEPS, cfg.DATASETS.TRAIN) == (1.0, (5, 7), ("x",))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("SOLVER: [", "line 1"),
+        ("- 1\n- 2\n", "KEY: value"),
+        ("SOLVER: !!python/object/apply:os.system ['touch x']\n", "Python tags"),
+        ("_BASE_: recipe.yaml\n", "a chain that ends"),
+        ("_BASE_: {a: b}\n", "a file name, or a list of them"),
+        ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
+        ("_BASE_: d2scale://nowhere.yaml\n", "keep_total.yaml"),
+        ("_BASE_: https://example.com/x.yaml\n", "a file, or d2scale://NAME.yaml"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(write_config, text, expected):
+    message = message_of(load_yaml, write_config(text))
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_a_cycle_of_two_is_named(write_config):
+    write_config("_BASE_: b.yaml\n", "a.yaml")
+    write_config("_BASE_: a.yaml\n", "b.yaml")
+    message = message_of(load_yaml, write_config("_BASE_: a.yaml\n"))
+    assert "a.yaml ->" in message
+    assert "b.yaml ->" in message
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    assert "nowhere.yaml" in message_of(load_yaml, str(tmp_path / "nowhere.yaml"))
+    assert str(tmp_path) in message_of(load_yaml, str(tmp_path))
+
+
+def test_a_binary_file_is_no_config(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\x80\x04\x95\xff")
+    assert "x.yaml" in message_of(load_yaml, str(tmp_path / "x.yaml"))
+
+
+def test_the_engine_refuses_every_key_that_it_does_not_have_at_once(write_config):
+    path = write_config("SOLVER: {BASE_LRR: 0.1, MAX_ITER: ten}\nMODEL: {MASK_ON: true}\n")
+    lines = message_of(load_cfg, path).splitlines()
+    assert len(lines) == 3
+    assert "did you mean SOLVER.BASE_LR?" in lines[0]
+    assert "int, such as 40000" in lines[1]
+    assert "MODEL.MASK_ON" in lines[2]
+
+
+def test_planning_passes_over_other_keys_but_not_misspelt_ones(write_config):
+    path = write_config("MODEL: {MASK_ON: true}\nOTHER: {KEY: 1}\nSOLVER: {OPTIMIZER: sgd}\n")
+    load_recipe(path)
+    for text in ("SOLVER: {MAX_ITERS: 5}", "SOLVRE: {MAX_ITER: 5}", "D2SCALE: {ZZZ: 5}"):
+        assert "keys that exist" in message_of(load_recipe, write_config(text))
+
+
+def test_overrides_must_be_pairs_of_known_keys(recipes):
+    path = str(recipes / "Meta-FCOS-pretrain.yaml")
+    assert "give SOLVER.BASE_LR a value" in message_of(load_recipe, path, ["SOLVER.BASE_LR"])
+    assert "did you mean" in message_of(load_recipe, path, ["SOLVER.BASE_LRX", "1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SOLVER.MAX_ITER", "10.5"),
+        ("SOLVER.STEPS", "5"),
+        ("SOLVER.BASE_LR", "fast"),
+        ("SOLVER.AMP.ENABLED", "1"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(recipes, key, value):
+    message = message_of(load_cfg, str(recipes / "Meta-FCOS-pretrain.yaml"), [key, value])
+    assert message.startswith(f"{key} is ")

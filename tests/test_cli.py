@@ -1,0 +1,69 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from d2scale.cli import main
+
+
+def test_plan_prints_a_table(recipes, capsys):
+    path = str(recipes / "Meta-FCOS-pretrain.yaml")
+    assert main(["plan", path, "--gpus", "1", "--method", "per_gpu"]) == 0
+    assert "| SOLVER.MAX_ITER                                 | 90000        | 5760000" in (
+        capsys.readouterr().out
+    )
+
+
+def test_plan_writes_json_to_a_file(recipes, tmp_path, capsys):
+    target = tmp_path / "plan.json"
+    arguments = ["plan", str(recipes / "experiment-1-baseline.yaml"), "--format", "json"]
+    assert main([*arguments, "-o", str(target), "SOLVER.BASE_LR", "0.02"]) == 0
+    assert json.loads(target.read_text())["method"] == "keep_total"
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_mistakes_are_told_one_to_a_line_with_status_2(recipes, tmp_path, capsys):
+    target = tmp_path / "plan.json"
+    path = str(recipes / "experiment-1-baseline.yaml")
+    faulty = ["SOLVER.BASE_LR", "-1", "SOLVER.STEPS", "(3,2)"]
+    assert main(["plan", path, "-o", str(target), *faulty]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 2
+    assert all(line.startswith("d2scale: error: ") for line in printed.err.splitlines())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_a_mistake(recipes, tmp_path, capsys):
+    path = str(recipes / "experiment-1-baseline.yaml")
+    assert main(["plan", path, "-o", str(tmp_path / "no" / "plan.yaml")]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_a_missing_config_is_a_mistake(capsys):
+    assert main(["plan", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_options_that_do_not_exist_end_with_status_2():
+    with pytest.raises(SystemExit) as raised:
+        main(["plan", "--nonsense"])
+    assert raised.value.code == 2
+
+
+def test_planning_needs_no_engine_and_answers_within_a_second(recipes):
+    code = (
+        "import sys; from d2scale.cli import main; status = main(sys.argv[1:]);"
+        "loaded = {'torch', 'detectron2', 'd2go'} & set(sys.modules);"
+        "sys.exit(str(loaded) if loaded else status)"
+    )
+    arguments = ["plan", str(recipes / "Meta-FCOS-pretrain.yaml"), "--method", "per_gpu"]
+    seconds = []
+    for _ in range(3):  # the fastest of three: the machine may be busy
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 1
