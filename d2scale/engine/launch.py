@@ -1,0 +1,277 @@
+"""Starting the ranks of a run with torch's elastic launcher, and bringing their errors back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from d2scale.errors import ConfigError, D2ScaleError, Fault
+
+# The evaluation of a large dataset keeps the other ranks waiting for the first.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_ECHO_SECONDS = 1.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_NOISY_LOGGERS = (
+    "torch.distributed.elastic",
+    "torch.multiprocessing",
+    "torch.distributed.launcher",
+)
+
+
+class RankError(RuntimeError):
+    """A rank ended by a fault of the program; the text is its traceback."""
+
+
+def under_torchrun() -> bool:
+    """Return whether this process is a rank that someone else has started."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+
+
+def planned_world_size(num_processes: int, num_machines: int = 1) -> int:
+    """Return the ranks that a launch will have: torchrun's, if it started this process."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else num_processes * num_machines
+
+
+def launch(
+    function: Callable[..., Any],
+    args: Sequence[Any] = (),
+    *,
+    num_processes: int = 1,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    use_cuda: bool | None = None,
+) -> Any:
+    """Run ``function(*args)`` on every rank and return what the first rank here returned.
+
+    One process on one machine runs in place, without a process group. Under torchrun the
+    ranks exist already: each call runs its own. Otherwise ranks are spawned, so ``function``
+    must be importable and ``args`` must pickle.
+
+    Args:
+        function: finds its process group initialised (nccl with CUDA, gloo without) and, with
+            CUDA, its device set.
+        args: its arguments.
+        num_processes: ranks on this machine.
+        num_machines: machines, all of which call this.
+        machine_rank: number of this machine, from 0.
+        dist_url: ``tcp://HOST:PORT`` of machine 0; ``auto`` finds a port on a single machine.
+        use_cuda: one GPU to a rank; None: if CUDA is there.
+
+    Raises:
+        D2ScaleError: what a rank raised, or a rank that was killed.
+        RankError: any other error of a rank.
+        KeyboardInterrupt: Ctrl-C, after all ranks have ended.
+    """
+    use_cuda = torch.cuda.is_available() if use_cuda is None else use_cuda
+    if under_torchrun():
+        return _run_in_group(function, args, use_cuda)
+    if num_processes * num_machines == 1:
+        return function(*args)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="d2scale-"))
+        config = _launch_config(num_processes, num_machines, machine_rank, dist_url, folder)
+        stack.enter_context(_quiet_loggers())
+        stack.enter_context(_signal_handlers_kept())
+        stack.enter_context(_threads_divided(num_processes))
+        try:
+            results = elastic_launch(config, _run_rank)(function, tuple(args), use_cuda, folder)
+        except ChildFailedError as error:
+            raise _error_of_ranks(Path(folder), error) from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + error.sigval) from None
+    return results[min(results)]
+
+
+def _launch_config(
+    num_processes: int, num_machines: int, machine_rank: int, dist_url: str, folder: str
+) -> LaunchConfig:
+    common: dict[str, Any] = {
+        "min_nodes": num_machines,
+        "max_nodes": num_machines,
+        "nproc_per_node": num_processes,
+        "max_restarts": 0,
+        "start_method": "spawn",
+        "logs_specs": DefaultLogsSpecs(log_dir=folder),
+    }
+    if num_machines == 1:
+        return LaunchConfig(
+            **common,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint=_endpoint(dist_url) if dist_url != "auto" else "localhost:0",
+            # A laptop's own host name need not resolve.
+            local_addr="localhost",
+        )
+    if dist_url == "auto" or not 0 <= machine_rank < num_machines:
+        raise ConfigError(_machine_faults(num_machines, machine_rank, dist_url))
+    return LaunchConfig(
+        **common,
+        run_id="d2scale",
+        rdzv_backend="static",
+        rdzv_endpoint=_endpoint(dist_url),
+        rdzv_configs={"rank": machine_rank, "timeout": 900},
+    )
+
+
+def _machine_faults(num_machines: int, machine_rank: int, dist_url: str) -> list[Fault]:
+    faults = []
+    if dist_url == "auto":
+        faults.append(_url_fault(dist_url))
+    if not 0 <= machine_rank < num_machines:
+        faults.append(
+            Fault("--machine-rank", machine_rank, f"0 to {num_machines - 1}", "number from 0")
+        )
+    return faults
+
+
+def _url_fault(dist_url: str) -> Fault:
+    return Fault(
+        "--dist-url",
+        dist_url,
+        "tcp://HOST:PORT, or auto on a single machine",
+        "give the address of machine 0 and a port that is free there",
+    )
+
+
+def _endpoint(dist_url: str) -> str:
+    """``tcp://HOST:PORT`` without its scheme."""
+    try:
+        parts = urlsplit(dist_url)
+        if parts.scheme == "tcp" and parts.hostname and parts.port:
+            return parts.netloc
+    except ValueError:  # a port that is no number
+        pass
+    raise ConfigError([_url_fault(dist_url)])
+
+
+def _run_rank(
+    function: Callable[..., Any], args: tuple[Any, ...], use_cuda: bool, folder: str
+) -> Any:
+    """Entry of a spawned rank: its error goes to ``folder``, not to the terminal."""
+    # Ctrl-C reaches every process of a terminal: end at once, wherever a collective hangs.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return _run_in_group(function, args, use_cuda)
+    except Exception as error:
+        content = error if isinstance(error, D2ScaleError) else traceback.format_exc()
+        _write_error(Path(folder), int(os.environ["RANK"]), content)
+        if not isinstance(error, D2ScaleError):
+            # Perhaps only the echo of a rank that was killed: the launcher shall see that first.
+            time.sleep(_ECHO_SECONDS)
+        sys.exit(1)
+
+
+def _run_in_group(function: Callable[..., Any], args: Sequence[Any], use_cuda: bool) -> Any:
+    """Run ``function`` inside the process group that the environment describes."""
+    if use_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+    result = function(*args)
+    # Not after an error: the other ranks may be inside a collective.
+    dist.destroy_process_group()
+    return result
+
+
+def _write_error(folder: Path, rank: int, content: D2ScaleError | str) -> None:
+    partial = folder / f"rank{rank}.partial"
+    partial.write_bytes(pickle.dumps(content))
+    partial.rename(folder / f"rank{rank}.error")
+
+
+def _error_of_ranks(folder: Path, failed: ChildFailedError) -> Exception:
+    """The first mistake of the user that a rank met, or else the first fault of the program."""
+    files = sorted(folder.glob("rank*.error"), key=lambda path: path.stat().st_mtime_ns)
+    # The folder is private to this process and the ranks that it started.
+    found = [(path.stem, pickle.loads(path.read_bytes())) for path in files]  # noqa: S301
+    for _, content in found:
+        if isinstance(content, D2ScaleError):
+            return content
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode < 0:
+        return _killed(rank, signal.Signals(-failure.exitcode).name)
+    if found:
+        name, text = found[0]
+        return RankError(f"{name} failed:\n{text}")
+    return RankError(f"rank {rank} ended with exit status {failure.exitcode}")
+
+
+def _killed(rank: int, signal_name: str) -> D2ScaleError:
+    cause = ""
+    if signal_name == "SIGKILL":
+        cause = "; the system does that when the machine runs out of memory"
+    return D2ScaleError(f"rank {rank} was ended from outside by {signal_name}{cause}")
+
+
+@contextmanager
+def _quiet_loggers() -> Iterator[None]:
+    """Keep the launcher from reporting again, and at length, what ``launch`` raises."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Restore the handlers that the launcher replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _cores() -> int:
+    """Cores that this process may use; all of the machine's where that cannot be asked."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _threads_divided(num_processes: int) -> Iterator[None]:
+    """Give each rank its part of the cores, unless the user has decided."""
+    name = "OMP_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(max(1, _cores() // num_processes))
+    try:
+        yield
+    finally:
+        del os.environ[name]
