@@ -1,0 +1,61 @@
+"""Finding the file that ``MODEL.WEIGHTS`` names, on this machine only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from d2scale.errors import CheckpointError, Fault
+
+# A folder laid out as the paths behind detectron2://, such as ImageNetPretrained/MSRA/R-50.pkl.
+WEIGHTS_VARIABLE = "D2SCALE_WEIGHTS"
+# Where detectron2 and d2go keep what they have downloaded, and the variable that moves it.
+CACHE_VARIABLE = "FVCORE_CACHE"
+DEFAULT_CACHE = "~/.torch/iopath_cache"
+ZOO_PREFIX = "detectron2://"
+ZOO_ADDRESS = "https://dl.fbaipublicfiles.com/detectron2/"
+
+
+def find_weights(name: str) -> Path:
+    """Return the local file that ``MODEL.WEIGHTS`` means. Nothing is downloaded.
+
+    Args:
+        name: a path, ``detectron2://...`` for the files of detectron2's model zoo, or an
+            http(s) address. The latter two are looked for in the folder ``$D2SCALE_WEIGHTS``
+            and in the download cache that detectron2 uses (``$FVCORE_CACHE``, by default
+            ``~/.torch/iopath_cache``).
+
+    Raises:
+        CheckpointError: if it is not there; says what to download, and where to put it.
+    """
+    if "://" not in name:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        raise CheckpointError(
+            [Fault("MODEL.WEIGHTS", name, "a file", "check the path, or set it to '' for none")]
+        )
+    address = name.replace(ZOO_PREFIX, ZOO_ADDRESS, 1) if name.startswith(ZOO_PREFIX) else name
+    if not address.startswith(("https://", "http://")):
+        allowed = f"a path, {ZOO_PREFIX}... or an https address"
+        raise CheckpointError([Fault("MODEL.WEIGHTS", name, allowed, "download it, give its path")])
+    places = _places(address)
+    for place in places:
+        if place.is_file():
+            return place
+    advice = f"download {address} and put it at {' or '.join(map(str, places))}"
+    raise CheckpointError([Fault("MODEL.WEIGHTS", name, "a file on this machine", advice)])
+
+
+def _places(address: str) -> list[Path]:
+    """Where the file of an address may lie, best first."""
+    places = []
+    folder = os.environ.get(WEIGHTS_VARIABLE)
+    if folder:
+        inner = address.removeprefix(ZOO_ADDRESS)
+        relative = urlsplit(address).path.lstrip("/") if inner == address else inner
+        places.append(Path(folder).expanduser() / relative)
+    cache = Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
+    places.append(cache / urlsplit(address).path.lstrip("/"))
+    return places
