@@ -17,6 +17,8 @@ from fvcore.common.param_scheduler import (
 )
 from torch import nn
 
+from d2scale.engine.honoured import ADAMW_NAMES
+
 GradientClipper = Callable[[Iterable[nn.Parameter]], None]
 
 _NORM_LAYERS = (
@@ -43,7 +45,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
     )
-    if cfg.SOLVER.OPTIMIZER.lower() == "adamw":
+    if cfg.SOLVER.OPTIMIZER.lower() in ADAMW_NAMES:
         return torch.optim.AdamW(
             groups,
             lr=cfg.SOLVER.BASE_LR,

@@ -1,0 +1,145 @@
+"""The training loop: a rank's share of a step, its micro-batches, one update."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from d2scale.engine.parallel import rank
+from d2scale.engine.solver import GradientClipper, LearningRateSchedule
+from d2scale.engine.writers import StepMetrics
+from d2scale.errors import D2ScaleError
+from d2scale.microbatch import MicroBatch, MicroBatchStep, StepLosses
+
+logger = logging.getLogger(__name__)
+
+AfterStep = Callable[[StepMetrics], None]
+
+
+class Trainer:
+    """Takes optimizer steps.
+
+    Args:
+        step: forward and backward of a step.
+        data: this rank's share of each step, endlessly.
+        micro_batch_sizes: images in each micro-batch of this rank; their sum is the share.
+        optimizer: what is updated.
+        schedule: its learning rates.
+        seed: what chance inside the model (dropout, say) is drawn from.
+        clip: applied to the gradients of the whole step.
+        scaler: the one that ``step`` scales with.
+        images_before: images that earlier runs have shown, with ``start_iteration``.
+        start_iteration: first step.
+    """
+
+    def __init__(
+        self,
+        step: MicroBatchStep,
+        data: Iterator[MicroBatch],
+        micro_batch_sizes: Sequence[int],
+        optimizer: torch.optim.Optimizer,
+        schedule: LearningRateSchedule,
+        *,
+        seed: int,
+        clip: GradientClipper | None = None,
+        scaler: GradScaler | None = None,
+        start_iteration: int = 0,
+        images_before: int = 0,
+    ) -> None:
+        self._step = step
+        self._data = data
+        self._sizes = tuple(micro_batch_sizes)
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._seed = seed
+        self._clip = clip
+        self._scaler = scaler
+        self.next_iteration = start_iteration
+        self._images_seen = images_before
+
+    def train(self, max_iter: int, after_step: Iterable[AfterStep]) -> None:
+        """Take steps until ``max_iter`` are done, and tell each to every ``after_step``.
+
+        Raises:
+            D2ScaleError: if the loss is not finite; the weights are those before that step.
+        """
+        actions = tuple(after_step)
+        while self.next_iteration < max_iter:
+            metrics = self.take_step()
+            for action in actions:
+                action(metrics)
+
+    def take_step(self) -> StepMetrics:
+        """Take one optimizer step."""
+        iteration = self.next_iteration
+        start = time.perf_counter()
+        micro_batches = cut(next(self._data), self._sizes)
+        data_seconds = time.perf_counter() - start
+        lr = self._schedule.set(iteration)
+        seed_step(self._seed, iteration)
+        self._optimizer.zero_grad()
+        result = self._step(micro_batches)
+        _check_finite(result, iteration, lr)
+        self._update()
+        self.next_iteration = iteration + 1
+        self._images_seen += result.images
+        return StepMetrics(
+            iteration=iteration,
+            losses=result.losses,
+            lr=lr,
+            seconds=time.perf_counter() - start,
+            data_seconds=data_seconds,
+            images_seen=self._images_seen,
+        )
+
+    def _update(self) -> None:
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        if self._clip is not None:
+            self._clip(
+                parameter
+                for group in self._optimizer.param_groups
+                for parameter in group["params"]
+                if parameter.grad is not None
+            )
+        if self._scaler is None:
+            self._optimizer.step()
+        else:
+            # Leaves out a step whose scaled gradients have overflowed, and lowers the scale.
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+
+
+def cut(share: MicroBatch, sizes: Sequence[int]) -> list[MicroBatch]:
+    """Cut a rank's share of a step into micro-batches of the given sizes."""
+    samples: Iterator[Any] = iter(share)
+    micro_batches = [list(islice(samples, size)) for size in sizes]
+    assert [len(each) for each in micro_batches] == list(sizes) and not list(samples), (
+        f"a share of {len(share)} images does not make micro-batches of {sizes}"
+    )
+    return micro_batches
+
+
+def seed_step(seed: int, iteration: int) -> None:
+    """Seed torch for one step of this rank, so that a resumed run draws what it would have."""
+    words = np.random.SeedSequence(seed, spawn_key=(iteration, rank())).generate_state(1)
+    torch.manual_seed(int(words[0]))
+
+
+def _check_finite(result: StepLosses, iteration: int, lr: float) -> None:
+    # The losses are those of the whole step, so every rank stops here, or none.
+    if not math.isfinite(result.total):
+        losses = ", ".join(f"{name} {value:g}" for name, value in result.losses.items())
+        raise D2ScaleError(
+            f"the loss is not finite at iteration {iteration} (learning rate {lr:g}): {losses}; "
+            "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip with "
+            "SOLVER.CLIP_GRADIENTS, and use --resume to go on from the last checkpoint"
+        )
