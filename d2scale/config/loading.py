@@ -191,7 +191,7 @@ def load_recipe(path: str, opts: Sequence[str] = ()) -> tuple[CfgNode, dict[str,
     overrides = parse_opts(opts)
     known = dict(flatten(cfg))
     faults = [
-        _unknown_key_fault(key, value, known)
+        unknown_key_fault(key, value, known)
         for key, value in overrides
         if key not in known and key not in settings
     ]
@@ -258,7 +258,8 @@ def _suggestion(key: str, known: Mapping[str, Any]) -> str | None:
     return close[0] if close else None
 
 
-def _unknown_key_fault(key: str, value: Any, known: Mapping[str, Any]) -> Fault:
+def unknown_key_fault(key: str, value: Any, known: Mapping[str, Any]) -> Fault:
+    """Return the fault of a key that is not in ``known``, with the nearest one that is."""
     suggestion = _suggestion(key, known)
     advice = f"did you mean {suggestion}?" if suggestion else "remove it"
     return Fault(key, value, "keys that exist", advice)
@@ -273,7 +274,7 @@ def _fault_of_unknown_key(key: str, value: Any, known: Mapping[str, Any]) -> Fau
 def _fault_of_misspelt_key(key: str, value: Any, known: Mapping[str, Any]) -> Fault | None:
     planning = {k: v for k, v in known.items() if k.split(".")[0] in _PLANNING_SECTIONS}
     if key.startswith("D2SCALE."):
-        return _unknown_key_fault(key, value, planning)
+        return unknown_key_fault(key, value, planning)
     if key in LOOK_ALIKES or key.startswith(UNPLANNED_SECTIONS):
         return None
-    return _unknown_key_fault(key, value, planning) if _suggestion(key, planning) else None
+    return unknown_key_fault(key, value, planning) if _suggestion(key, planning) else None

@@ -1,0 +1,85 @@
+"""d2go's config node, with shipped configs, safe YAML and faults in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from d2go.config import CfgNode as D2GoCfgNode
+
+from d2scale.config.loading import (
+    flatten,
+    load_yaml,
+    parse_opts,
+    resolve_config_path,
+    unknown_key_fault,
+)
+from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fault
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the process with one line a fault and status 2.
+
+    d2go has no place that tells a user's mistake from a bug: what a runner raises is printed as
+    a traceback.
+    """
+    try:
+        yield
+    except D2ScaleError as error:
+        for line in str(error).splitlines():
+            # Not print(): d2go turns that into a log line.
+            sys.stderr.write(f"d2scale: error: {line}\n")
+        raise SystemExit(EXIT_STATUS_USER_ERROR) from error
+
+
+class CfgNode(D2GoCfgNode):
+    """A d2go config that opens ``d2scale://NAME.yaml`` and reads no Python tags."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Any:
+        """Read a file and its ``_BASE_`` chain; ``allow_unsafe`` is ignored on purpose."""
+        return D2GoCfgNode(load_yaml(filename))
+
+    def merge_from_file(self, cfg_filename: str, *args: Any, **kwargs: Any) -> None:
+        """Merge a config file, in place."""
+        with exit_on_user_error():
+            path = resolve_config_path(cfg_filename)
+            self._refuse_unknown_keys(flatten(load_yaml(path)))
+            super().merge_from_file(path, *args, **kwargs)
+
+    def merge_from_list(self, cfg_list: Sequence[str]) -> None:
+        """Merge ``[KEY, VALUE, ...]``, in place."""
+        with exit_on_user_error():
+            pairs = parse_opts(cfg_list)
+            self._refuse_unknown_keys(pairs)
+            try:
+                super().merge_from_list(list(cfg_list))
+            except ValueError as error:
+                raise ConfigError(
+                    [Fault("KEY VALUE", " ".join(cfg_list), "values of the key's type", f"{error}")]
+                ) from error
+
+    def _refuse_unknown_keys(self, settings: Any) -> None:
+        known = dict(flatten(self))
+        faults = [
+            unknown_key_fault(key, value, known)
+            for key, value in settings
+            if not self._has_or_allows(key)
+        ]
+        if faults:
+            raise ConfigError(faults)
+
+    def _has_or_allows(self, key: str) -> bool:
+        node: Any = self
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                return (
+                    self.key_is_deprecated(key)
+                    or self.key_is_renamed(key)
+                    or (isinstance(node, D2GoCfgNode) and node.is_new_allowed())
+                )
+            node = node[part]
+        return True

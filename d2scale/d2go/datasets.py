@@ -1,0 +1,59 @@
+"""The class splits of COCO, registered with detectron2."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from d2scale.engine.data.catalog import ROOT_VARIABLE, DatasetSpec, dataset_names, dataset_spec
+from d2scale.errors import DataError, Fault
+
+
+def register_datasets(cfg: Any) -> None:
+    """Register what ``DATASETS`` names and d2scale, but not detectron2, knows.
+
+    detectron2's evaluator takes the classes from the annotation file. So a file with the split's
+    classes alone is written to ``OUTPUT_DIR/datasets``.
+
+    Raises:
+        DataError: if a dataset's files are not there.
+    """
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    for name in dict.fromkeys(names):
+        if name in DatasetCatalog.list() or name not in dataset_names():
+            continue
+        spec = dataset_spec(name)
+        target = Path(cfg.OUTPUT_DIR, "datasets", f"{name}.json")
+        write_class_split(name, spec, target)
+        register_coco_instances(name, {}, str(target), str(spec.image_root))
+
+
+def write_class_split(name: str, spec: DatasetSpec, target: Path) -> None:
+    """Write the annotations of ``spec`` to ``target``, cut to its classes; all images stay.
+
+    Raises:
+        DataError: if the annotation file or the image folder is not there.
+    """
+    for path in (spec.json_file, spec.image_root):
+        if not path.exists():
+            advice = f"put COCO there, or set {ROOT_VARIABLE} to the folder that holds coco/"
+            raise DataError([Fault(f"dataset {name}", str(path), "files that exist", advice)])
+    content = json.loads(spec.json_file.read_bytes())
+    kept: Collection[int] = spec.category_ids or {entry["id"] for entry in content["categories"]}
+    content["categories"] = [entry for entry in content["categories"] if entry["id"] in kept]
+    content["annotations"] = [
+        entry for entry in content["annotations"] if entry["category_id"] in kept
+    ]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Every rank writes the same content; the rename leaves no moment with half a file.
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    os.replace(temporary, target)
