@@ -1,0 +1,177 @@
+"""A COCO annotation file, read into arrays."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2scale.errors import DataError, Fault
+
+_IMAGE_FIELDS = ("id", "file_name", "height", "width")
+_ANNOTATION_FIELDS = ("id", "image_id", "category_id", "bbox")
+_CATEGORY_FIELDS = ("id", "name")
+
+# Polygons are two thirds of COCO's files and nothing here reads them. Without them train2017
+# takes 5 s and 0.9 GB to parse, with them 22 s and 3.2 GB.
+_POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
+
+
+@dataclass(frozen=True)
+class AnnotationFile:
+    """The parts of a COCO annotation file that detection needs.
+
+    Attributes:
+        path: the file.
+        categories: category id to name, by ascending id.
+        file_names: of the images, by ascending image id.
+        image_ids, heights, widths: shape (images,), int64.
+        annotation_ids, category_ids: shape (annotations,), int64.
+        image_numbers: each annotation's image as a row of ``image_ids``, shape (annotations,);
+            -1 where no image has that id.
+        boxes: x, y, width, height as written, shape (annotations, 4), float64.
+        crowds: shape (annotations,), bool.
+    """
+
+    path: Path
+    categories: Mapping[int, str]
+    file_names: Sequence[str]
+    image_ids: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    annotation_ids: np.ndarray
+    category_ids: np.ndarray
+    image_numbers: np.ndarray
+    boxes: np.ndarray
+    crowds: np.ndarray
+
+
+def read_annotation_file(path: Path) -> AnnotationFile:
+    """Read ``path``.
+
+    Raises:
+        DataError: if the file cannot be read or is not in COCO's format.
+    """
+    content = _load_json(path)
+    faults = [
+        fault
+        for section, fields in (
+            ("images", _IMAGE_FIELDS),
+            ("annotations", _ANNOTATION_FIELDS),
+            ("categories", _CATEGORY_FIELDS),
+        )
+        for fault in _section_faults(path, content, section, fields)
+    ]
+    if faults:
+        raise DataError(faults)
+    images = sorted(content["images"], key=lambda image: image["id"])
+    annotations = content["annotations"]
+    rows = {image["id"]: row for row, image in enumerate(images)}
+    return AnnotationFile(
+        path=path,
+        categories={entry["id"]: entry["name"] for entry in _by_id(content["categories"])},
+        file_names=[image["file_name"] for image in images],
+        image_ids=_integers(images, "id"),
+        heights=_integers(images, "height"),
+        widths=_integers(images, "width"),
+        annotation_ids=_integers(annotations, "id"),
+        category_ids=_integers(annotations, "category_id"),
+        image_numbers=np.array([rows.get(a["image_id"], -1) for a in annotations], dtype=np.int64),
+        boxes=np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4),
+        crowds=np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool),
+    )
+
+
+def _by_id(entries: Iterable[Any]) -> list[Any]:
+    return sorted(entries, key=lambda entry: entry["id"])
+
+
+def _integers(entries: Sequence[Any], field: str) -> np.ndarray:
+    return np.array([entry[field] for entry in entries], dtype=np.int64)
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    advice = "check the file, or fetch it again"
+    try:
+        content = _parse(path.read_bytes())
+    except OSError as error:
+        raise DataError(
+            [Fault("annotation file", str(path), "a readable file", f"{error.strerror}")]
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            [Fault("annotation file", str(path), "JSON in COCO's format", f"{error}; {advice}")]
+        ) from error
+    if not isinstance(content, dict):
+        found = f"it holds a {type(content).__name__}; {advice}"
+        raise DataError([Fault("annotation file", str(path), "a JSON object", found)])
+    return content
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return json.loads(_POLYGONS.sub(b'"segmentation":0', text))
+    except ValueError:
+        # For an error that names the right place in the file.
+        return json.loads(text)
+
+
+def _section_faults(
+    path: Path, content: dict[str, Any], section: str, fields: Sequence[str]
+) -> Iterable[Fault]:
+    entries = content.get(section)
+    if not isinstance(entries, list):
+        yield Fault(
+            f"{section!r} of {path}",
+            type(entries).__name__,
+            "a list, as in COCO's instance annotations",
+            "use an annotation file for detection",
+        )
+        return
+    bad = [n for n, entry in enumerate(entries) if not _has_fields(entry, fields)]
+    if bad:
+        yield Fault(
+            f"{len(bad)} of {len(entries)} entries in {section!r} of {path}",
+            f"no. {examples(bad)}",
+            f"objects with valid {', '.join(fields)}",
+            "write the file in COCO's format",
+        )
+        return
+    ids = [entry["id"] for entry in entries]
+    repeated = sorted({i for i, j in zip(sorted(ids), sorted(ids)[1:], strict=False) if i == j})
+    if repeated:
+        yield Fault(
+            f"id of entries in {section!r} of {path}",
+            f"{examples(repeated)} more than once",
+            "a different id for each entry",
+            "number the entries anew",
+        )
+
+
+def _has_fields(entry: Any, fields: Sequence[str]) -> bool:
+    return isinstance(entry, dict) and all(_is_valid(field, entry.get(field)) for field in fields)
+
+
+def _is_valid(field: str, value: Any) -> bool:
+    if field in ("file_name", "name"):
+        return isinstance(value, str) and value != ""
+    if field == "bbox":
+        return (
+            isinstance(value, list)
+            and len(value) == 4
+            and all(isinstance(number, int | float) for number in value)
+        )
+    if field in ("height", "width"):
+        return isinstance(value, int) and value > 0
+    return isinstance(value, int)
+
+
+def examples(items: Collection[Any] | np.ndarray, limit: int = 3) -> str:
+    """Return the first few items as text, and how many more there are."""
+    first = ", ".join(str(item) for item in list(items)[:limit])
+    return first if len(items) <= limit else f"{first} and {len(items) - limit} more"

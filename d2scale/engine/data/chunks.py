@@ -1,0 +1,176 @@
+"""Samples in chunks: what a loader worker is asked for, and what it sends back.
+
+A worker makes a few images at a time and sends their pixels as one block of shared memory: one
+file handle and one pinned block for each chunk, not for each image.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from d2scale.engine.data.images import check_size, read_image, resize_and_flip
+from d2scale.engine.data.records import Records
+from d2scale.engine.data.transforms import Augmentation, transform_boxes
+from d2scale.errors import DataError
+
+Sample = dict[str, Any]
+
+
+class Request(NamedTuple):
+    """One image to make: its number in the dataset and what to do to it.
+
+    Attributes:
+        image: number in the dataset.
+        augmentation: new size and mirroring.
+        pad_to: (height, width) that the whole step is padded to; None for a micro-batch's own.
+    """
+
+    image: int
+    augmentation: Augmentation
+    pad_to: tuple[int, int] | None = None
+
+
+@dataclass
+class PackedChunk:
+    """A few samples whose pixels lie one after the other in one tensor.
+
+    Attributes:
+        pixels: uint8, shape (total,).
+        samples: without "image"; boxes and classes as numpy arrays.
+        sizes: (h, w) of each image.
+    """
+
+    pixels: torch.Tensor
+    samples: list[Sample]
+    sizes: list[tuple[int, int]]
+
+    def pin_memory(self) -> PackedChunk:
+        """Move the pixels to page-locked memory (called by torch's data loader)."""
+        self.pixels = self.pixels.pin_memory()
+        return self
+
+    def unpack(self) -> list[Sample]:
+        """Return the samples; their images are views of ``pixels``."""
+        start = 0
+        for sample, (height, width) in zip(self.samples, self.sizes, strict=True):
+            end = start + 3 * height * width
+            sample["image"] = self.pixels[start:end].view(3, height, width)
+            start = end
+            for key in ("boxes", "classes"):
+                if key in sample:
+                    sample[key] = torch.from_numpy(sample[key])
+        return self.samples
+
+
+@dataclass(frozen=True)
+class ChunkDataset:
+    """Makes chunks; the map-style dataset that torch's data loader hands to its workers.
+
+    Attributes:
+        records: the images.
+        order: "BGR" or "RGB".
+        with_boxes: add boxes and classes, for training.
+    """
+
+    records: Records
+    order: str
+    with_boxes: bool
+
+    def __getitem__(self, requests: Sequence[Request]) -> PackedChunk | DataError:
+        """Make the requested samples, or return, not raise, the error of a faulty image.
+
+        The data loader would turn a raised error into one with a traceback for a message.
+        """
+        try:
+            made = [self._make(request) for request in requests]
+        except DataError as error:
+            return error
+        images = [image for image, _ in made]
+        pixels = images[0].view(-1) if len(images) == 1 else torch.cat([i.view(-1) for i in images])
+        sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
+        return PackedChunk(pixels, [sample for _, sample in made], sizes)
+
+    def _make(self, request: Request) -> tuple[torch.Tensor, Sample]:
+        record = self.records[request.image]
+        image = read_image(record.file_name)
+        check_size(record.file_name, image, record.height, record.width)
+        sample: Sample = {
+            "height": record.height,
+            "width": record.width,
+            "image_id": record.image_id,
+            "file_name": record.file_name,
+        }
+        if request.pad_to is not None:
+            sample["pad_to"] = request.pad_to
+        if self.with_boxes:
+            boxes, kept = transform_boxes(
+                record.boxes, record.height, record.width, request.augmentation
+            )
+            sample["boxes"] = boxes
+            sample["classes"] = np.ascontiguousarray(record.classes[kept])
+        return resize_and_flip(image, request.augmentation, self.order), sample
+
+
+class ChunkStream:
+    """Chunks from worker processes, in the order they were asked for.
+
+    Args:
+        dataset: makes the chunks.
+        requests: one entry a chunk; may be endless.
+        num_workers: processes; 0 makes the chunks here, when they are asked for.
+        ahead: chunks to make before they are asked for; at least two for each worker.
+        pin_memory: put the pixels into page-locked memory.
+    """
+
+    def __init__(
+        self,
+        dataset: ChunkDataset,
+        requests: Iterable[Sequence[Request]],
+        *,
+        num_workers: int,
+        ahead: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {}
+        if num_workers:
+            options["prefetch_factor"] = max(2, -(-ahead // num_workers))
+        with warnings.catch_warnings():
+            # More workers than cores is the recipe's wish, and no news at every evaluation.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader: DataLoader[Any] = DataLoader(
+                dataset,  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=requests,
+                num_workers=num_workers,
+                collate_fn=_as_it_is,
+                pin_memory=pin_memory,
+                # A generator of its own: making workers must not move the global one.
+                generator=torch.Generator(),
+                **options,
+            )
+        self._chunks: Iterator[PackedChunk | DataError] | None = iter(loader)
+
+    def __next__(self) -> list[Sample]:
+        """Return the samples of the next chunk; a worker's DataError is raised here."""
+        if self._chunks is None:
+            raise StopIteration
+        chunk = next(self._chunks)
+        if isinstance(chunk, DataError):
+            raise chunk
+        return chunk.unpack()
+
+    def close(self) -> None:
+        """End the workers."""
+        # The iterator ends its workers when its last reference goes.
+        self._chunks = None
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk

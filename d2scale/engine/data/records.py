@@ -1,0 +1,130 @@
+"""A dataset in memory: one numpy array per column, not one object per image.
+
+A list of dicts would be copied, page by page, into every loader worker as reference counts
+change; arrays stay shared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Record(NamedTuple):
+    """One image as annotated.
+
+    Attributes:
+        file_name: path of the image file.
+        image_id: its id in the annotation file.
+        height, width: pixels.
+        boxes: x0 y0 x1 y1 in pixels, shape (n, 4), float32.
+        classes: contiguous class numbers, shape (n,), int64.
+    """
+
+    file_name: str
+    image_id: int
+    height: int
+    width: int
+    boxes: np.ndarray
+    classes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Records:
+    """Every image of a dataset, in columns. Behaves as a sequence of :class:`Record`.
+
+    Attributes:
+        file_names: encoded paths, shape (images,).
+        image_ids, heights, widths: shape (images,), int64.
+        box_starts: where an image's boxes start, shape (images + 1,), int64.
+        boxes: of all images, shape (boxes, 4), float32.
+        classes: shape (boxes,), int64.
+    """
+
+    file_names: np.ndarray
+    image_ids: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    box_starts: np.ndarray
+    boxes: np.ndarray
+    classes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Record:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        index %= len(self)
+        part = slice(int(self.box_starts[index]), int(self.box_starts[index + 1]))
+        return Record(
+            file_name=os.fsdecode(self.file_names[index]),
+            image_id=int(self.image_ids[index]),
+            height=int(self.heights[index]),
+            width=int(self.widths[index]),
+            boxes=self.boxes[part],
+            classes=self.classes[part],
+        )
+
+    @property
+    def box_counts(self) -> np.ndarray:
+        """Boxes of each image, shape (images,)."""
+        return np.diff(self.box_starts)
+
+    def with_boxes_only(self) -> Records:
+        """Return the images that have at least one box."""
+        kept = self.box_counts > 0
+        counts = self.box_counts[kept]
+        return Records(
+            self.file_names[kept],
+            self.image_ids[kept],
+            self.heights[kept],
+            self.widths[kept],
+            starts_from_counts(counts),
+            self.boxes,
+            self.classes,
+        )
+
+
+def starts_from_counts(counts: np.ndarray) -> np.ndarray:
+    """Return the cumulative sum that starts at 0, shape (len(counts) + 1,), int64."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def concatenate(parts: Sequence[Records]) -> Records:
+    """Return the images of all parts, in order."""
+    return Records(
+        np.concatenate([part.file_names for part in parts]),
+        np.concatenate([part.image_ids for part in parts]),
+        np.concatenate([part.heights for part in parts]),
+        np.concatenate([part.widths for part in parts]),
+        starts_from_counts(np.concatenate([part.box_counts for part in parts])),
+        np.concatenate([part.boxes for part in parts]),
+        np.concatenate([part.classes for part in parts]),
+    )
+
+
+@dataclass(frozen=True)
+class CocoDataset:
+    """A dataset that was read.
+
+    Attributes:
+        name: as in ``DATASETS``; several names joined by commas for a training set of several.
+        class_names: by contiguous class number.
+        category_ids: contiguous class number to the annotation file's category id.
+        records: the images.
+        json_file: the annotation file; empty for a training set of several.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    records: Records
+    json_file: str
+
+    def __len__(self) -> int:
+        return len(self.records)

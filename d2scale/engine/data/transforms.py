@@ -1,0 +1,161 @@
+"""Resize and flip, drawn before the image is read.
+
+What is done to an image is a function of (seed, epoch, image) alone, so the size that every
+image of a step will have is known without opening a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from fvcore.common.config import CfgNode
+
+from d2scale.errors import ConfigError, Fault
+from d2scale.sampling import Draw, uniform_numbers
+
+FORMATS = ("BGR", "RGB")
+FLIPS = ("horizontal", "none")
+SAMPLINGS = ("choice", "range")
+# Boxes thinner than this after resizing are left out, as in detectron2.
+_THINNEST_BOX = 1e-5
+
+
+class Augmentation(NamedTuple):
+    """What is done to one image: its new size in pixels, and whether it is mirrored."""
+
+    height: int
+    width: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class ResizeAndFlip:
+    """detectron2's usual augmentation: resize the shortest edge, then mirror half of the images.
+
+    Attributes:
+        short_edges: the lengths in pixels to choose from, or with ``sampling`` "range" the
+            smallest and the largest; 0 leaves the size alone.
+        sampling: "choice" or "range".
+        max_size: longest edge in pixels; it wins over the short edge.
+        flip: mirror every second image, by chance.
+    """
+
+    short_edges: tuple[int, ...]
+    sampling: str
+    max_size: int
+    flip: bool
+
+    @classmethod
+    def for_training(cls, cfg: CfgNode) -> ResizeAndFlip:
+        """Read the ``INPUT`` keys for training.
+
+        Raises:
+            ConfigError: see :func:`input_faults`.
+        """
+        _raise_faults(cfg)
+        inputs = cfg.INPUT
+        return cls(
+            tuple(inputs.MIN_SIZE_TRAIN),
+            inputs.MIN_SIZE_TRAIN_SAMPLING,
+            inputs.MAX_SIZE_TRAIN,
+            inputs.RANDOM_FLIP == "horizontal",
+        )
+
+    @classmethod
+    def for_testing(cls, cfg: CfgNode) -> ResizeAndFlip:
+        """Read the ``INPUT`` keys for evaluation: one size, no mirroring.
+
+        Raises:
+            ConfigError: see :func:`input_faults`.
+        """
+        _raise_faults(cfg)
+        return cls((cfg.INPUT.MIN_SIZE_TEST,), "choice", cfg.INPUT.MAX_SIZE_TEST, False)
+
+    def draw(self, seed: int, draw: Draw, height: int, width: int) -> Augmentation:
+        """Decide what happens to an image of ``height`` times ``width`` pixels."""
+        for_size, for_flip = uniform_numbers(seed, draw.epoch, draw.image, 2).tolist()
+        if self.sampling == "range":
+            low, high = self.short_edges
+            short_edge = low + int(for_size * (high - low + 1))
+        else:
+            short_edge = self.short_edges[int(for_size * len(self.short_edges))]
+        new_height, new_width = output_size(height, width, short_edge, self.max_size)
+        return Augmentation(new_height, new_width, self.flip and for_flip < 0.5)
+
+
+def output_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
+    """Return the (height, width) of a resized image, with detectron2's arithmetic.
+
+    Args:
+        height, width: the image, pixels.
+        short_edge: what its shorter edge becomes; 0 leaves the image as it is.
+        max_size: unless the longer edge would exceed this.
+    """
+    if short_edge == 0:
+        return height, width
+    scale = short_edge / min(height, width)
+    # The shorter edge is set, not multiplied: a product could round to one pixel less.
+    if height < width:
+        new_height, new_width = float(short_edge), scale * width
+    else:
+        new_height, new_width = scale * height, float(short_edge)
+    longest = max(new_height, new_width)
+    if longest > max_size:
+        new_height *= max_size / longest
+        new_width *= max_size / longest
+    return max(1, int(new_height + 0.5)), max(1, int(new_width + 0.5))
+
+
+def transform_boxes(
+    boxes: np.ndarray, height: int, width: int, augmentation: Augmentation
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move boxes along with their image.
+
+    Args:
+        boxes: x0 y0 x1 y1 in pixels of the original image, shape (n, 4).
+        height, width: of the original image.
+        augmentation: what happens to the image.
+
+    Returns:
+        boxes: in pixels of the new image and within it, shape (k, 4), float32.
+        kept: which of the n boxes still have a size, shape (n,), bool.
+    """
+    new_height, new_width, flip = augmentation
+    scale = (new_width / width, new_height / height)
+    moved = boxes.astype(np.float64) * np.array(scale * 2)
+    if flip:
+        moved[:, [0, 2]] = new_width - moved[:, [2, 0]]
+    moved = np.clip(moved, 0, np.array((new_width, new_height) * 2)).astype(np.float32)
+    kept = ((moved[:, 2:] - moved[:, :2]) > _THINNEST_BOX).all(axis=1)
+    return moved[kept], kept
+
+
+def _raise_faults(cfg: CfgNode) -> None:
+    if faults := list(input_faults(cfg)):
+        raise ConfigError(faults)
+
+
+def input_faults(cfg: CfgNode) -> Iterable[Fault]:
+    """Yield what the data side cannot do, or not make sense of, in ``INPUT``."""
+    inputs = cfg.INPUT
+    for key, choices in (
+        ("FORMAT", FORMATS),
+        ("RANDOM_FLIP", FLIPS),
+        ("MIN_SIZE_TRAIN_SAMPLING", SAMPLINGS),
+    ):
+        if inputs[key] not in choices:
+            yield Fault(f"INPUT.{key}", inputs[key], ", ".join(choices), "choose one of them")
+    sizes = tuple(inputs.MIN_SIZE_TRAIN)
+    if not sizes or any(not isinstance(size, int) or size < 0 for size in sizes):
+        allowed = "one or more whole numbers of pixels, 0 for no resizing"
+        yield Fault("INPUT.MIN_SIZE_TRAIN", sizes, allowed, "correct it")
+    elif inputs.MIN_SIZE_TRAIN_SAMPLING == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
+        advice = "correct it, or set INPUT.MIN_SIZE_TRAIN_SAMPLING to choice"
+        yield Fault("INPUT.MIN_SIZE_TRAIN", sizes, "(smallest, largest)", advice)
+    for key, smallest in (("MIN_SIZE_TEST", 0), ("MAX_SIZE_TRAIN", 1), ("MAX_SIZE_TEST", 1)):
+        if inputs[key] < smallest:
+            allowed = f"a whole number of pixels from {smallest}"
+            yield Fault(f"INPUT.{key}", inputs[key], allowed, "correct it")
