@@ -1,0 +1,190 @@
+"""The whole detector, from images of any size to losses or to boxes in the original images."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meta_fcos.fpn import FPN
+from meta_fcos.inference import Detections, rescale
+from meta_fcos.losses import finish_normalizers
+from meta_fcos.proposals import MetaFCOS
+from meta_fcos.resnet import ResNet
+from meta_fcos.validate import check_config
+
+logger = logging.getLogger(__name__)
+
+Sample = Mapping[str, Any]
+# Padded sizes are multiples of it, so that every stage of the backbone halves evenly.
+SIZE_DIVISOR = 32
+
+
+class OneStageDetector(nn.Module):
+    """A backbone and MetaFCOS on its pyramid.
+
+    A sample is one image, a dict: ``image``, uint8 (3, h, w) in the channel order of the pixel
+    mean; ``height`` and ``width``, the original's, in pixels; in training ``boxes``, float32
+    (k, 4), x0 y0 x1 y1 in pixels of ``image``, and ``classes``, int64 (k,); optionally
+    ``pad_to``, (h, w): the batch is padded at least to this.
+
+    Args:
+        backbone: maps images (n, 3, h, w) to levels by name, from fine to coarse.
+        proposal_generator: reads the levels ``in_features``.
+        in_features: names of levels.
+        pixel_mean: subtracted from the pixels, by channel.
+        pixel_std: divides them then, by channel.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        proposal_generator: MetaFCOS,
+        *,
+        in_features: Sequence[str] = ("p3", "p4", "p5", "p6", "p7"),
+        pixel_mean: Sequence[float] = (103.53, 116.28, 123.675),
+        pixel_std: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.proposal_generator = proposal_generator
+        self.in_features = tuple(in_features)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (pixel_mean, pixel_std))
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> OneStageDetector:
+        """Build the detector that ``cfg`` describes.
+
+        Raises:
+            ConfigError: with all faults of the keys that the model reads.
+        """
+        check_config(cfg)
+        resnets, fpn = cfg.MODEL.RESNETS, cfg.MODEL.FPN
+        bottom_up = ResNet(
+            resnets.DEPTH,
+            fpn.IN_FEATURES,
+            norm=resnets.NORM,
+            stem_channels=resnets.STEM_OUT_CHANNELS,
+            res2_channels=resnets.RES2_OUT_CHANNELS,
+            width=resnets.WIDTH_PER_GROUP,
+            stride_in_1x1=resnets.STRIDE_IN_1X1,
+            freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        )
+        backbone = FPN(
+            bottom_up,
+            fpn.IN_FEATURES,
+            channels=fpn.OUT_CHANNELS,
+            norm=fpn.NORM,
+            fuse=fpn.FUSE_TYPE,
+            top_levels=cfg.MODEL.FCOS.TOP_LEVELS,
+        )
+        return cls(
+            backbone,
+            MetaFCOS.from_config(cfg),
+            in_features=cfg.MODEL.FCOS.IN_FEATURES,
+            pixel_mean=cfg.MODEL.PIXEL_MEAN,
+            pixel_std=cfg.MODEL.PIXEL_STD,
+        )
+
+    def forward(
+        self, samples: Sequence[Sample], normalizers: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor] | list[Detections]:
+        """Return the losses in training mode, the detections otherwise.
+
+        Args:
+            samples: the batch, at least one.
+            normalizers: of the whole optimizer step, from `finish_normalizers`; None: the losses
+                are divided by this batch's own sums.
+
+        Returns:
+            In training, loss_fcos_cls, loss_fcos_loc and loss_fcos_ctr, scalars. Otherwise one
+            dict a sample, best first: boxes (k, 4), x0 y0 x1 y1 in pixels of the original image,
+            clipped; scores (k,); classes (k,), int64.
+        """
+        levels = self.backbone(self._batch(samples))
+        features = [levels[name] for name in self.in_features]
+        if self.training:
+            boxes, classes = self._truth(samples)
+            return self.proposal_generator(features, boxes, classes, normalizers)
+        found = self.proposal_generator(features)
+        return [
+            rescale(detections, sample["image"].shape[1:], (sample["height"], sample["width"]))
+            for detections, sample in zip(found, samples, strict=True)
+        ]
+
+    def loss_normalizers(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Sums over ``samples`` that the losses are divided by, from the ground truth alone.
+
+        They add up over the micro-batches and ranks of an optimizer step; the total goes through
+        `finish_normalizers` into every forward of the step.
+
+        Returns:
+            num_positives and centerness_sum, float64 scalars on the model's device.
+        """
+        with torch.no_grad():
+            boxes, classes = self._truth(samples)
+            return self.proposal_generator.loss_normalizers(boxes, classes, padded_size(samples))
+
+    def finish_normalizers(
+        self, totals: Mapping[str, Tensor], world_size: int
+    ) -> dict[str, Tensor]:
+        """Turn the sums over a whole optimizer step into the divisors of the losses.
+
+        Clamps the totals (positives to 1, centre-ness to 1e-6) and divides them by the number of
+        ranks, in this order; see `meta_fcos.losses.finish_normalizers`.
+        """
+        return finish_normalizers(totals, world_size)
+
+    def _truth(self, samples: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
+        device = self.pixel_mean.device
+        boxes = [sample["boxes"].to(device, non_blocking=True) for sample in samples]
+        return boxes, [sample["classes"].to(device, non_blocking=True) for sample in samples]
+
+    def _batch(self, samples: Sequence[Sample]) -> Tensor:
+        """Normalized images (n, 3, h, w), padded with zeros at the right and at the bottom."""
+        mean, std = self.pixel_mean, self.pixel_std
+        # The convolutions keep the format; on a CPU they are faster with channels last.
+        layout = torch.channels_last if mean.device.type == "cpu" else torch.contiguous_format
+        shape = (len(samples), 3, *padded_size(samples))
+        batch = torch.empty(shape, dtype=mean.dtype, device=mean.device, memory_format=layout)
+        batch.zero_()
+        for row, sample in zip(batch, samples, strict=True):
+            image = sample["image"].to(mean.device, non_blocking=True)
+            row[:, : image.shape[1], : image.shape[2]] = (image - mean) / std
+        return batch
+
+
+def padded_size(samples: Sequence[Sample]) -> tuple[int, int]:
+    """Height and width that hold every image and ``pad_to``, rounded up to multiples of 32."""
+    sizes = [tuple(sample["image"].shape[1:]) for sample in samples]
+    sizes += [sample["pad_to"] for sample in samples if "pad_to" in sample]
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    return _round_up(height), _round_up(width)
+
+
+def _round_up(side: int) -> int:
+    return math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR
+
+
+def build_detector(cfg: Any) -> OneStageDetector:
+    """Build the model of a config whose MODEL.META_ARCHITECTURE is MetaOneStageDetector.
+
+    Raises:
+        ConfigError: with all faults of the keys that the model reads.
+    """
+    model = OneStageDetector.from_config(cfg)
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN" and not cfg.MODEL.WEIGHTS:
+        logger.warning(
+            "MODEL.WEIGHTS is empty and MODEL.RESNETS.NORM is FrozenBN, which changes nothing "
+            "until weights are loaded: to train from random weights, use GN"
+        )
+    return model

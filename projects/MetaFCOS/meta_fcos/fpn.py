@@ -1,0 +1,103 @@
+"""Feature pyramid (FPN, arXiv 1612.03144) with extra coarse levels, in detectron2's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meta_fcos.layers import ConvNorm
+from meta_fcos.resnet import STAGES, ResNet
+
+
+class TopBlock(nn.Module):
+    """Levels beyond the last one of the FPN: p6 from p5, p7 from relu(p6)."""
+
+    def __init__(self, channels: int, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        for name in self.names:
+            self.add_module(name, nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map (n, channels, h, w) to maps of half and a quarter of its size, rounded up."""
+        levels: list[Tensor] = []
+        for name in self.names:
+            source = F.relu(levels[-1]) if levels else x
+            levels.append(getattr(self, name)(source))
+        return levels
+
+
+class FPN(nn.Module):
+    """A bottom-up network and the pyramid on it.
+
+    Args:
+        bottom_up: gives the stages ``in_features``.
+        in_features: neighbouring stages of ``bottom_up``, from fine to coarse.
+        channels: of every level.
+        norm: after the convolutions of the FPN; empty: none.
+        fuse: "sum" or "avg", how a coarser level joins a finer one.
+        top_levels: levels beyond the last stage's (2: p6 and p7 after res5).
+    """
+
+    def __init__(
+        self,
+        bottom_up: ResNet,
+        in_features: Sequence[str] = ("res3", "res4", "res5"),
+        *,
+        channels: int = 256,
+        norm: str = "",
+        fuse: str = "sum",
+        top_levels: int = 2,
+    ) -> None:
+        super().__init__()
+        self.bottom_up = bottom_up
+        self.in_features = tuple(in_features)
+        self.average = fuse == "avg"
+        self.numbers = tuple(STAGES.index(name) + 2 for name in in_features)
+        for name, number in zip(in_features, self.numbers, strict=True):
+            width = bottom_up.out_channels[name]
+            bias = norm == ""
+            self.add_module(
+                f"fpn_lateral{number}", ConvNorm(width, channels, 1, bias=bias, norm=norm)
+            )
+            self.add_module(
+                f"fpn_output{number}", ConvNorm(channels, channels, 3, bias=bias, norm=norm)
+            )
+        last = self.numbers[-1]
+        self.top_block = TopBlock(channels, [f"p{last + 1 + i}" for i in range(top_levels)])
+        self.out_names = tuple(
+            f"p{n}" for n in (*self.numbers, *range(last + 1, last + 1 + top_levels))
+        )
+        for child_name, child in self.named_children():
+            if child_name != "bottom_up":
+                _initialize(child)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Map normalized images (n, 3, h, w), h and w multiples of 32, to the pyramid's levels.
+
+        Returns:
+            By name, from fine to coarse: (n, channels, h / s, w / s), rounded up, s the stride.
+        """
+        stages = self.bottom_up(images)
+        levels: list[Tensor] = []
+        fused: Tensor | None = None
+        for name, number in zip(reversed(self.in_features), reversed(self.numbers), strict=True):
+            lateral = getattr(self, f"fpn_lateral{number}")(stages[name])
+            if fused is not None:
+                lateral.add_(F.interpolate(fused, scale_factor=2.0, mode="nearest"))
+                lateral = lateral / 2 if self.average else lateral
+            fused = lateral
+            levels.insert(0, getattr(self, f"fpn_output{number}")(fused))
+        levels += self.top_block(levels[-1])
+        return dict(zip(self.out_names, levels, strict=True))
+
+
+def _initialize(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            # a=1 is the uniform filling that caffe2 calls Xavier.
+            nn.init.kaiming_uniform_(part.weight, a=1)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

@@ -1,0 +1,97 @@
+"""Reading pickled weights without running what a pickle may ask for."""
+
+from __future__ import annotations
+
+import builtins
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from d2scale.errors import CheckpointError, Fault
+
+_PLAIN = (
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set",
+    "str", "tuple",
+)  # fmt: skip
+# numpy's own rebuilding functions, without importing its private modules.
+_array = np.empty(1)
+_REBUILD_ARRAY = _array.__reduce__()[0]
+_FROM_BUFFER = _array.__reduce_ex__(5)[0]
+_SCALAR = np.float64(0).__reduce__()[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """What a pickle of protocol 2 calls to make bytes; only for the encoding that it uses."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _allowed() -> dict[tuple[str, str], Any]:
+    allowed: dict[tuple[str, str], Any] = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("_codecs", "encode"): _encode,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+    for core in ("numpy.core", "numpy._core"):
+        allowed[f"{core}.multiarray", "_reconstruct"] = _REBUILD_ARRAY
+        allowed[f"{core}.multiarray", "scalar"] = _SCALAR
+        allowed[f"{core}.numeric", "_frombuffer"] = _FROM_BUFFER
+    for module in ("builtins", "__builtin__"):
+        allowed.update({(module, name): getattr(builtins, name) for name in _PLAIN})
+    return allowed
+
+
+_ALLOWED = _allowed()
+
+
+class _ForbiddenError(pickle.UnpicklingError):
+    """The pickle asks for something that is not on the list."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise _ForbiddenError(f"{module}.{name}") from None
+
+
+def load_pickle(path: Path) -> Any:
+    """Return what a ``.pkl`` file holds: numpy arrays in plain containers.
+
+    Raises:
+        CheckpointError: if it asks for any other class or function, which is not called; or if
+            it is not a whole pickle.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _load(file)
+    except _ForbiddenError as error:
+        fault = Fault(
+            str(path),
+            f"a pickle that asks for {error}",
+            "numpy arrays, OrderedDict and builtin containers",
+            "do not use it unless you trust its source; convert it to .pth there",
+        )
+        raise CheckpointError([fault]) from error
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    except Exception as error:  # a broken pickle raises nearly any type
+        raise _unreadable(path, str(error) or type(error).__name__) from error
+
+
+def _load(file: IO[bytes]) -> Any:
+    # The zoo's files were written by Python 2, whose byte strings numpy reads as latin1.
+    return _Unpickler(file, encoding="latin1").load()
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    reason = reason.strip().splitlines()[0]
+    return CheckpointError(
+        [Fault(str(path), f"unreadable ({reason})", "a whole .pkl file", "download it again")]
+    )

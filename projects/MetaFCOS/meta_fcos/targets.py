@@ -1,0 +1,177 @@
+"""Which box every location of the pyramid has to predict (FCOS, arXiv 1904.01355, section 3.1).
+
+All shapes follow from the image size and the number of boxes alone, so the same code runs on
+fake tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKGROUND = -1
+
+
+class Locations(NamedTuple):
+    """The locations of all levels, level after level, each row by row.
+
+    Attributes:
+        x: (l,), pixels of the padded image.
+        y: (l,), likewise.
+        stride: (l,), pixels between neighbours on the location's level.
+        level: (l,), int64.
+    """
+
+    x: Tensor
+    y: Tensor
+    stride: Tensor
+    level: Tensor
+
+
+class Targets(NamedTuple):
+    """What the head should say at every location of n images.
+
+    Attributes:
+        labels: (n, l), int64: the class, or -1 for background.
+        distances: (n, 4, l): to the left, top, right and bottom side of the location's box, in
+            strides of its level; 1 at background.
+        centerness: (n, l), in [0, 1]; 0 at background.
+    """
+
+    labels: Tensor
+    distances: Tensor
+    centerness: Tensor
+
+    @property
+    def positive(self) -> Tensor:
+        """(n, l), bool."""
+        return self.labels != BACKGROUND
+
+    def sums(self) -> dict[str, Tensor]:
+        """The loss normalizers, float64 scalars: positives, and the sum of their centre-ness."""
+        return {
+            "num_positives": self.positive.sum(dtype=torch.float64),
+            "centerness_sum": self.centerness.sum(dtype=torch.float64),
+        }
+
+
+def level_shapes(size: tuple[int, int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Height and width of every level for a padded image of ``size`` (height, width)."""
+    return [(math.ceil(size[0] / stride), math.ceil(size[1] / stride)) for stride in strides]
+
+
+def locate(
+    shapes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Locations:
+    """Return the locations of levels of these shapes: s * (column + 1/2, row + 1/2)."""
+    parts = []
+    for level, ((height, width), stride) in enumerate(zip(shapes, strides, strict=True)):
+        x = torch.arange(width, dtype=dtype, device=device) * stride + stride / 2
+        y = torch.arange(height, dtype=dtype, device=device) * stride + stride / 2
+        cells = height * width
+        parts.append(
+            (
+                x.expand(height, width).reshape(cells),
+                y[:, None].expand(height, width).reshape(cells),
+                torch.full((cells,), stride, dtype=dtype, device=device),
+                torch.full((cells,), level, dtype=torch.int64, device=device),
+            )
+        )
+    return Locations(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class TargetRule:
+    """How boxes are given to locations.
+
+    Attributes:
+        strides: of the levels, in pixels, from fine to coarse.
+        sizes_of_interest: the largest distance to a side, in pixels, at which a level hands over
+            to the next; one fewer than levels.
+        center_sample: only locations near the box's centre are candidates.
+        radius: how near, in strides along each axis.
+    """
+
+    strides: tuple[int, ...] = (8, 16, 32, 64, 128)
+    sizes_of_interest: tuple[float, ...] = (64, 128, 256, 512)
+    center_sample: bool = True
+    radius: float = 1.5
+
+    def __post_init__(self) -> None:
+        if len(self.sizes_of_interest) != len(self.strides) - 1:
+            raise ValueError(
+                f"{len(self.sizes_of_interest)} sizes of interest for {len(self.strides)} levels; "
+                "expected one fewer than levels"
+            )
+
+    def assign(
+        self,
+        boxes: Sequence[Tensor],
+        classes: Sequence[Tensor],
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+    ) -> Targets:
+        """Return the targets of n images.
+
+        Args:
+            boxes: one image each: (k, 4), x0 y0 x1 y1 in pixels of the padded image.
+            classes: one image each: (k,), int64.
+            shapes: height and width of the levels.
+            dtype: of the targets; float32 or float64.
+        """
+        locations = locate(shapes, self.strides, dtype=dtype, device=boxes[0].device)
+        images = [
+            self._assign_image(b.to(dtype), c, locations)
+            for b, c in zip(boxes, classes, strict=True)
+        ]
+        labels, distances = (torch.stack(part) for part in zip(*images, strict=True))
+        return Targets(labels, distances, centerness(distances) * (labels != BACKGROUND))
+
+    def _assign_image(
+        self, boxes: Tensor, classes: Tensor, locations: Locations
+    ) -> tuple[Tensor, Tensor]:
+        x, y, stride, _ = locations
+        if boxes.shape[0] == 0:
+            labels = torch.full_like(x, BACKGROUND, dtype=torch.int64)
+            return labels, torch.ones_like(x).expand(4, -1)
+        x0, y0, x1, y1 = boxes.T
+        area = (x1 - x0) * (y1 - y0)
+        # Of several candidates the smallest wins; infinite means that there is none.
+        area = torch.where(self._candidates(boxes, locations), area[:, None], math.inf)
+        smallest, index = area.min(dim=0)
+        positive = smallest < math.inf
+        x0, y0, x1, y1 = boxes[index].T
+        distances = torch.stack((x - x0, y - y0, x1 - x, y1 - y)) / stride
+        labels = torch.where(positive, classes[index], BACKGROUND)
+        return labels, torch.where(positive, distances, 1)
+
+    def _candidates(self, boxes: Tensor, locations: Locations) -> Tensor:
+        """(k, l), bool: may the location predict the box?"""
+        x, y, stride, level = locations
+        x0, y0, x1, y1 = boxes.T[:, :, None]
+        farthest = torch.maximum(torch.maximum(x - x0, x1 - x), torch.maximum(y - y0, y1 - y))
+        lower = farthest.new_tensor((-1.0, *self.sizes_of_interest))[level]
+        upper = farthest.new_tensor((*self.sizes_of_interest, math.inf))[level]
+        fits = (farthest >= lower) & (farthest <= upper)
+        if self.center_sample:
+            center_x, center_y, reach = (x0 + x1) / 2, (y0 + y1) / 2, self.radius * stride
+            x0, x1 = torch.maximum(x0, center_x - reach), torch.minimum(x1, center_x + reach)
+            y0, y1 = torch.maximum(y0, center_y - reach), torch.minimum(y1, center_y + reach)
+        return fits & (x > x0) & (x < x1) & (y > y0) & (y < y1)
+
+
+def centerness(distances: Tensor) -> Tensor:
+    """Centre-ness of distances (n, 4, l), all positive (FCOS, equation 3): (n, l), in (0, 1]."""
+    left, top, right, bottom = distances.unbind(dim=1)
+    horizontal = torch.minimum(left, right) / torch.maximum(left, right)
+    vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+    return (horizontal * vertical).sqrt_()
