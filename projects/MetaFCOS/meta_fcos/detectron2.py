@@ -1,0 +1,166 @@
+"""MetaFCOS for detectron2 and d2go: the same head and losses on detectron2's own backbone.
+
+Needs detectron2. :func:`register` makes the names of the published recipes known:
+``MetaOneStageDetector``, ``build_fcos_resnet_fpn_backbone`` and ``MetaFCOS``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
+from detectron2.modeling.backbone import build_backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
+from detectron2.modeling.proposal_generator import build_proposal_generator
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from d2scale.errors import ConfigError, Fault
+from meta_fcos.detector import OneStageDetector, Sample
+from meta_fcos.proposals import MetaFCOS
+from meta_fcos.validate import check_config
+
+
+class MetaOneStageDetector(OneStageDetector):
+    """The detector with detectron2's inputs and outputs."""
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> MetaOneStageDetector:
+        """Build it on the backbone and proposal generator that detectron2's registries name.
+
+        Raises:
+            ConfigError: with all faults of the keys that the model reads.
+        """
+        check_config(cfg)
+        backbone = build_backbone(cfg)
+        return cls(
+            backbone,
+            build_proposal_generator(cfg, backbone.output_shape()),
+            in_features=cfg.MODEL.FCOS.IN_FEATURES,
+            pixel_mean=cfg.MODEL.PIXEL_MEAN,
+            pixel_std=cfg.MODEL.PIXEL_STD,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(  # type: ignore[override]  # detectron2's trainers and evaluators want this form
+        self, batched_inputs: Sequence[Mapping[str, Any]], normalizers: Any = None
+    ) -> dict[str, Tensor] | list[dict[str, Instances]]:
+        """Return losses in training mode, otherwise a dict with ``instances`` for each image.
+
+        Args:
+            batched_inputs: detectron2's dicts with ``image``, ``height``, ``width`` and, in
+                training, ``instances``.
+            normalizers: see :class:`OneStageDetector`; None: of the images of all ranks.
+        """
+        samples = [_to_sample(entry) for entry in batched_inputs]
+        if self.training:
+            if normalizers is None:
+                normalizers = self._step_normalizers(samples)
+            losses = super().forward(samples, normalizers)
+            assert isinstance(losses, dict)
+            return losses
+        found = super().forward(samples)
+        return [
+            {"instances": _to_instances(detections, sample)}
+            for detections, sample in zip(found, samples, strict=True)
+        ]
+
+    def loss_normalizers(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Sums over detectron2's or d2scale's samples that the losses are divided by."""
+        return super().loss_normalizers([_to_sample(sample) for sample in samples])
+
+    def _step_normalizers(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        totals = super().loss_normalizers(samples)
+        world_size = 1
+        if dist.is_available() and dist.is_initialized():
+            world_size = dist.get_world_size()
+            for total in totals.values():
+                dist.all_reduce(total)
+        return self.finish_normalizers(totals, world_size)
+
+
+def _to_sample(entry: Mapping[str, Any]) -> dict[str, Any]:
+    sample = {key: value for key, value in entry.items() if key != "instances"}
+    height, width = entry["image"].shape[1:]
+    sample.setdefault("height", height)
+    sample.setdefault("width", width)
+    if "instances" in entry:
+        sample["boxes"] = entry["instances"].gt_boxes.tensor
+        sample["classes"] = entry["instances"].gt_classes
+    return sample
+
+
+def _to_instances(detections: Any, sample: Sample) -> Instances:
+    instances = Instances((sample["height"], sample["width"]))
+    instances.pred_boxes = Boxes(detections["boxes"])
+    instances.scores = detections["scores"]
+    instances.pred_classes = detections["classes"]
+    return instances
+
+
+def build_fcos_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
+    """Build detectron2's ResNet and FPN, with p6 made from p5.
+
+    Raises:
+        ConfigError: if the levels are not p3 to p7, which is what detectron2 can build.
+    """
+    if cfg.MODEL.FCOS.TOP_LEVELS != 2 or cfg.MODEL.FPN.IN_FEATURES[-1] != "res5":
+        raise ConfigError(
+            [
+                Fault(
+                    "MODEL.FCOS.TOP_LEVELS",
+                    cfg.MODEL.FCOS.TOP_LEVELS,
+                    "2, on a pyramid that ends with res5",
+                    "set it to 2, or use d2scale train",
+                )
+            ]
+        )
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return FPN(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _build_meta_fcos(cfg: Any, input_shape: Any) -> MetaFCOS:
+    return MetaFCOS.from_config(cfg)
+
+
+def _build_detector(cfg: Any) -> nn.Module:
+    return MetaOneStageDetector.from_config(cfg)
+
+
+def register() -> None:
+    """Register the published names with detectron2 and, if it is installed, d2go; once."""
+    detector = ("MetaOneStageDetector", _build_detector)
+    _register_once(
+        BACKBONE_REGISTRY, "build_fcos_resnet_fpn_backbone", build_fcos_resnet_fpn_backbone
+    )
+    _register_once(PROPOSAL_GENERATOR_REGISTRY, "MetaFCOS", _build_meta_fcos)
+    _register_once(META_ARCH_REGISTRY, *detector)
+    if importlib.util.find_spec("d2go") is not None:
+        from d2go.registry.builtin import META_ARCH_REGISTRY as D2GO_META_ARCH_REGISTRY
+
+        _register_once(D2GO_META_ARCH_REGISTRY, *detector)
+
+
+def _register_once(registry: Any, name: str, build: Callable[..., nn.Module]) -> None:
+    if name in registry:
+        return
+
+    def builder(*arguments: Any) -> nn.Module:
+        return build(*arguments)
+
+    builder.__name__ = name  # registries take the name of what they are given
+    registry.register()(builder)  # the form that both kinds of registry have
