@@ -109,7 +109,7 @@ def usable_boxes(file: AnnotationFile, faults: list[Fault]) -> tuple[np.ndarray,
     """
     judged = (file.image_numbers >= 0) & ~file.crowds
     limits = np.stack([file.widths, file.heights], axis=1).astype(np.float64)
-    limit = limits[file.image_numbers] if len(limits) else np.zeros((len(judged), 2))
+    limit = limits[file.image_numbers]
     corner, size = file.boxes[:, :2], file.boxes[:, 2:]
     broken = judged & ~(np.isfinite(file.boxes).all(axis=1) & (size >= 0).all(axis=1))
     judged &= ~broken

@@ -14,6 +14,7 @@ from pathlib import Path
 from d2scale.engine.data.coco_classes import (
     ALL_CATEGORY_IDS,
     BASE_CATEGORY_IDS,
+    COCO_CLASSES,
     NOVEL_CATEGORY_IDS,
 )
 from d2scale.errors import DataError, Fault
@@ -30,26 +31,30 @@ class DatasetSpec:
         image_root: the folder that the file names in it are relative to.
         category_ids: ids of the classes to read, in the order of the model's class numbers;
             None reads all that the file lists, by ascending id.
+        class_names: the names that the file must have for them; None takes any.
     """
 
     json_file: Path
     image_root: Path
     category_ids: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def _builtin_datasets() -> dict[str, DatasetSpec]:
-    splits = {
-        "base": BASE_CATEGORY_IDS,
-        "novel": NOVEL_CATEGORY_IDS,
-        "all": ALL_CATEGORY_IDS,
-    }
     specs = {}
     for part in ("train", "val"):
-        json_file = Path(f"coco/annotations/instances_{part}2017.json")
-        image_root = Path(f"coco/{part}2017")
-        specs[f"coco_2017_{part}"] = DatasetSpec(json_file, image_root, ALL_CATEGORY_IDS)
-        for split, ids in splits.items():
-            specs[f"coco_pretrain_{part}_{split}"] = DatasetSpec(json_file, image_root, ids)
+        for name, ids in (
+            (f"coco_2017_{part}", ALL_CATEGORY_IDS),
+            (f"coco_pretrain_{part}_base", BASE_CATEGORY_IDS),
+            (f"coco_pretrain_{part}_novel", NOVEL_CATEGORY_IDS),
+            (f"coco_pretrain_{part}_all", ALL_CATEGORY_IDS),
+        ):
+            specs[name] = DatasetSpec(
+                Path(f"coco/annotations/instances_{part}2017.json"),
+                Path(f"coco/{part}2017"),
+                ids,
+                tuple(COCO_CLASSES[category_id] for category_id in ids),
+            )
     return specs
 
 

@@ -155,7 +155,7 @@ class ChunkStream:
                 generator=torch.Generator(),
                 **options,
             )
-        self._chunks: Iterator[PackedChunk | DataError] | None = iter(loader)
+            self._chunks: Iterator[PackedChunk | DataError] | None = iter(loader)
 
     def __next__(self) -> list[Sample]:
         """Return the samples of the next chunk; a worker's DataError is raised here."""

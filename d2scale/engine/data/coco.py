@@ -17,8 +17,7 @@ from d2scale.engine.data.annotation_faults import (
     usable_boxes,
 )
 from d2scale.engine.data.annotation_file import AnnotationFile, read_annotation_file
-from d2scale.engine.data.catalog import ROOT_VARIABLE, dataset_spec, datasets_root
-from d2scale.engine.data.coco_classes import COCO_CLASSES
+from d2scale.engine.data.catalog import ROOT_VARIABLE, DatasetSpec, dataset_spec, datasets_root
 from d2scale.engine.data.records import CocoDataset, Records, concatenate, starts_from_counts
 from d2scale.errors import DataError, Fault
 
@@ -38,16 +37,16 @@ def load_dataset(name: str, *, key: str = "DATASETS") -> CocoDataset:
     spec = dataset_spec(name, key=key)
     _check_files_exist(name, key, spec.json_file, spec.image_root)
     file = read_annotation_file(spec.json_file)
-    wanted = _wanted_classes(file, spec.category_ids)
+    if not len(file.image_ids):
+        allowed = "a dataset with images"
+        raise DataError([Fault(key, name, allowed, f"{file.path} lists none")])
+    wanted = _wanted_classes(file, spec)
     faults = [
         *link_faults(file),
         *category_faults(file, wanted),
         *missing_image_faults(file, spec.image_root),
     ]
     boxes, usable = usable_boxes(file, faults)
-    if not len(file.image_ids):
-        allowed = "an annotation file that lists images"
-        faults.append(Fault(key, name, allowed, f"{file.path} lists none"))
     if faults:
         raise DataError(faults)
     return CocoDataset(
@@ -69,12 +68,12 @@ def _check_files_exist(name: str, key: str, json_file: Path, image_root: Path) -
         raise DataError([Fault(key, name, "a dataset that is on this machine", advice)])
 
 
-def _wanted_classes(file: AnnotationFile, ids: tuple[int, ...] | None) -> Mapping[int, str]:
-    if ids is None:
+def _wanted_classes(file: AnnotationFile, spec: DatasetSpec) -> Mapping[int, str]:
+    """Return category id to the name it must have (empty: any), in the order of the classes."""
+    if spec.category_ids is None:
         return file.categories
-    # Ids without a name in COCO are a registered dataset's own: any name will do.
-    own = not set(ids) <= set(COCO_CLASSES)
-    return {i: "" if own else COCO_CLASSES[i] for i in ids}
+    names = spec.class_names or ("",) * len(spec.category_ids)
+    return dict(zip(spec.category_ids, names, strict=True))
 
 
 def _to_records(
