@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 LAST_CHECKPOINT = "last_checkpoint"
 RECORD = "d2scale"
+# Beside weights and state, where the training stood.
+POSITION = ("iteration", "images_seen", "sampler")
 _SHOWN_KEYS = 3
 
 
@@ -34,7 +36,8 @@ class RunCheckpointer(Checkpointer):
     Args:
         model: bare or wrapped in DistributedDataParallel.
         save_dir: the run's folder.
-        facts: plain values to keep with every checkpoint, such as the total batch.
+        facts: plain values to keep with every checkpoint, such as the total batch; the
+            attribute ``facts`` may be changed later.
         save_to_disk: False on all ranks but the first.
         checkpointables: objects with ``state_dict`` and ``load_state_dict``.
     """
@@ -51,7 +54,7 @@ class RunCheckpointer(Checkpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         # Without fvcore's handler for addresses: nothing is ever fetched from the network.
         self.path_manager = PathManager()
-        self._facts = dict(facts or {})
+        self.facts = dict(facts or {})
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name``.pth whole or not at all, then make it the last checkpoint.
@@ -63,7 +66,7 @@ class RunCheckpointer(Checkpointer):
             return
         data: dict[str, Any] = {"model": self.model.state_dict()}
         data.update({key: each.state_dict() for key, each in self.checkpointables.items()})
-        data[RECORD] = {"format": FORMAT, **self._facts}
+        data[RECORD] = {"format": FORMAT, **self.facts}
         data.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
         logger.info("Saving checkpoint to %s", path)
@@ -79,8 +82,8 @@ class RunCheckpointer(Checkpointer):
         """Load the last checkpoint into the model and all checkpointables.
 
         Returns:
-            What else it holds, with ``iteration``, the last one that was finished, and the
-            record ``d2scale``; None if the folder has no checkpoint.
+            What else it holds: ``iteration``, the last one that was finished, ``images_seen``,
+            ``sampler`` and the record ``d2scale``; None if the folder has no checkpoint.
 
         Raises:
             CheckpointError: if it is missing, truncated, of a newer format, or not of this run.
@@ -90,7 +93,7 @@ class RunCheckpointer(Checkpointer):
         path = Path(self.get_checkpoint_file())
         logger.info("Resuming from %s", path)
         content = read_checkpoint(path)
-        faults = _record_faults(path, content, [*self.checkpointables, "iteration"])
+        faults = _record_faults(path, content, [*self.checkpointables, *POSITION])
         if not faults:
             faults = mismatches(path, content["model"], self.model.state_dict())
         if faults:

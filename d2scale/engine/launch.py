@@ -88,6 +88,9 @@ def launch(
         return _run_in_group(function, args, use_cuda)
     if num_processes * num_machines == 1:
         return function(*args)
+    faults = address_faults(num_machines, machine_rank, dist_url)
+    if faults:
+        raise ConfigError(faults)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="d2scale-"))
         config = _launch_config(num_processes, num_machines, machine_rank, dist_url, folder)
@@ -125,8 +128,6 @@ def _launch_config(
             # A laptop's own host name need not resolve.
             local_addr="localhost",
         )
-    if dist_url == "auto" or not 0 <= machine_rank < num_machines:
-        raise ConfigError(_machine_faults(num_machines, machine_rank, dist_url))
     return LaunchConfig(
         **common,
         run_id="d2scale",
@@ -136,14 +137,19 @@ def _launch_config(
     )
 
 
-def _machine_faults(num_machines: int, machine_rank: int, dist_url: str) -> list[Fault]:
+def address_faults(num_machines: int, machine_rank: int, dist_url: str) -> list[Fault]:
+    """Return what makes it impossible for the machines of a launch to meet."""
     faults = []
-    if dist_url == "auto":
-        faults.append(_url_fault(dist_url))
-    if not 0 <= machine_rank < num_machines:
-        faults.append(
-            Fault("--machine-rank", machine_rank, f"0 to {num_machines - 1}", "number from 0")
-        )
+    try:
+        if dist_url != "auto":
+            _endpoint(dist_url)
+        elif num_machines > 1:
+            faults.append(_url_fault(dist_url))
+    except ConfigError as error:
+        faults += error.faults
+    if not 0 <= machine_rank < max(1, num_machines):
+        allowed = f"0 to {num_machines - 1}"
+        faults.append(Fault("--machine-rank", machine_rank, allowed, "number from 0"))
     return faults
 
 

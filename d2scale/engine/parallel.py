@@ -42,3 +42,12 @@ def largest_over_ranks(values: dict[str, float], device: torch.device) -> dict[s
     tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return dict(zip(values, tensor.tolist(), strict=True))
+
+
+def same_on_all_ranks(value: int) -> bool:
+    """Return whether every rank gives the same ``value``."""
+    if world_size() == 1:
+        return True
+    values: list[int | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return len(set(values)) == 1

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -120,12 +119,9 @@ class Trainer:
 
 def cut(share: MicroBatch, sizes: Sequence[int]) -> list[MicroBatch]:
     """Cut a rank's share of a step into micro-batches of the given sizes."""
-    samples: Iterator[Any] = iter(share)
-    micro_batches = [list(islice(samples, size)) for size in sizes]
-    assert [len(each) for each in micro_batches] == list(sizes) and not list(samples), (
-        f"a share of {len(share)} images does not make micro-batches of {sizes}"
-    )
-    return micro_batches
+    assert len(share) == sum(sizes), f"{len(share)} images for micro-batches of {sizes}"
+    samples = iter(share)
+    return [list(islice(samples, size)) for size in sizes]
 
 
 def seed_step(seed: int, iteration: int) -> None:

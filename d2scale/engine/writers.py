@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -132,7 +133,9 @@ class JsonWriter:
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        line = json.dumps({**scalars, "iteration": iteration}, sort_keys=True)
+        # JSON has no word for what is not a number, such as AP of a class without ground truth.
+        values = {k: value if math.isfinite(value) else None for k, value in scalars.items()}
+        line = json.dumps({**values, "iteration": iteration}, sort_keys=True)
         self._file.write(line + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -178,25 +181,32 @@ class TensorBoardWriter:
 
 
 class Reporter:
-    """Collects the metrics of a run on its first rank and tells them every ``period`` steps.
+    """Collects the metrics of a run and tells them when asked.
 
-    On a terminal a bar moves with every step; elsewhere the log has a line each period.
+    On a terminal a bar moves with every step; elsewhere the log shows a line for each report.
 
     Args:
-        writers: closed with the reporter.
+        writers: closed with the reporter; none on all ranks but the first.
         period: steps between two reports, and the window of the medians.
         start_iteration: first step of this run.
         max_iter: steps of the whole training.
+        bar: show a bar, if there is a terminal.
     """
 
     def __init__(
-        self, writers: Sequence[Writer], *, period: int, start_iteration: int, max_iter: int
+        self,
+        writers: Sequence[Writer],
+        *,
+        period: int,
+        start_iteration: int,
+        max_iter: int,
+        bar: bool = True,
     ) -> None:
         self.history = MetricHistory(period, max_iter)
         self._writers = writers
         self._logger = logging.getLogger(METRICS_LOGGER)
         self._bar: tqdm[Any] | None = None
-        if on_terminal():
+        if bar and on_terminal():
             self._bar = tqdm(
                 total=max_iter, initial=start_iteration, unit="step", dynamic_ncols=True
             )
@@ -220,7 +230,10 @@ class Reporter:
         for writer in self._writers:
             writer.write(iteration, scalars)
 
-    def close(self) -> None:
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Close the bar and the writers."""
         if self._bar is not None:
             self._bar.close()

@@ -18,7 +18,7 @@ def run(tmp_path):
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
     saver = RunCheckpointer(model, str(tmp_path), facts={"batch": 4}, optimizer=optimizer)
-    saver.save("model_0000004", iteration=4)
+    saver.save("model_0000004", iteration=4, images_seen=20, sampler={})
     return saver
 
 
@@ -61,7 +61,7 @@ def test_failed_write_keeps_the_last_checkpoint(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.torch, "save", fill_the_disk)
     with pytest.raises(CheckpointError, match="No space left on device") as caught:
-        run.save("model_0000009", iteration=9)
+        run.save("model_0000009", iteration=9, images_seen=40, sampler={})
     one_line(caught)
     monkeypatch.undo()
     assert resumer(tmp_path).resume()["iteration"] == 4
@@ -78,7 +78,7 @@ def test_kill_while_writing_leaves_the_last_checkpoint(run, tmp_path, monkeypatc
 
     monkeypatch.setattr(module.torch, "save", die)
     with pytest.raises(Killed):
-        run.save("model_0000004", iteration=5)
+        run.save("model_0000004", iteration=5, images_seen=24, sampler={})
     monkeypatch.undo()
     assert resumer(tmp_path).resume()["iteration"] == 4
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from meta_fcos.losses import finish_normalizers
 from meta_fcos.proposals import MetaFCOS
 from meta_fcos.resnet import ResNet
 from meta_fcos.validate import check_config
+from meta_fcos.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,14 @@ class OneStageDetector(nn.Module):
             rescale(detections, sample["image"].shape[1:], (sample["height"], sample["width"]))
             for detections, sample in zip(found, samples, strict=True)
         ]
+
+    def load_weights(self, path: Path) -> None:
+        """Load published weights in place; see `meta_fcos.weights.load_weights`.
+
+        Raises:
+            CheckpointError: if the file cannot be read or is of another model.
+        """
+        load_weights(self, path)
 
     def loss_normalizers(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Sums over ``samples`` that the losses are divided by, from the ground truth alone.

@@ -1,0 +1,130 @@
+"""What a run does after a step: save, evaluate, report. Each is called on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from fvcore.common.checkpoint import PeriodicCheckpointer
+
+from d2scale.engine.checkpoint import RunCheckpointer
+from d2scale.engine.parallel import largest_over_ranks
+from d2scale.engine.writers import Reporter, StepMetrics
+from d2scale.errors import D2ScaleError
+
+
+class HasState(Protocol):
+    """Anything with a place to go on from."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+class Save:
+    """Writes ``model_0004999.pth`` after every 5000th step, and ``model_final.pth``.
+
+    Args:
+        checkpointer: what it writes with.
+        sampler: its state is kept with the weights.
+        period: steps between checkpoints; 0: only the last.
+        max_iter: steps of the whole training.
+    """
+
+    def __init__(
+        self, checkpointer: RunCheckpointer, sampler: HasState, *, period: int, max_iter: int
+    ) -> None:
+        self._model = checkpointer.model
+        self._sampler = sampler
+        self._period = period or max_iter
+        self._max_iter = max_iter
+        self._periodic = PeriodicCheckpointer(checkpointer, period or max_iter + 1, max_iter)
+
+    def __call__(self, step: StepMetrics) -> None:
+        done = step.iteration + 1
+        if done % self._period and done != self._max_iter:
+            return
+        self._check_weights(step.iteration)
+        self._periodic.step(
+            step.iteration, images_seen=step.images_seen, sampler=self._sampler.state_dict()
+        )
+
+    def _check_weights(self, iteration: int) -> None:
+        """Weights that are not finite must not replace a good checkpoint."""
+        broken = [
+            name
+            for name, value in self._model.state_dict().items()
+            if value.is_floating_point() and not torch.isfinite(value).all()
+        ]
+        if broken:
+            raise D2ScaleError(
+                f"{len(broken)} weights are not finite after iteration {iteration} (the first is "
+                f"{broken[0]}), so they are not saved; lower SOLVER.BASE_LR or clip with "
+                "SOLVER.CLIP_GRADIENTS, and use --resume to go on from the last checkpoint"
+            )
+
+
+class Evaluate:
+    """Evaluates after every ``period`` steps; the end of the run has an evaluation of its own.
+
+    Args:
+        evaluate: returns metrics by name on the first rank, nothing elsewhere.
+        reporter: is told the metrics.
+        period: steps between evaluations; 0: none.
+        max_iter: steps of the whole training.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], Mapping[str, float]],
+        reporter: Reporter,
+        *,
+        period: int,
+        max_iter: int,
+    ) -> None:
+        self._evaluate = evaluate
+        self._reporter = reporter
+        self._period = period
+        self._max_iter = max_iter
+
+    def __call__(self, step: StepMetrics) -> None:
+        done = step.iteration + 1
+        if self._period and done % self._period == 0 and done != self._max_iter:
+            self.now(step.iteration)
+
+    def now(self, iteration: int) -> dict[str, float]:
+        """Evaluate, report it for ``iteration`` and return the metrics."""
+        results = dict(self._evaluate())
+        if results:
+            self._reporter.tell(iteration, results)
+        return results
+
+
+class Report:
+    """Hands each step to the reporter, and has it report every ``period`` steps and at the end.
+
+    Times and memory are those of the slowest and the fullest rank.
+
+    Args:
+        reporter: one on each rank.
+        device: of this rank.
+        period: steps between reports.
+        max_iter: steps of the whole training.
+    """
+
+    def __init__(
+        self, reporter: Reporter, device: torch.device, *, period: int, max_iter: int
+    ) -> None:
+        self._reporter = reporter
+        self._device = device
+        self._period = period
+        self._max_iter = max_iter
+
+    def __call__(self, step: StepMetrics) -> None:
+        self._reporter.put(step)
+        done = step.iteration + 1
+        if done % self._period and done != self._max_iter:
+            return
+        values = self._reporter.history.times()
+        if self._device.type == "cuda":
+            values["max_mem_mb"] = torch.cuda.max_memory_allocated(self._device) / 2**20
+        self._reporter.report(step.iteration, largest_over_ranks(values, self._device))

@@ -1,0 +1,91 @@
+"""Models by name: built by the package that offers them, on the run's device, with weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from d2scale.engine.checkpoint import mismatches, read_checkpoint
+from d2scale.engine.weights import find_weights
+from d2scale.errors import CheckpointError, ConfigError, Fault
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINTS = "d2scale.models"
+Builder = Callable[[CfgNode], nn.Module]
+
+
+def find_builder(name: str) -> Builder:
+    """Return the function that builds the model which ``MODEL.META_ARCHITECTURE`` names.
+
+    Raises:
+        ConfigError: if no installed package offers it; lists those that are offered.
+    """
+    offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if name not in offered:
+        allowed = ", ".join(sorted(offered)) or "none, for no installed package offers a model"
+        advice = f"install a package that offers it as an entry point {ENTRY_POINTS}"
+        raise ConfigError([Fault("MODEL.META_ARCHITECTURE", name, allowed, advice)])
+    builder: Builder = offered[name].load()
+    return builder
+
+
+def check_model(cfg: CfgNode) -> None:
+    """Build the model without memory, to hear what is wrong with its keys.
+
+    Raises:
+        ConfigError: from the model's package.
+    """
+    builder = find_builder(cfg.MODEL.META_ARCHITECTURE)
+    # What the builder logs belongs into the run's log, when it builds in earnest.
+    logging.disable(logging.WARNING)
+    try:
+        with torch.device("meta"):
+            builder(cfg)
+    except (NotImplementedError, RuntimeError):
+        # Not every model can be built without memory; then the ranks hear it first.
+        pass
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def device_of(cfg: CfgNode) -> torch.device:
+    """Return this rank's device."""
+    if cfg.MODEL.DEVICE == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """Build the model on this rank's device, with random weights."""
+    return find_builder(cfg.MODEL.META_ARCHITECTURE)(cfg).to(device_of(cfg))
+
+
+def load_initial_weights(model: nn.Module, name: str) -> None:
+    """Load what ``MODEL.WEIGHTS`` names; nothing if it is empty.
+
+    A model with a method ``load_weights(path)`` does it itself. Of any other, the names and
+    shapes in the file must be the model's own.
+
+    Raises:
+        CheckpointError: if the file is not there, broken, or of another model.
+    """
+    if not name:
+        return
+    path = find_weights(name)
+    own_loader: Callable[[Path], object] | None = getattr(model, "load_weights", None)
+    if own_loader is not None:
+        own_loader(path)
+        return
+    found = read_checkpoint(path)["model"]
+    faults = mismatches(path, found, model.state_dict())
+    if faults:
+        raise CheckpointError(faults)
+    model.load_state_dict(found)
+    logger.info("loaded %d tensors from %s", len(found), path)

@@ -1,0 +1,282 @@
+"""What one rank of a run does: build everything, train, evaluate."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fvcore.common.config import CfgNode
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+
+from d2scale import __version__
+from d2scale.engine.actions import Evaluate, Report, Save
+from d2scale.engine.checkpoint import RECORD, RunCheckpointer
+from d2scale.engine.data.coco import load_dataset, load_training_dataset
+from d2scale.engine.data.loader import TrainLoader, build_test_loader, build_train_loader
+from d2scale.engine.evaluation import evaluate, format_results
+from d2scale.engine.logs import logging_to
+from d2scale.engine.models import build_model, device_of, load_initial_weights
+from d2scale.engine.parallel import data_parallel, rank, same_on_all_ranks, world_size
+from d2scale.engine.solver import build_gradient_clipper, build_lr_schedule, build_optimizer
+from d2scale.engine.trainer import Trainer
+from d2scale.engine.writers import JsonWriter, Reporter, TensorBoardWriter, Writer
+from d2scale.errors import CheckpointError, Fault
+from d2scale.microbatch import MicroBatchStep
+from d2scale.plan import Plan
+from d2scale.plan_formats import to_table
+from d2scale.rules import micro_batch_sizes
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the parent process hands to its ranks.
+
+    Attributes:
+        cfg: the config to run, planned.
+        recipe: the config as it was before planning, as YAML.
+        plan: what was decided; None when the run only evaluates.
+        resume: go on from the last checkpoint in the run's folder, if there is one.
+        notes: lines for the log about what was decided before the log began.
+    """
+
+    cfg: CfgNode
+    recipe: str
+    plan: Plan | None
+    resume: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where a training stands: the facts that a checkpoint adds to weights and optimizer."""
+
+    next_iteration: int
+    images_seen: int
+    seed: int
+    sampler: dict[str, Any] | None
+
+
+def run_rank(job: Job) -> Results:
+    """Train and evaluate, or only evaluate, on this rank.
+
+    Returns:
+        The metrics of the last evaluation, under the names that ``metrics.json`` uses; empty
+        without ``DATASETS.TEST``, and on all ranks but the first.
+
+    Raises:
+        D2ScaleError: for what the user can mend.
+    """
+    with logging_to(Path(job.cfg.OUTPUT_DIR), rank()):
+        logger.info(
+            "d2scale %s, torch %s, processes: %d, device: %s",
+            *(__version__, torch.__version__, world_size(), job.cfg.MODEL.DEVICE),
+        )
+        for note in job.notes:
+            logger.info(note)
+        if job.plan is None:
+            return _evaluate_only(job)
+        logger.info("the plan:\n%s", to_table(job.plan))
+        return _train(job, job.plan)
+
+
+def _evaluate_only(job: Job) -> Results:
+    model = build_model(job.cfg)
+    saved = RunCheckpointer(model, job.cfg.OUTPUT_DIR, save_to_disk=False)
+    last = saved.get_checkpoint_file() if job.resume else ""
+    load_initial_weights(model, last or job.cfg.MODEL.WEIGHTS)
+    return evaluate_all(job.cfg, model)
+
+
+def evaluate_all(cfg: CfgNode, model: nn.Module) -> Results:
+    """Evaluate on every dataset of ``DATASETS.TEST``, into ``OUTPUT_DIR/inference``.
+
+    Returns:
+        On rank 0 ``bbox/AP`` and so on, with several datasets ``NAME/bbox/AP``; elsewhere
+        nothing.
+    """
+    results: Results = {}
+    names = tuple(cfg.DATASETS.TEST)
+    for name in names:
+        dataset = load_dataset(name, key="DATASETS.TEST")
+        loader = build_test_loader(cfg, dataset, world_size=world_size(), rank=rank())
+        folder, prefix = Path(cfg.OUTPUT_DIR) / "inference", "bbox/"
+        if len(names) > 1:
+            folder, prefix = folder / name, f"{name}/bbox/"
+        metrics = evaluate(model, dataset, loader, folder, max_dets=cfg.TEST.DETECTIONS_PER_IMAGE)
+        if metrics is not None:
+            logger.info("evaluation on %s:\n%s", name, format_results(metrics))
+            results.update({prefix + key: value for key, value in metrics.items()})
+    return results
+
+
+def _train(job: Job, plan: Plan) -> Results:
+    cfg, device = job.cfg, device_of(job.cfg)
+    seed = _agreed_seed(cfg.SEED, device)
+    torch.manual_seed(seed)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    # Before a checkpoint sets the groups to the rates of its own moment.
+    schedule = build_lr_schedule(cfg, optimizer)
+    precision = _precision(cfg)
+    scaler = GradScaler(device.type) if precision is torch.float16 else None
+    checkpointer = _checkpointer(job, plan, seed, model, optimizer, scaler)
+    position = _resume(checkpointer, plan) if job.resume else None
+    if position is None:
+        load_initial_weights(model, cfg.MODEL.WEIGHTS)
+        position = _Position(0, 0, seed, None)
+    checkpointer.facts["seed"] = position.seed
+    logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
+    wrapped = data_parallel(
+        model, find_unused_parameters=cfg.MODEL.DDP_FIND_UNUSED_PARAMETERS
+    ).train()
+    with _build_loader(cfg, position) as data:
+        sizes = micro_batch_sizes(plan.ims_per_batch, world_size(), plan.ims_per_gpu)
+        trainer = Trainer(
+            MicroBatchStep(wrapped, precision=precision, scaler=scaler),
+            data,
+            sizes[rank()],
+            optimizer,
+            schedule,
+            seed=position.seed,
+            clip=build_gradient_clipper(cfg),
+            scaler=scaler,
+            start_iteration=position.next_iteration,
+            images_before=position.images_seen,
+        )
+        return _run(cfg, trainer, model, checkpointer, data)
+
+
+def _run(
+    cfg: CfgNode,
+    trainer: Trainer,
+    model: nn.Module,
+    checkpointer: RunCheckpointer,
+    data: TrainLoader,
+) -> Results:
+    """Train to the end, with everything that happens after a step, and evaluate."""
+    max_iter = cfg.SOLVER.MAX_ITER
+    with _reporter(cfg, trainer.next_iteration) as reporter:
+        assess = Evaluate(
+            partial(evaluate_all, cfg, model),
+            reporter,
+            period=cfg.TEST.EVAL_PERIOD,
+            max_iter=max_iter,
+        )
+        save = Save(checkpointer, data, period=cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=max_iter)
+        report = Report(reporter, device_of(cfg), period=cfg.WRITER_PERIOD, max_iter=max_iter)
+        trainer.train(max_iter, (save, assess, report))
+        data.close()
+        return assess.now(max_iter - 1)
+
+
+def _agreed_seed(seed: int, device: torch.device) -> int:
+    """Rank 0's seed; drawn by chance if it is negative."""
+    agreed = torch.tensor(torch.seed() % 2**31 if seed < 0 else seed, device=device)
+    if world_size() > 1:
+        dist.broadcast(agreed, 0)
+    return int(agreed)
+
+
+def _precision(cfg: CfgNode) -> torch.dtype | None:
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    return torch.float16 if cfg.SOLVER.AMP.PRECISION == "float16" else torch.bfloat16
+
+
+def _checkpointer(
+    job: Job,
+    plan: Plan,
+    seed: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler | None,
+) -> RunCheckpointer:
+    """Everything that a later run needs to go on, on other hardware too."""
+    facts = {
+        "version": __version__,
+        "ims_per_batch": plan.ims_per_batch,
+        "ims_per_gpu": plan.ims_per_gpu,
+        "world_size": plan.world_size,
+        "method": plan.method,
+        "seed": seed,
+        "plan": plan.to_json(),
+        "recipe": job.recipe,
+    }
+    others = {} if scaler is None else {"scaler": scaler}
+    return RunCheckpointer(
+        model,
+        job.cfg.OUTPUT_DIR,
+        facts=facts,
+        save_to_disk=rank() == 0,
+        optimizer=optimizer,
+        **others,
+    )
+
+
+def _resume(checkpointer: RunCheckpointer, plan: Plan) -> _Position | None:
+    """Load the last checkpoint; None if there is none.
+
+    Raises:
+        CheckpointError: if it is not one of this training, or not all ranks see the same one.
+    """
+    content = checkpointer.resume()
+    done = -1 if content is None else int(content["iteration"])
+    if not same_on_all_ranks(done):
+        advice = "give all machines the same files, or start from MODEL.WEIGHTS without --resume"
+        fault = Fault("OUTPUT_DIR", checkpointer.save_dir, "a folder shared by all ranks", advice)
+        raise CheckpointError([fault])
+    if content is None:
+        logger.info("no checkpoint to resume from in %s: starting anew", checkpointer.save_dir)
+        return None
+    record = content[RECORD]
+    if record["ims_per_batch"] != plan.ims_per_batch:
+        raise CheckpointError(
+            [
+                Fault(
+                    "SOLVER.IMS_PER_BATCH",
+                    plan.ims_per_batch,
+                    f"{record['ims_per_batch']}, the total batch of the run to resume",
+                    "resume with the total batch that the run was started with",
+                )
+            ]
+        )
+    return _Position(done + 1, int(content["images_seen"]), record["seed"], content["sampler"])
+
+
+def _build_loader(cfg: CfgNode, position: _Position) -> TrainLoader:
+    dataset = load_training_dataset(cfg)
+    logger.info("training on %d images of %s", len(dataset), dataset.name)
+    return build_train_loader(
+        cfg,
+        dataset,
+        world_size=world_size(),
+        rank=rank(),
+        ims_per_batch=cfg.SOLVER.IMS_PER_BATCH,
+        seed=position.seed,
+        start_state=position.sampler,
+        exact=cfg.D2SCALE.EXACT,
+    )
+
+
+def _reporter(cfg: CfgNode, start_iteration: int) -> Reporter:
+    writers: list[Writer] = []
+    if rank() == 0:
+        folder = Path(cfg.OUTPUT_DIR)
+        writers = [JsonWriter(folder, start_iteration), TensorBoardWriter(folder, start_iteration)]
+    return Reporter(
+        writers,
+        period=cfg.WRITER_PERIOD,
+        start_iteration=start_iteration,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        bar=rank() == 0,
+    )
