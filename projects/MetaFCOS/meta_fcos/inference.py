@@ -48,7 +48,7 @@ class InferenceRule:
         for shape, stride, logits, distances, centerness in zip(
             shapes, self.strides, *outputs, strict=True
         ):
-            x, y, _, _ = locate([shape], [stride], dtype=dtype, device=device)
+            x, y, _ = locate([shape], [stride], dtype=dtype, device=device)
             sides = distances.to(dtype).flatten(2).mul(stride).unbind(dim=1)
             boxes = torch.stack((x - sides[0], y - sides[1], x + sides[2], y + sides[3]), dim=2)
             levels.append(self._best(logits.to(dtype), centerness.to(dtype), boxes))

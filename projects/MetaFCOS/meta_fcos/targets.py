@@ -24,13 +24,11 @@ class Locations(NamedTuple):
         x: (l,), pixels of the padded image.
         y: (l,), likewise.
         stride: (l,), pixels between neighbours on the location's level.
-        level: (l,), int64.
     """
 
     x: Tensor
     y: Tensor
     stride: Tensor
-    level: Tensor
 
 
 class Targets(NamedTuple):
@@ -73,20 +71,25 @@ def locate(
     device: torch.device,
 ) -> Locations:
     """Return the locations of levels of these shapes: s * (column + 1/2, row + 1/2)."""
-    parts = []
-    for level, ((height, width), stride) in enumerate(zip(shapes, strides, strict=True)):
+    columns, rows = [], []
+    for (height, width), stride in zip(shapes, strides, strict=True):
         x = torch.arange(width, dtype=dtype, device=device) * stride + stride / 2
         y = torch.arange(height, dtype=dtype, device=device) * stride + stride / 2
-        cells = height * width
-        parts.append(
-            (
-                x.expand(height, width).reshape(cells),
-                y[:, None].expand(height, width).reshape(cells),
-                torch.full((cells,), stride, dtype=dtype, device=device),
-                torch.full((cells,), level, dtype=torch.int64, device=device),
-            )
-        )
-    return Locations(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        columns.append(x.repeat(height))
+        rows.append(y.repeat_interleave(width))
+    x, y = torch.cat(columns), torch.cat(rows)
+    return Locations(x, y, _per_location(strides, shapes, x))
+
+
+def _per_location(
+    values: Sequence[float], shapes: Sequence[tuple[int, int]], like: Tensor
+) -> Tensor:
+    """One value a level, repeated for each of its locations: (l,)."""
+    parts = [
+        like.new_full((height * width,), value)
+        for value, (height, width) in zip(values, shapes, strict=True)
+    ]
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -129,24 +132,28 @@ class TargetRule:
             dtype: of the targets; float32 or float64.
         """
         locations = locate(shapes, self.strides, dtype=dtype, device=boxes[0].device)
+        sizes = self.sizes_of_interest
+        lower = _per_location((-1, *sizes), shapes, locations.x)
+        upper = _per_location((*sizes, math.inf), shapes, locations.x)
         images = [
-            self._assign_image(b.to(dtype), c, locations)
+            self._assign_image(b.to(dtype), c, locations, lower, upper)
             for b, c in zip(boxes, classes, strict=True)
         ]
         labels, distances = (torch.stack(part) for part in zip(*images, strict=True))
         return Targets(labels, distances, centerness(distances) * (labels != BACKGROUND))
 
     def _assign_image(
-        self, boxes: Tensor, classes: Tensor, locations: Locations
+        self, boxes: Tensor, classes: Tensor, locations: Locations, lower: Tensor, upper: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, y, stride, _ = locations
+        x, y, stride = locations
         if boxes.shape[0] == 0:
             labels = torch.full_like(x, BACKGROUND, dtype=torch.int64)
             return labels, torch.ones_like(x).expand(4, -1)
         x0, y0, x1, y1 = boxes.T
         area = (x1 - x0) * (y1 - y0)
         # Of several candidates the smallest wins; infinite means that there is none.
-        area = torch.where(self._candidates(boxes, locations), area[:, None], math.inf)
+        candidates = self._candidates(boxes, locations, lower, upper)
+        area = torch.where(candidates, area[:, None], math.inf)
         smallest, index = area.min(dim=0)
         positive = smallest < math.inf
         x0, y0, x1, y1 = boxes[index].T
@@ -154,13 +161,13 @@ class TargetRule:
         labels = torch.where(positive, classes[index], BACKGROUND)
         return labels, torch.where(positive, distances, 1)
 
-    def _candidates(self, boxes: Tensor, locations: Locations) -> Tensor:
+    def _candidates(
+        self, boxes: Tensor, locations: Locations, lower: Tensor, upper: Tensor
+    ) -> Tensor:
         """(k, l), bool: may the location predict the box?"""
-        x, y, stride, level = locations
+        x, y, stride = locations
         x0, y0, x1, y1 = boxes.T[:, :, None]
         farthest = torch.maximum(torch.maximum(x - x0, x1 - x), torch.maximum(y - y0, y1 - y))
-        lower = farthest.new_tensor((-1.0, *self.sizes_of_interest))[level]
-        upper = farthest.new_tensor((*self.sizes_of_interest, math.inf))[level]
         fits = (farthest >= lower) & (farthest <= upper)
         if self.center_sample:
             center_x, center_y, reach = (x0 + x1) / 2, (y0 + y1) / 2, self.radius * stride
