@@ -63,7 +63,7 @@ def _check_files_exist(name: str, key: str, json_file: Path, image_root: Path) -
     if absent:
         advice = (
             f"{' and '.join(absent)} not found; set {ROOT_VARIABLE} to the folder that holds "
-            f"coco/ (now {str(datasets_root())!r}, that is {datasets_root().absolute()})"
+            f"coco/ (now {datasets_root().absolute()})"
         )
         raise DataError([Fault(key, name, "a dataset that is on this machine", advice)])
 

@@ -221,3 +221,16 @@ def test_real_coco_gives_the_same_steps_on_one_and_two_ranks(cfg, real_coco, mon
     parts = [take(make_loader(cfg, world_size=2, rank=r, batch=16, exact=True), 2) for r in (0, 1)]
     for number in range(2):
         assert_same(whole[number], parts[0][number] + parts[1][number])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_for_a_gpu_are_in_pinned_memory(cfg, workers):
+    expected = take(make_loader(cfg), 2)
+    cfg.MODEL.DEVICE = "cuda"
+    cfg.DATALOADER.NUM_WORKERS = workers
+    found = take(make_loader(cfg), 2)
+    assert all(sample["image"].is_pinned() for sample in itertools.chain(*found))
+    for left, right in zip(expected, found, strict=True):
+        assert_same(left, right)
