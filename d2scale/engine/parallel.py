@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def data_parallel(model: nn.Module, *, find_unused_parameters: bool = False) -> 
     # torch 2.15 renamed the option.
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # A 1x1 convolution's gradient has strides that differ in name only.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     options: dict[str, Any] = {name: False, "find_unused_parameters": find_unused_parameters}
     return DistributedDataParallel(model, **options)
 

@@ -129,18 +129,12 @@ def _train(job: Job, plan: Plan) -> Results:
     schedule = build_lr_schedule(cfg, optimizer)
     precision = _precision(cfg)
     scaler = GradScaler(device.type) if precision is torch.float16 else None
-    checkpointer = _checkpointer(job, plan, seed, model, optimizer, scaler)
-    position = _resume(checkpointer, plan) if job.resume else None
-    if position is None:
-        load_initial_weights(model, cfg.MODEL.WEIGHTS)
-        position = _Position(0, 0, seed, None)
-    checkpointer.facts["seed"] = position.seed
-    logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
-    wrapped = data_parallel(
-        model, find_unused_parameters=cfg.MODEL.DDP_FIND_UNUSED_PARAMETERS
-    ).train()
+    checkpointer = _checkpointer(job, plan, model, optimizer, scaler)
+    position = _position(job, plan, checkpointer, seed)
+    unused = cfg.MODEL.DDP_FIND_UNUSED_PARAMETERS
+    wrapped = data_parallel(model, find_unused_parameters=unused).train()
+    sizes = micro_batch_sizes(plan.ims_per_batch, world_size(), plan.ims_per_gpu)
     with _build_loader(cfg, position) as data:
-        sizes = micro_batch_sizes(plan.ims_per_batch, world_size(), plan.ims_per_gpu)
         trainer = Trainer(
             MicroBatchStep(wrapped, precision=precision, scaler=scaler),
             data,
@@ -154,6 +148,17 @@ def _train(job: Job, plan: Plan) -> Results:
             images_before=position.images_seen,
         )
         return _run(cfg, trainer, model, checkpointer, data)
+
+
+def _position(job: Job, plan: Plan, checkpointer: RunCheckpointer, seed: int) -> _Position:
+    """Load the last checkpoint, or the initial weights, and return where the training stands."""
+    position = _resume(checkpointer, plan) if job.resume else None
+    if position is None:
+        load_initial_weights(checkpointer.model, job.cfg.MODEL.WEIGHTS)
+        position = _Position(0, 0, seed, None)
+    checkpointer.facts["seed"] = position.seed
+    logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
+    return position
 
 
 def _run(
@@ -196,7 +201,6 @@ def _precision(cfg: CfgNode) -> torch.dtype | None:
 def _checkpointer(
     job: Job,
     plan: Plan,
-    seed: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: GradScaler | None,
@@ -208,7 +212,6 @@ def _checkpointer(
         "ims_per_gpu": plan.ims_per_gpu,
         "world_size": plan.world_size,
         "method": plan.method,
-        "seed": seed,
         "plan": plan.to_json(),
         "recipe": job.recipe,
     }

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from standins import StandIn
+
+from d2scale.engine.actions import Evaluate, Report, Save
+from d2scale.engine.checkpoint import RunCheckpointer
+from d2scale.engine.writers import Reporter, StepMetrics
+from d2scale.errors import D2ScaleError
+
+
+class Sampler:
+    def state_dict(self):
+        return {"position": 7}
+
+
+class Told:
+    """A writer that remembers."""
+
+    def __init__(self):
+        self.lines = []
+
+    def write(self, iteration, scalars):
+        self.lines.append((iteration, dict(scalars)))
+
+    def close(self):
+        pass
+
+
+def step(iteration):
+    return StepMetrics(iteration, {"loss": 1.0}, 0.1, 0.5, 0.1, 4 * (iteration + 1))
+
+
+def saved_names(folder, period, max_iter=10, model=None):
+    checkpointer = RunCheckpointer(model or StandIn(), str(folder))
+    save = Save(checkpointer, Sampler(), period=period, max_iter=max_iter)
+    for iteration in range(max_iter):
+        save(step(iteration))
+    return sorted(path.name for path in folder.glob("*.pth"))
+
+
+def test_checkpoints_have_detectron2s_names(tmp_path):
+    assert saved_names(tmp_path, period=4) == [
+        "model_0000003.pth",
+        "model_0000007.pth",
+        "model_final.pth",
+    ]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    content = torch.load(tmp_path / "model_0000003.pth", weights_only=True)
+    assert (content["iteration"], content["images_seen"]) == (3, 16)
+    assert content["sampler"] == {"position": 7}
+
+
+def test_period_of_zero_saves_only_the_last(tmp_path):
+    assert saved_names(tmp_path, period=0) == ["model_final.pth"]
+
+
+def test_broken_weights_do_not_replace_a_good_checkpoint(tmp_path):
+    model = StandIn()
+    saved_names(tmp_path, period=4, max_iter=5, model=model)
+    with torch.no_grad():
+        model.score.bias.fill_(math.nan)
+    before = (tmp_path / "model_final.pth").read_bytes()
+    with pytest.raises(D2ScaleError, match=r"not finite after iteration 3 .*score\.bias"):
+        saved_names(tmp_path, period=4, max_iter=5, model=model)
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+
+
+def test_evaluation_comes_in_between_and_not_at_the_end():
+    told = Told()
+    reporter = Reporter([told], period=1, start_iteration=0, max_iter=8)
+    evaluate = Evaluate(lambda: {"bbox/AP": 1.0}, reporter, period=4, max_iter=8)
+    for iteration in range(8):
+        evaluate(step(iteration))
+    assert told.lines == [(3, {"bbox/AP": 1.0})]
+    assert evaluate.now(7) == {"bbox/AP": 1.0}
+    assert told.lines[1:] == [(7, {"bbox/AP": 1.0})]
+
+
+def test_no_evaluation_without_a_period_or_results():
+    told = Told()
+    reporter = Reporter([told], period=1, start_iteration=0, max_iter=8)
+    Evaluate(lambda: {"bbox/AP": 1.0}, reporter, period=0, max_iter=8)(step(3))
+    assert Evaluate(dict, reporter, period=4, max_iter=8).now(3) == {}
+    assert told.lines == []
+
+
+def test_reports_every_period_and_at_the_end():
+    told = Told()
+    reporter = Reporter([told], period=3, start_iteration=0, max_iter=8)
+    report = Report(reporter, torch.device("cpu"), period=3, max_iter=8)
+    for iteration in range(8):
+        report(step(iteration))
+    assert [iteration for iteration, _ in told.lines] == [2, 5, 7]
+    assert told.lines[0][1]["images_seen"] == 12

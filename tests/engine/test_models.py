@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+from standins import StandIn
+
+from d2scale.config import get_cfg
+from d2scale.engine import models
+from d2scale.engine.models import build_model, check_model, find_builder, load_initial_weights
+from d2scale.errors import CheckpointError, ConfigError, Fault
+
+
+def build_stand_in(cfg):
+    return StandIn()
+
+
+def refuse(cfg):
+    raise ConfigError([Fault("MODEL.SIZE", 0, "1 or more", "correct it")])
+
+
+def needs_memory(cfg):
+    torch.zeros(1).item()
+    return StandIn()
+
+
+@pytest.fixture
+def cfg(monkeypatch):
+    offered = [
+        EntryPoint(name, f"{__name__}:{name}", models.ENTRY_POINTS)
+        for name in ("build_stand_in", "refuse", "needs_memory")
+    ]
+    functions = {f.__name__: f for f in (build_stand_in, refuse, needs_memory)}
+    monkeypatch.setattr(EntryPoint, "load", lambda self: functions[self.name])
+    monkeypatch.setattr(models, "entry_points", lambda group: offered)
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "build_stand_in"
+    return cfg
+
+
+def test_model_of_an_entry_point(cfg):
+    assert isinstance(build_model(cfg), StandIn)
+
+
+def test_unknown_model_lists_the_known(cfg):
+    with pytest.raises(ConfigError, match="build_stand_in, needs_memory, refuse"):
+        find_builder("RetinaNet")
+
+
+def test_metafcos_is_offered():
+    assert callable(find_builder("MetaOneStageDetector"))
+
+
+def test_faults_of_the_model_are_heard_early(cfg):
+    check_model(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "needs_memory"
+    check_model(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "refuse"
+    with pytest.raises(ConfigError, match=r"MODEL\.SIZE is 0"):
+        check_model(cfg)
+
+
+def test_weights_by_name_and_shape(tmp_path):
+    saved, model = StandIn(seed=1), StandIn(seed=2)
+    path = tmp_path / "model.pth"
+    torch.save({"model": saved.state_dict()}, path)
+    load_initial_weights(model, str(path))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in saved.state_dict().items())
+    model.score = torch.nn.Linear(9, 1)
+    with pytest.raises(CheckpointError, match="1 shapes that differ"):
+        load_initial_weights(model, str(path))
+
+
+def test_models_own_loader_is_asked_first(tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"its own format")
+    asked = []
+    model = StandIn()
+    model.load_weights = asked.append
+    load_initial_weights(model, str(path))
+    assert asked == [path]
+
+
+def test_no_weights():
+    load_initial_weights(StandIn(), "")
