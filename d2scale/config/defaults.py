@@ -34,6 +34,9 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     cfg.D2SCALE.ON_OOM = "raise"
     # Make every step independent of the number of ranks and micro-batches, to rounding.
     cfg.D2SCALE.EXACT = False
+    # Compute activations again in the backward pass instead of keeping them: less memory, more
+    # time. Only the default engine honours it.
+    cfg.D2SCALE.ACTIVATION_CHECKPOINTING = False
     cfg.D2SCALE.MEMORY = node()
     # Device memory to plan for, in GiB. 0: what the device has.
     cfg.D2SCALE.MEMORY.BUDGET_GIB = 0.0
@@ -41,6 +44,9 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     cfg.D2SCALE.MEMORY.FRACTION = 0.95
     # Memory profile file. Empty: none.
     cfg.D2SCALE.MEMORY.PROFILE = ""
+    # Let d2scale_max_memory measure on the device before training, where there is one and
+    # neither IMS_PER_GPU nor PROFILE is given. False: predict.
+    cfg.D2SCALE.MEMORY.PROBE = True
 
 
 def get_cfg() -> CfgNode:

@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from d2scale.engine.checkpoint import mismatches, read_checkpoint
+from d2scale.engine.checkpointing import apply_activation_checkpointing
 from d2scale.engine.weights import find_weights
 from d2scale.errors import CheckpointError, ConfigError, Fault
 
@@ -42,12 +43,12 @@ def check_model(cfg: CfgNode) -> None:
     Raises:
         ConfigError: from the model's package.
     """
-    builder = find_builder(cfg.MODEL.META_ARCHITECTURE)
+    find_builder(cfg.MODEL.META_ARCHITECTURE)
     # What the builder logs belongs into the run's log, when it builds in earnest.
     logging.disable(logging.WARNING)
     try:
         with torch.device("meta"):
-            builder(cfg)
+            new_model(cfg)
     except (NotImplementedError, RuntimeError):
         # Not every model can be built without memory; then the ranks hear it first.
         pass
@@ -62,9 +63,21 @@ def device_of(cfg: CfgNode) -> torch.device:
     return torch.device("cpu")
 
 
+def new_model(cfg: CfgNode) -> nn.Module:
+    """Build the model with random weights, on torch's default device.
+
+    Raises:
+        ConfigError: from the model's package, or for a switch that the model does not offer.
+    """
+    model = find_builder(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    if cfg.D2SCALE.ACTIVATION_CHECKPOINTING:
+        apply_activation_checkpointing(model)
+    return model
+
+
 def build_model(cfg: CfgNode) -> nn.Module:
     """Build the model on this rank's device, with random weights."""
-    return find_builder(cfg.MODEL.META_ARCHITECTURE)(cfg).to(device_of(cfg))
+    return new_model(cfg).to(device_of(cfg))
 
 
 def load_initial_weights(model: nn.Module, name: str) -> None:

@@ -15,7 +15,7 @@ from meta_fcos.fpn import FPN
 from meta_fcos.inference import Detections, rescale
 from meta_fcos.losses import finish_normalizers
 from meta_fcos.proposals import MetaFCOS
-from meta_fcos.resnet import ResNet
+from meta_fcos.resnet import ResidualBlock, ResNet
 from meta_fcos.validate import check_config
 from meta_fcos.weights import load_weights
 
@@ -153,6 +153,13 @@ class OneStageDetector(nn.Module):
         ranks, in this order; see `meta_fcos.losses.finish_normalizers`.
         """
         return finish_normalizers(totals, world_size)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only what goes into residual blocks and head towers, from now on."""
+        self.proposal_generator.fcos_head.recompute_towers = True
+        for module in self.backbone.modules():
+            if isinstance(module, ResidualBlock):
+                module.recompute = True
 
     def _truth(self, samples: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
         device = self.pixel_mean.device

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meta_fcos.fused import norm_relu_conv2d
 from meta_fcos.layers import GROUPS
@@ -65,6 +66,8 @@ class FCOSHead(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        # Activation checkpointing: keep what goes into a tower, compute the rest again.
+        self.recompute_towers = False
         self.cls_tower = _tower(in_channels, num_cls_convs)
         self.bbox_tower = _tower(in_channels, num_box_convs)
         self.cls_logits = _conv(in_channels, num_classes, cls_logits_kernel)
@@ -85,15 +88,20 @@ class FCOSHead(nn.Module):
             torch.cat((self.bbox_pred.weight, self.ctrness.weight)),
             torch.cat((cast("Tensor", self.bbox_pred.bias), cast("Tensor", self.ctrness.bias))),
         )
+        run = self._run_again if self.recompute_towers and torch.is_grad_enabled() else _run
         outputs = HeadOutputs([], [], [])
         for level, feature in enumerate(features):
-            outputs.logits.append(_run(self.cls_tower, feature, *classes))
-            distances, centerness = _run(self.bbox_tower, feature, *box).split((4, 1), dim=1)
+            outputs.logits.append(run(self.cls_tower, feature, *classes))
+            distances, centerness = run(self.bbox_tower, feature, *box).split((4, 1), dim=1)
             if self.scales:
                 distances = distances * cast("Scale", self.scales[level]).scale
             outputs.distances.append(F.relu(distances))
             outputs.centerness.append(centerness)
         return outputs
+
+    def _run_again(self, *args: Any) -> Tensor:
+        """As ``_run``, now and once more in the backward pass."""
+        return checkpoint(_run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:

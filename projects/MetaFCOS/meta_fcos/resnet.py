@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meta_fcos.layers import ConvNorm, freeze
 
@@ -30,7 +32,7 @@ class Stem(nn.Module):
         return F.max_pool2d(F.relu_(self.conv1(x)), kernel_size=3, stride=2, padding=1)
 
 
-class _Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """What both kinds of block share: a branch beside a shortcut, and a ReLU after their sum."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str) -> None:
@@ -41,16 +43,24 @@ class _Residual(nn.Module):
             else None
         )
 
+        # Activation checkpointing: keep what goes in, compute the rest again.
+        self.recompute = False
+
     def branch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, in_channels, h, w) to (n, out_channels, h / stride, w / stride)."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, x, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
         return F.relu_(self.branch(x).add_(shortcut))
 
 
-class BasicBlock(_Residual):
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions, for depths 18 and 34."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str) -> None:
@@ -63,7 +73,7 @@ class BasicBlock(_Residual):
         return self.conv2(F.relu_(self.conv1(x)))
 
 
-class Bottleneck(_Residual):
+class Bottleneck(ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions, the middle one on ``width`` channels."""
 
     def __init__(
