@@ -1,0 +1,192 @@
+"""What a training step allocates and frees, in order, for any number of images.
+
+Two recorded steps, with one and with two images, become one :class:`Stream` whose every request
+is a line in the number of images. Numbers in, numbers out; no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from d2scale.memory.alignment import corresponding
+
+
+@dataclass(eq=False, frozen=True)
+class Allocation:
+    """One storage.
+
+    Attributes:
+        operation: what made it.
+        trailing_shape: the shape of its first tensor without the leading dimension, which is
+            the one that the images count in.
+        phase: part of the step.
+        nbytes: its size.
+    """
+
+    operation: str
+    trailing_shape: tuple[int, ...]
+    phase: str
+    nbytes: int
+
+    @property
+    def likeness(self) -> tuple[object, ...]:
+        """Equal for the same allocation of steps with different numbers of images."""
+        return (self.operation, self.trailing_shape, self.phase)
+
+
+class Event(NamedTuple):
+    """An allocation, or its end."""
+
+    allocation: Allocation
+    is_free: bool
+
+
+@dataclass(eq=False)
+class Trace:
+    """A recorded step.
+
+    Attributes:
+        held: what lived before it.
+        events: in order.
+    """
+
+    held: list[Allocation]
+    events: list[Event] = field(default_factory=list)
+
+    def allocate(self, allocation: Allocation) -> None:
+        """Record an allocation."""
+        self.events.append(Event(allocation, False))
+
+    def free(self, allocation: Allocation) -> None:
+        """Record the end of one."""
+        self.events.append(Event(allocation, True))
+
+    def workspace(self, nbytes: int, phase: str) -> None:
+        """Record what an operation may need for as long as it runs."""
+        allocation = Allocation("workspace", (), phase, nbytes)
+        self.allocate(allocation)
+        self.free(allocation)
+
+    def allocations(self) -> list[Allocation]:
+        """Return what the step allocates, in order."""
+        return [event.allocation for event in self.events if not event.is_free]
+
+
+class Line(NamedTuple):
+    """Bytes as a function of the images: ``static_bytes + images * bytes_per_image``."""
+
+    static_bytes: int
+    bytes_per_image: int
+
+    def at(self, images: float) -> float:
+        """Return the bytes for ``images``, which need not be whole."""
+        return self.static_bytes + images * self.bytes_per_image
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A training step for any number of images.
+
+    Attributes:
+        held: bytes of each storage that outlives the step: weights, optimizer state, buckets.
+        requests: a line for each allocation of the step.
+        phases: the part of the step that each request belongs to.
+        workspaces: whether each request is only an operation's workspace.
+        events: position in ``requests``, and whether it is freed there, in order.
+    """
+
+    held: tuple[int, ...]
+    requests: tuple[Line, ...]
+    phases: tuple[str, ...]
+    workspaces: tuple[bool, ...]
+    events: tuple[tuple[int, bool], ...]
+
+    @classmethod
+    def from_traces(cls, one: Trace, two: Trace) -> Stream:
+        """Combine steps with one and with two images."""
+        ones, twos = one.allocations(), two.allocations()
+        partner = corresponding([a.likeness for a in ones], [a.likeness for a in twos])
+        position = {id(allocation): index for index, allocation in enumerate(twos)}
+        events = [
+            (position[id(event.allocation)], event.is_free)
+            for event in two.events
+            if id(event.allocation) in position
+        ]
+        passing = _freed_within_their_round(events, partner)
+        requests = []
+        for index, allocation in enumerate(twos):
+            nbytes = allocation.nbytes
+            if index in partner:
+                before = ones[partner[index]].nbytes
+            else:
+                # Made by a loop over the images, in the round of its first one. Either it ends
+                # with its round, or it stays, and stands for those of all images but one.
+                before = nbytes if index in passing else 0
+            requests.append(Line(2 * before - nbytes, nbytes - before))
+        return cls(
+            held=tuple(allocation.nbytes for allocation in two.held),
+            requests=tuple(requests),
+            phases=tuple(allocation.phase for allocation in twos),
+            workspaces=tuple(allocation.operation == "workspace" for allocation in twos),
+            events=tuple(events),
+        )
+
+    def request_bytes(self, images: float) -> list[int]:
+        """Return the size of every request of a step with ``images`` images of the traced size.
+
+        Fewer than a whole image, or a fraction, stands for smaller images.
+        """
+        return [max(0, round(line.at(images))) for line in self.requests]
+
+    def peak_lines(self, workspace_factor: float = 0.0) -> dict[str, list[Line]]:
+        """Return, for each phase, the lines whose maximum is the most that lives in it.
+
+        Args:
+            workspace_factor: what share of the recorded workspaces counts.
+        """
+        found: dict[str, set[Line]] = {}
+        static, slope = sum(self.held), 0
+        for index, is_free in self.events:
+            factor = workspace_factor if self.workspaces[index] else 1
+            sign = -1 if is_free else 1
+            static += sign * round(factor * self.requests[index].static_bytes)
+            slope += sign * round(factor * self.requests[index].bytes_per_image)
+            if not is_free:
+                found.setdefault(self.phases[index], set()).add(Line(static, slope))
+        return {phase: upper_envelope(lines) for phase, lines in found.items()}
+
+
+def upper_envelope(lines: Iterable[Line]) -> list[Line]:
+    """Return the lines that are the largest for some number of images from one up."""
+    envelope: list[Line] = []
+    for line in sorted(lines, key=lambda each: (each.bytes_per_image, each.static_bytes)):
+        while envelope and (
+            envelope[-1].at(1) <= line.at(1)
+            or (len(envelope) > 1 and _crossing(*envelope[-2:]) >= _crossing(envelope[-2], line))
+        ):
+            envelope.pop()
+        envelope.append(line)
+    return envelope
+
+
+def _crossing(flat: Line, steep: Line) -> float:
+    """Images from which ``steep`` is the larger."""
+    return (flat.static_bytes - steep.static_bytes) / (steep.bytes_per_image - flat.bytes_per_image)
+
+
+def _freed_within_their_round(
+    events: Sequence[tuple[int, bool]], partner: Mapping[int, int]
+) -> set[int]:
+    """Positions without a partner that are freed before the next that has one is allocated."""
+    freed: set[int] = set()
+    since: set[int] = set()
+    for index, is_free in events:
+        if is_free:
+            freed |= {index} & since
+        elif index in partner:
+            since.clear()
+        else:
+            since.add(index)
+    return freed

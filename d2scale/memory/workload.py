@@ -1,0 +1,55 @@
+"""The default engine's training of a config, as a workload to predict or measure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from d2scale.engine.models import new_model
+from d2scale.engine.solver import build_gradient_clipper, build_optimizer
+from d2scale.memory.coverage import coverage
+from d2scale.memory.predict import Workload
+from d2scale.memory.steps import TrainingStep
+from d2scale.memory.worst_case import WorstCase
+
+
+def workload_of(cfg: Any, worst_case: WorstCase) -> Workload:
+    """Return what the default engine does with ``cfg``, on batches of the worst case.
+
+    The weights are random: their values take no memory.
+    """
+    precision = _precision(cfg)
+
+    def build_step() -> TrainingStep:
+        model = new_model(cfg).train()
+        return TrainingStep(
+            model,
+            build_optimizer(cfg, model),
+            precision=precision,
+            clip=build_gradient_clipper(cfg),
+        )
+
+    return Workload(
+        build_step,
+        worst_case.samples,
+        _description(cfg, worst_case, precision),
+        coverage(cfg),
+    )
+
+
+def _precision(cfg: Any) -> torch.dtype | None:
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    return torch.float16 if cfg.SOLVER.AMP.PRECISION == "float16" else torch.bfloat16
+
+
+def _description(cfg: Any, worst_case: WorstCase, precision: torch.dtype | None) -> str:
+    height, width = worst_case.size
+    numbers = "float32" if precision is None else f"AMP {str(precision).removeprefix('torch.')}"
+    checkpointing = ", activation checkpointing" if cfg.D2SCALE.ACTIVATION_CHECKPOINTING else ""
+    return (
+        f"{cfg.MODEL.META_ARCHITECTURE}, images of {height}x{width} pixels with "
+        f"{worst_case.boxes} boxes ({worst_case.origin}), {numbers}{checkpointing}, "
+        f"{cfg.SOLVER.OPTIMIZER}"
+    )

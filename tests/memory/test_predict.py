@@ -1,0 +1,156 @@
+import pytest
+import torch
+from torch import nn
+
+from d2scale.config import load_cfg
+from d2scale.memory.predict import Workload, predict, record_step
+from d2scale.memory.steps import TrainingStep
+from d2scale.memory.tracker import StorageTracker
+from d2scale.memory.workload import workload_of
+from d2scale.memory.worst_case import WorstCase
+
+WORST = WorstCase(((160, 192),), 7, "a test")
+NARROW = (
+    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "32", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1"),
+)
+
+
+class Net(nn.Module):
+    """Losses as of a detector, over images that are given one by one."""
+
+    def __init__(self, channels=16, hidden=4, outputs=2, pooled=False):
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.Conv2d(3, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, hidden, 3)
+        )
+        self.pooled = pooled
+        self.last = nn.Linear(hidden, outputs)
+
+    def forward(self, samples):
+        images = torch.stack([(sample["image"] / 255.0) * 2 - 1 for sample in samples])
+        maps = self.convs(images)
+        scores = self.last(maps.mean((2, 3)) if self.pooled else maps.movedim(1, 3))
+        return {"loss_cls": scores.square().sum(), "loss_loc": maps.abs().mean()}
+
+
+class Choosy(Net):
+    """Looks at values: what is positive decides the shapes."""
+
+    def forward(self, samples):
+        losses = super().forward(samples)
+        boxes = torch.cat([sample["boxes"] for sample in samples])
+        return losses | {"loss_box": boxes[boxes[:, 0] > 10].sum() * self.last.weight.sum()}
+
+
+def workload(model_class=Net, optimizer=torch.optim.SGD, **options):
+    def build_step():
+        model = model_class(**options)
+        chosen = {"lr": 0.01, "momentum": 0.9} if optimizer is torch.optim.SGD else {"lr": 0.01}
+        return TrainingStep(model, optimizer(model.parameters(), foreach=True, **chosen))
+
+    return Workload(build_step, WORST.samples)
+
+
+def counted_peak(work, images):
+    """Peak of a real step on the CPU, the optimizer's state being there already."""
+    step = work.build_step()
+    tracker = StorageTracker()
+    with tracker:
+        tracker.count(*step.model.parameters(), *step.model.buffers())
+        step.make_optimizer_state()
+    record_step(step, work.make_batch(images), tracker)
+    return tracker.peak_bytes
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_one_and_two_images_tell_four_and_eight(fake):
+    prediction = predict(workload(), fake=fake)
+    for images in (1, 2, 4, 8):
+        assert prediction.live_bytes(images) == pytest.approx(
+            counted_peak(workload(), images), rel=0.002
+        )
+
+
+def test_a_small_models_peak_is_its_optimizer_step_until_the_images_are_many():
+    work = workload(Net, torch.optim.AdamW, hidden=8, outputs=500_000, pooled=True)
+    prediction = predict(work)
+    assert prediction.live_bytes(1) == prediction.live_bytes(2)
+    for images in (1, 2, 8, 24):
+        assert prediction.live_bytes(images) == pytest.approx(counted_peak(work, images), rel=0.002)
+    assert prediction.live_bytes(24) > 1.5 * prediction.live_bytes(2)
+    profile = prediction.profile(work)
+    budget = profile.peak_bytes(20)
+    assert profile.largest_ims_per_gpu(budget) == 20
+
+
+def metafcos(*opts):
+    cfg = load_cfg("d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml", [*NARROW, *opts])
+    return workload_of(cfg, WORST)
+
+
+@pytest.mark.parametrize(
+    "opts", [(), ("SOLVER.OPTIMIZER", "adamw"), ("SOLVER.CLIP_GRADIENTS.ENABLED", "True")]
+)
+def test_metafcos_is_predicted_with_fake_tensors(opts):
+    prediction = predict(metafcos(*opts))
+    assert prediction.fake
+    for images in (4, 8):
+        assert prediction.live_bytes(images) == pytest.approx(
+            counted_peak(metafcos(*opts), images), rel=0.02
+        )
+
+
+def test_half_precision_and_checkpointing_save_memory():
+    amp = ("SOLVER.AMP.ENABLED", "True")
+    checkpointing = ("D2SCALE.ACTIVATION_CHECKPOINTING", "True")
+    choices = ((), checkpointing, amp, amp + checkpointing)
+    peaks = [predict(metafcos(*opts)).live_bytes(64) for opts in choices]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == 4
+
+
+def test_a_model_that_looks_at_values_is_counted_with_real_steps():
+    prediction = predict(workload(Choosy))
+    assert not prediction.fake
+    assert prediction.live_bytes(8) == pytest.approx(counted_peak(workload(Choosy), 8), rel=0.02)
+
+
+def test_another_failure_of_the_model_passes_through_untouched():
+    class Broken(Net):
+        def forward(self, samples):
+            raise ZeroDivisionError("a fault of the model")
+
+    with pytest.raises(ZeroDivisionError, match="a fault of the model"):
+        predict(workload(Broken))
+
+
+def test_the_profile_says_how_it_was_made_and_what_it_covers():
+    work = metafcos("SOLVER.AMP.ENABLED", "True")
+    profile = predict(work).profile(work)
+    assert profile.source == "predicted"
+    assert "160x192" in profile.description
+    assert "AMP float16" in profile.description
+    assert "fake tensors" in profile.description
+    assert profile.covers["precision"] == "16 bit"
+    assert profile.context_bytes > 0
+    assert {phase.name for phase in profile.phases} == {"forward", "backward", "optimizer"}
+    for point in profile.points:
+        assert point.live_bytes <= point.needed_bytes <= point.reserved_bytes * 1.01
+        # What a plan counts with, runtime included, is at least what the allocator needs.
+        needed = point.needed_bytes + profile.context_bytes
+        assert profile.peak_bytes(point.ims_per_gpu) >= needed * 0.999
+
+
+def test_more_ranks_and_accumulation_hold_the_gradients_again():
+    work = workload()
+    prediction = predict(work)
+    profile = prediction.profile(work)
+    model_bytes = sum(4 * p.numel() for p in work.build_step().model.parameters())
+    assert prediction.gradient_bytes == model_bytes
+    alone = profile.peak_bytes(8)
+    assert profile.peak_bytes(8, world_size=2) == alone + model_bytes
+    assert profile.peak_bytes(8, accumulates=True) == alone + model_bytes
+    larger = predict(metafcos())
+    assert larger.reserved_bytes(8, world_size=2) > larger.reserved_bytes(8)
