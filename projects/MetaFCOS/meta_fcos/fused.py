@@ -136,8 +136,10 @@ def _scaled(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
 
 
 def _norm_relu(x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float) -> Tensor:
-    # In the parameters' precision, as autocast would do it.
-    return F.relu_(F.group_norm(x.to(scale.dtype), groups, scale, shift, eps)).to(x.dtype)
+    # In the parameters' precision, as autocast would do it. torch.group_norm, not F's: that one
+    # refuses groups of a single value, but only where the batch is a single image.
+    normed = torch.group_norm(x.to(scale.dtype), groups, scale, shift, eps)
+    return F.relu_(normed).to(x.dtype)
 
 
 def _padding(weight: Tensor) -> Pair:
