@@ -237,7 +237,9 @@ def _killed(rank: int, signal_name: str) -> D2ScaleError:
 @contextmanager
 def _quiet_loggers() -> Iterator[None]:
     """Keep the launcher from reporting again, and at length, what ``launch`` raises."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    # Each of torch's loggers has a level of its own, so a parent's would not do.
+    known = [name for name in logging.root.manager.loggerDict if name.startswith(_NOISY_LOGGERS)]
+    loggers = [logging.getLogger(name) for name in known]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.CRITICAL)

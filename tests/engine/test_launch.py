@@ -59,7 +59,7 @@ def test_killed_rank_ends_the_others():
     assert time.monotonic() - start < 60
 
 
-def test_interrupt_ends_all_ranks(tmp_path):
+def test_interrupt_ends_all_ranks_quietly(tmp_path, capfd):
     marker = str(tmp_path / "pid")
 
     def interrupt_when_started():
@@ -73,6 +73,7 @@ def test_interrupt_ends_all_ranks(tmp_path):
     for file in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
+    assert capfd.readouterr().err == ""
 
 
 def test_under_torchrun_the_ranks_are_used(tmp_path):
