@@ -7,9 +7,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from d2scale import __version__
 from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fault
+
+if TYPE_CHECKING:
+    from d2scale.hardware import Hardware
 
 _PLAN_EPILOG = """\
 example:
@@ -17,6 +21,13 @@ example:
   | config key     |   old value |   new value |
   | SOLVER.BASE_LR |        0.01 |  0.00015625 |
   ...
+"""
+
+_MEMORY_EPILOG = """\
+example, without a GPU:
+  $ d2scale memory d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml --device cpu -o profile.json
+  $ d2scale plan d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml --method max_memory \\
+        --gpu-memory-gib 16 --profile profile.json
 """
 
 _TRAIN_EPILOG = """\
@@ -63,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"d2scale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_plan(commands)
+    _add_memory(commands)
     _add_train(commands)
     _add_demo(commands)
     doctor = _add_command(commands, "doctor", "show versions, devices, and what can run here")
@@ -102,6 +114,11 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--lr-rule", help="auto, linear, sqrt or none")
     parser.add_argument("--ims-per-gpu", type=int, metavar="M", help="images in one forward")
     parser.add_argument("--profile", metavar="FILE", help="memory profile")
+    parser.add_argument(
+        "--explore",
+        action="store_true",
+        help="list float32, AMP, activation checkpointing and both, instead of one plan",
+    )
     parser.add_argument("--format", choices=("table", "json", "yaml"), default="table")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there, not to the terminal")
     parser.set_defaults(command=_plan)
@@ -119,7 +136,10 @@ def _plan(arguments: argparse.Namespace) -> int:
         budget_gib=arguments.gpu_memory_gib,
         profile_path=arguments.profile,
         ims_per_gpu=arguments.ims_per_gpu,
+        settings=settings,
     )
+    if arguments.explore:
+        return _explore(arguments, cfg, hardware)
     plan = make_plan(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
     if arguments.format == "yaml":
         folder = os.path.dirname(os.path.abspath(arguments.output or "plan.yaml"))
@@ -130,6 +150,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         text = plan_formats.to_table(plan)
     _emit(text.rstrip("\n") + "\n", arguments.output)
+    return 0
+
+
+def _explore(arguments: argparse.Namespace, cfg: Any, hardware: Hardware) -> int:
+    from d2scale.explore import explore, to_json, to_table
+
+    choices = explore(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
+    text = to_json(choices) if arguments.format == "json" else to_table(choices)
+    _emit(text + "\n", arguments.output)
     return 0
 
 
@@ -148,6 +177,40 @@ def _emit(text: str, path: str | None) -> None:
         raise ConfigError(
             [Fault("--output", path, "a file that can be written", f"{error.strerror}")]
         ) from error
+
+
+def _add_memory(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_command(
+        commands, "memory", "tell how much device memory training needs", _MEMORY_EPILOG, True
+    )
+    parser.add_argument("config", help="the recipe: a file or d2scale://NAME.yaml")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cpu: predict for a GPU that need not be there; cuda: measure (cpu)",
+    )
+    parser.add_argument(
+        "--explore",
+        action="store_true",
+        help="with cpu: also AMP, activation checkpointing and both",
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the memory profile there")
+    parser.set_defaults(command=_memory)
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    from d2scale.config import load_cfg
+    from d2scale.memory.profile import dump_profiles
+    from d2scale.memory.profiling import make_profiles
+    from d2scale.memory.tables import to_table
+
+    cfg = load_cfg(arguments.config, arguments.opts)
+    profiles = make_profiles(cfg, arguments.device, explore=arguments.explore)
+    if arguments.output is not None:
+        _emit(dump_profiles(profiles), arguments.output)
+    print(to_table(profiles, cfg.D2SCALE.MEMORY.FRACTION))
+    return 0
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

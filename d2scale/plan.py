@@ -9,7 +9,7 @@ from typing import Any
 
 from d2scale import rules
 from d2scale.errors import ConfigError, Fault
-from d2scale.memory.profile import GIB, MemoryProfile, load_profile
+from d2scale.hardware import Hardware
 from d2scale.schedule import Schedule, differences, get_key, set_key
 
 METHODS = ("per_gpu", "keep_total", "max_memory")
@@ -65,85 +65,6 @@ class Plan:
         return content
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """What the recipe shall run on.
-
-    Attributes:
-        world_size: ranks, one to a GPU (N).
-        budget_gib: device memory of one GPU in GiB that may be used, None if unknown.
-        profile: what training needs of it, None if unknown.
-        ims_per_gpu: images in one forward and backward of one GPU, 0 to decide.
-    """
-
-    world_size: int
-    budget_gib: float | None = None
-    profile: MemoryProfile | None = None
-    ims_per_gpu: int = 0
-
-    @classmethod
-    def from_cfg(
-        cls,
-        cfg: Any,
-        world_size: int,
-        *,
-        budget_gib: float | None = None,
-        profile_path: str | None = None,
-        ims_per_gpu: int | None = None,
-    ) -> Hardware:
-        """Combine what the caller says with the ``D2SCALE`` keys; the caller wins.
-
-        Raises:
-            ConfigError: for values out of range or a profile that cannot be read.
-        """
-        if budget_gib is None:
-            budget_gib = get_key(cfg, "D2SCALE.MEMORY.BUDGET_GIB", 0.0)
-        if ims_per_gpu is None:
-            ims_per_gpu = get_key(cfg, "D2SCALE.IMS_PER_GPU", 0)
-        fraction = get_key(cfg, "D2SCALE.MEMORY.FRACTION", 1.0)
-        checks = (
-            ("number of GPUs", world_size, world_size >= 1, "1 or more"),
-            ("D2SCALE.MEMORY.BUDGET_GIB", budget_gib, budget_gib >= 0, "GiB, 0 or more"),
-            ("D2SCALE.MEMORY.FRACTION", fraction, 0 < fraction <= 1, "above 0, at most 1"),
-            ("D2SCALE.IMS_PER_GPU", ims_per_gpu, ims_per_gpu >= 0, "0 (decide) or more"),
-        )
-        faults = [
-            Fault(key, value, allowed, "correct it") for key, value, ok, allowed in checks if not ok
-        ]
-        if faults:
-            raise ConfigError(faults)
-        path = profile_path or get_key(cfg, "D2SCALE.MEMORY.PROFILE", "")
-        profile = load_profile(path) if path else None
-        return cls(world_size, budget_gib * fraction or None, profile, ims_per_gpu)
-
-    def largest_fit(self) -> int | None:
-        """Return the most images per GPU that fit, None if that cannot be said.
-
-        Raises:
-            ConfigError: if not even one image fits.
-        """
-        if self.ims_per_gpu:
-            return self.ims_per_gpu
-        if self.profile is None or self.budget_gib is None:
-            return None
-        largest = self.profile.largest_ims_per_gpu(self.budget_gib * GIB)
-        if largest == 0:
-            raise ConfigError([self._nothing_fits()])
-        return largest
-
-    def _nothing_fits(self) -> Fault:
-        assert self.profile is not None
-        assert self.budget_gib is not None
-        needed_gib = self.profile.peak_bytes(1) / GIB
-        return Fault(
-            "D2SCALE.MEMORY.BUDGET_GIB",
-            round(self.budget_gib, 2),
-            f"at least the {needed_gib:.2f} GiB of one image",
-            f"{needed_gib - self.budget_gib:.2f} GiB are missing: train with SOLVER.AMP.ENABLED "
-            "or a smaller INPUT.MIN_SIZE_TRAIN, and give that configuration's profile",
-        )
-
-
 @dataclass
 class _Decision:
     """Batch and micro-batches while they are being decided."""
@@ -181,16 +102,16 @@ def make_plan(
         decision.ims_per_batch, hardware.world_size, decision.ims_per_gpu
     )
     ims_per_gpu = max(max(rank) for rank in sizes)
-    peak = hardware.profile.peak_bytes(ims_per_gpu) / GIB if hardware.profile else None
+    steps = max(len(rank) for rank in sizes)
     return Plan(
         method=method,
         world_size=hardware.world_size,
         ims_per_gpu=ims_per_gpu,
-        accumulation_steps=max(len(rank) for rank in sizes),
+        accumulation_steps=steps,
         ims_per_batch=decision.ims_per_batch,
         batch_ratio=decision.ims_per_batch / schedule.ims_per_batch,
         lr_rule=rule,
-        predicted_peak_gib=peak,
+        predicted_peak_gib=hardware.peak_gib(ims_per_gpu, accumulates=steps > 1),
         changes=differences(schedule, planned),
         notes=(
             *decision.notes,
@@ -264,10 +185,10 @@ def _per_gpu(cfg: Any, schedule: Schedule, hardware: Hardware) -> _Decision:
 
 
 def _max_memory(cfg: Any, schedule: Schedule, hardware: Hardware) -> _Decision:
-    largest = hardware.largest_fit()
+    steps = get_key(cfg, "D2SCALE.ACCUMULATION_STEPS", 0) or 1
+    largest = hardware.largest_fit(accumulates=steps > 1)
     if largest is None:
         raise ConfigError([_nothing_to_fill(hardware)])
-    steps = get_key(cfg, "D2SCALE.ACCUMULATION_STEPS", 0) or 1
     cap = get_key(cfg, "D2SCALE.MAX_IMS_PER_BATCH", 0)
     notes = [_reason_for_largest(hardware, largest)]
     total = hardware.world_size * largest * steps
@@ -294,8 +215,10 @@ _DECIDE = {"per_gpu": _per_gpu, "keep_total": _keep_total, "max_memory": _max_me
 def _fit_share(cfg: Any, total: int, hardware: Hardware) -> _Decision:
     """Choose m for a total batch that is given: the whole share of a GPU, if it fits."""
     share = max(rules.split_evenly(total, hardware.world_size))
-    largest = hardware.largest_fit()
     steps = get_key(cfg, "D2SCALE.ACCUMULATION_STEPS", 0)
+    largest = hardware.largest_fit(accumulates=steps > 1)
+    if not steps and largest is not None and largest < share:
+        largest = hardware.largest_fit(accumulates=True)
     if steps > share:
         raise ConfigError([_micro_batches_fault(steps, total, hardware, f"at most {share}")])
     if steps:
@@ -318,7 +241,12 @@ def _reason_for_largest(hardware: Hardware, largest: int) -> str:
     if hardware.ims_per_gpu:
         return f"at most {largest} images per GPU, as asked"
     assert hardware.budget_gib is not None
-    return f"at most {largest} images per GPU fit in {hardware.budget_gib:.2f} GiB"
+    assert hardware.profile is not None
+    more = hardware.peak_gib(largest + 1, accumulates=False)
+    return (
+        f"at most {largest} images per GPU fit in {hardware.budget_gib:.2f} GiB, as "
+        f"{hardware.profile.source}; {largest + 1} would take {more:.2f} GiB"
+    )
 
 
 def _micro_batches_fault(steps: int, total: int, hardware: Hardware, allowed: str) -> Fault:

@@ -44,7 +44,7 @@ def scale_in_place(cfg: Any, world_size: int, method: str) -> Plan:
         advice = "the config is scaled already; call one method, once"
         raise ConfigError([Fault("SOLVER.AUTO_SCALING_METHODS", methods, "one method", advice)])
     method_of(methods)
-    plan = make_plan(cfg, Hardware.from_cfg(cfg, world_size), method=method)
+    plan = make_plan(cfg, Hardware.from_cfg(cfg, world_size, engine="d2go"), method=method)
     _refuse_uneven_split(plan)
     frozen = cfg.is_frozen()
     cfg.defrost()

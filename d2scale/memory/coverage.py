@@ -15,6 +15,8 @@ from d2scale.errors import ConfigError, Fault
 from d2scale.memory.profile import MemoryProfile
 
 PRECISION = "precision"
+ENGINE = "engine"
+DEFAULT_ENGINE = "d2scale"
 CHECKPOINTING = "D2SCALE.ACTIVATION_CHECKPOINTING"
 
 # Keys of MODEL that say nothing about the size of what training holds.
@@ -25,13 +27,16 @@ _WITHOUT_BYTES = re.compile(
 _OTHER_KEYS = ("INPUT.MAX_SIZE_TRAIN", "DATALOADER.ASPECT_RATIO_GROUPING", CHECKPOINTING)
 
 
-def coverage(cfg: Any, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def coverage(
+    cfg: Any, settings: Mapping[str, Any] | None = None, engine: str = DEFAULT_ENGINE
+) -> dict[str, Any]:
     """Return the settings that memory depends on.
 
     Args:
         cfg: a config with d2scale's keys.
         settings: what the recipe sets that ``cfg`` may not know, by dotted key. What both leave
             out has the default of the package that reads it.
+        engine: what trains it: each has its own models of the same name.
 
     Returns:
         By key, JSON values. ``INPUT.MIN_SIZE_TRAIN`` is the largest size, ``precision`` what
@@ -48,6 +53,7 @@ def coverage(cfg: Any, settings: Mapping[str, Any] | None = None) -> dict[str, A
     found["INPUT.MIN_SIZE_TRAIN"] = max(sizes) if isinstance(sizes, Sequence) else sizes
     found |= {key: _plain(complete[key]) for key in _OTHER_KEYS}
     found["SOLVER.OPTIMIZER"] = str(complete["SOLVER.OPTIMIZER"]).lower().removesuffix("_mt")
+    found[ENGINE] = engine
     found[PRECISION] = "16 bit" if complete["SOLVER.AMP.ENABLED"] else "32 bit"
     return found
 

@@ -1,0 +1,63 @@
+"""From a config of the default engine to its memory profiles."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from d2scale.engine.data.transforms import input_faults
+from d2scale.engine.honoured import value_faults
+from d2scale.errors import ConfigError, Fault
+from d2scale.memory.predict import predict
+from d2scale.memory.profile import MemoryProfile
+from d2scale.memory.workload import workload_of
+from d2scale.memory.worst_case import WorstCase, assumed_worst_case
+
+
+def make_profiles(cfg: Any, device: str, *, explore: bool = False) -> tuple[MemoryProfile, ...]:
+    """Return what ``d2scale memory`` shows.
+
+    Args:
+        cfg: as ``d2scale.config.load_cfg`` reads it.
+        device: ``cpu`` predicts; ``cuda`` measures.
+        explore: predict the variants of the recipe too; see :func:`predict_variants`.
+
+    Raises:
+        ConfigError: with all faults of the config or the request.
+    """
+    if device == "cuda":
+        raise ConfigError([Fault("--device", device, "cpu", "measuring is not built yet")])
+    return predict_variants(cfg) if explore else (predict_profile(cfg),)
+
+
+def predict_profile(cfg: Any, worst_case: WorstCase | None = None) -> MemoryProfile:
+    """Predict the memory of training ``cfg`` on a CUDA device, without one.
+
+    Args:
+        cfg: as ``d2scale.config.load_cfg`` reads it.
+        worst_case: the largest batches; None: what bounds every dataset.
+
+    Raises:
+        ConfigError: with all faults of the config.
+    """
+    faults = [*value_faults(cfg), *input_faults(cfg)]
+    if faults:
+        raise ConfigError(faults)
+    workload = workload_of(cfg, worst_case or assumed_worst_case(cfg))
+    return predict(workload).profile(workload)
+
+
+def predict_variants(cfg: Any, worst_case: WorstCase | None = None) -> tuple[MemoryProfile, ...]:
+    """Predict the recipe in float32 and with AMP, without and with activation checkpointing."""
+    return tuple(
+        predict_profile(_variant(cfg, amp, checkpointing), worst_case)
+        for amp, checkpointing in product((False, True), repeat=2)
+    )
+
+
+def _variant(cfg: Any, amp: bool, checkpointing: bool) -> Any:
+    changed = cfg.clone()
+    changed.defrost()
+    changed.SOLVER.AMP.ENABLED = amp
+    changed.D2SCALE.ACTIVATION_CHECKPOINTING = checkpointing
+    return changed
