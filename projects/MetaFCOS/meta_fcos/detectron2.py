@@ -49,7 +49,7 @@ class MetaOneStageDetector(OneStageDetector):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(  # type: ignore[override]  # detectron2's trainers and evaluators want this form
+    def forward(  # detectron2's trainers and evaluators want this form
         self, batched_inputs: Sequence[Mapping[str, Any]], normalizers: Any = None
     ) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """Return losses in training mode, otherwise a dict with ``instances`` for each image.
