@@ -9,7 +9,8 @@ demo: $(VENV)/.train
 	$(BIN)/d2scale demo
 
 test: lint
-	$(BIN)/python -m pytest
+	# One thread a process: the tests are small, and many start processes of their own.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

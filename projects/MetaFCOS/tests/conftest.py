@@ -48,8 +48,10 @@ def make_detector():
         # Small boxes have to reach all levels of small images.
         rule = TargetRule(sizes_of_interest=(16, 32, 64, 96))
         bottom_up = ResNet(18, norm=norm, stem_channels=32, res2_channels=32, freeze_at=freeze_at)
-        head = FCOSHead(32, classes, 5, num_cls_convs=2, num_box_convs=2)
-        return OneStageDetector(FPN(bottom_up, channels=32), MetaFCOS(head, rule))
+        # With 32 channels GroupNorm has single values to normalize where p7 is one pixel: their
+        # sign, and so ReLU's gradient, would be rounding noise.
+        head = FCOSHead(64, classes, 5, num_cls_convs=2, num_box_convs=2)
+        return OneStageDetector(FPN(bottom_up, channels=64), MetaFCOS(head, rule))
 
     return make
 
