@@ -90,10 +90,14 @@ def make_plan(
         ConfigError: with all faults of the recipe and the request.
     """
     schedule = Schedule.from_cfg(cfg)
-    method = method or method_of(get_key(cfg, "SOLVER.AUTO_SCALING_METHODS", ()))
     lr_rule = lr_rule or get_key(cfg, "D2SCALE.LR_RULE", "auto")
-    faults = schedule.faults() + _request_faults(cfg, method, lr_rule)
-    if faults:
+    faults = schedule.faults()
+    try:
+        method = method or method_of(get_key(cfg, "SOLVER.AUTO_SCALING_METHODS", ()))
+    except ConfigError as error:
+        faults += error.faults
+    faults += _request_faults(cfg, method, lr_rule)
+    if faults or method is None:
         raise ConfigError(faults)
     decision = _DECIDE[method](cfg, schedule, hardware)
     rule = rules.resolve_lr_rule(lr_rule, schedule.optimizer)
@@ -152,9 +156,9 @@ def method_of(scaling_methods: Sequence[str]) -> str:
     return ours[0].removeprefix(METHOD_PREFIX) if ours else "keep_total"
 
 
-def _request_faults(cfg: Any, method: str, lr_rule: str) -> list[Fault]:
+def _request_faults(cfg: Any, method: str | None, lr_rule: str) -> list[Fault]:
     faults = []
-    if method not in METHODS:
+    if method is not None and method not in METHODS:
         faults.append(Fault("method", method, ", ".join(METHODS), "choose one"))
     if lr_rule not in rules.LR_RULES:
         faults.append(Fault("D2SCALE.LR_RULE", lr_rule, ", ".join(rules.LR_RULES), "choose one"))

@@ -197,23 +197,25 @@ class Schedule:
         return found
 
     def _step_faults(self) -> list[Fault]:
+        found = []
         if self.max_iter < 1:
-            return [Fault("SOLVER.MAX_ITER", self.max_iter, "1 or more", "set the recipe's length")]
+            found.append(
+                Fault("SOLVER.MAX_ITER", self.max_iter, "1 or more", "set the recipe's length")
+            )
+        rising = all(a < b for a, b in zip(self.steps, self.steps[1:], strict=False))
         if any(not isinstance(step, int) or step < 1 for step in self.steps):
-            return [Fault("SOLVER.STEPS", self.steps, "iterations of 1 or more", "correct them")]
-        if any(a >= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
-            return [Fault("SOLVER.STEPS", self.steps, "strictly increasing", "put them in order")]
-        if self.steps and self.steps[-1] >= self.max_iter:
-            return [
-                Fault(
-                    "SOLVER.STEPS",
-                    self.steps,
-                    f"below SOLVER.MAX_ITER = {self.max_iter}",
-                    "raise MAX_ITER, or remove the steps that are never reached "
-                    "(none at all: SOLVER.STEPS '()')",
-                )
-            ]
-        return []
+            allowed, advice = "iterations of 1 or more", "correct them"
+        elif not rising:
+            allowed, advice = "strictly increasing", "put them in order"
+        elif self.max_iter >= 1 and self.steps and self.steps[-1] >= self.max_iter:
+            allowed = f"below SOLVER.MAX_ITER = {self.max_iter}"
+            advice = (
+                "raise MAX_ITER, or remove the steps that are never reached "
+                "(none at all: SOLVER.STEPS '()')"
+            )
+        else:
+            return found
+        return [*found, Fault("SOLVER.STEPS", self.steps, allowed, advice)]
 
 
 def differences(old: Schedule, new: Schedule) -> dict[str, tuple[Any, Any]]:

@@ -128,6 +128,16 @@ def test_requests_that_cannot_be(recipes, opts, gpus, method, message):
     assert "\n" not in str(raised.value)
 
 
+def test_an_unknown_method_is_told_with_the_other_faults(recipes):
+    opts = ("SOLVER.AUTO_SCALING_METHODS", "('d2scale_fill',)", "SOLVER.BASE_LR", "-1")
+    with pytest.raises(ConfigError) as raised:
+        plan_of(recipes / "experiment-1-baseline.yaml", 1, opts=opts)
+    assert [fault.key for fault in raised.value.faults] == [
+        "SOLVER.BASE_LR",
+        "SOLVER.AUTO_SCALING_METHODS",
+    ]
+
+
 def test_a_cap_below_the_number_of_gpus_is_refused(recipes):
     cap = ("D2SCALE.MAX_IMS_PER_BATCH", "3", "D2SCALE.IMS_PER_GPU", "2")
     with pytest.raises(ConfigError, match=r"MAX_IMS_PER_BATCH is 3"):

@@ -83,10 +83,14 @@ def test_every_fault_names_its_key(change, key):
 
 def test_all_faults_are_found_together():
     schedule = dataclasses.replace(
-        Schedule.from_cfg(get_cfg()), base_lr=-1.0, steps=(3, 2), reference_world_size=0
+        Schedule.from_cfg(get_cfg()),
+        base_lr=-1.0,
+        steps=(3, 2),
+        max_iter=0,
+        reference_world_size=0,
     )
-    keys = {fault.key for fault in schedule.faults()}
-    assert keys == {"SOLVER.BASE_LR", "SOLVER.STEPS", "SOLVER.REFERENCE_WORLD_SIZE"}
+    keys = {fault.key.removeprefix("SOLVER.") for fault in schedule.faults()}
+    assert keys == {"BASE_LR", "STEPS", "MAX_ITER", "REFERENCE_WORLD_SIZE"}
 
 
 def test_a_batch_too_large_for_the_drops_is_an_error():

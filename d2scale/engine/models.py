@@ -13,6 +13,7 @@ from torch import nn
 
 from d2scale.engine.checkpoint import mismatches, read_checkpoint
 from d2scale.engine.checkpointing import apply_activation_checkpointing
+from d2scale.engine.data.catalog import dataset_names, dataset_spec
 from d2scale.engine.weights import find_weights
 from d2scale.errors import CheckpointError, ConfigError, Fault
 
@@ -41,19 +42,43 @@ def check_model(cfg: CfgNode) -> None:
     """Build the model without memory, to hear what is wrong with its keys.
 
     Raises:
-        ConfigError: from the model's package.
+        ConfigError: from the model's package, or for a model that has other classes than the
+            datasets.
     """
     find_builder(cfg.MODEL.META_ARCHITECTURE)
     # What the builder logs belongs into the run's log, when it builds in earnest.
     logging.disable(logging.WARNING)
     try:
         with torch.device("meta"):
-            new_model(cfg)
+            model = new_model(cfg)
     except (NotImplementedError, RuntimeError):
         # Not every model can be built without memory; then the ranks hear it first.
-        pass
+        return
     finally:
         logging.disable(logging.NOTSET)
+    faults = _class_faults(cfg, model)
+    if faults:
+        raise ConfigError(faults)
+
+
+def _class_faults(cfg: CfgNode, model: nn.Module) -> list[Fault]:
+    """Compare the classes of a model that tells them (``num_classes``) with the datasets'."""
+    found = getattr(model, "num_classes", None)
+    if found is None:
+        return []
+    faults = []
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        spec = dataset_spec(name) if name in dataset_names() else None
+        if spec is not None and spec.category_ids and len(spec.category_ids) != found:
+            faults.append(
+                Fault(
+                    "number of classes of the model",
+                    found,
+                    f"{len(spec.category_ids)}, the classes of {name}",
+                    "set the model's NUM_CLASSES (MODEL.FCOS.NUM_CLASSES) to it",
+                )
+            )
+    return faults
 
 
 def device_of(cfg: CfgNode) -> torch.device:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from standins import StandIn
 
-from d2scale.config import get_cfg
+from d2scale.config import get_cfg, load_cfg
 from d2scale.engine import models
 from d2scale.engine.models import build_model, check_model, find_builder, load_initial_weights
 from d2scale.errors import CheckpointError, ConfigError, Fault
@@ -85,3 +85,14 @@ def test_models_own_loader_is_asked_first(tmp_path):
 
 def test_no_weights():
     load_initial_weights(StandIn(), "")
+
+
+def test_a_model_with_other_classes_than_the_datasets_is_a_fault():
+    cfg = load_cfg("d2scale://MetaFCOS/small-cpu.yaml")
+    check_model(cfg)
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    with pytest.raises(ConfigError, match="60, the classes of coco_pretrain_train_base") as raised:
+        check_model(cfg)
+    assert len(raised.value.faults) == 2
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("coco_2017_train",), ()
+    check_model(cfg)

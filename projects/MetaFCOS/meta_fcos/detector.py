@@ -97,6 +97,11 @@ class OneStageDetector(nn.Module):
             pixel_std=cfg.MODEL.PIXEL_STD,
         )
 
+    @property
+    def num_classes(self) -> int:
+        """Foreground classes."""
+        return self.proposal_generator.fcos_head.cls_logits.out_channels
+
     def forward(
         self, samples: Sequence[Sample], normalizers: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor] | list[Detections]:
