@@ -4,13 +4,13 @@ import logging
 
 import pytest
 import torch
-from rank_functions import gradients_in_ranks, split, step_gradients, unused_parameters
-from standins import PlainStandIn, StandIn, make_samples
 from torch import nn
 
 from d2scale.engine.launch import launch
 from d2scale.microbatch import MicroBatchStep, inexact_reasons
 from d2scale.rules import micro_batch_sizes
+from rank_functions import gradients_in_ranks, split, step_gradients, unused_parameters
+from standins import PlainStandIn, StandIn, make_samples
 
 
 def assert_same(found, expected, relative=1e-10):

@@ -6,7 +6,8 @@ is a line in the number of images. Numbers in, numbers out; no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -107,7 +108,7 @@ class Stream:
     def from_traces(cls, one: Trace, two: Trace) -> Stream:
         """Combine steps with one and with two images."""
         ones, twos = one.allocations(), two.allocations()
-        partner = corresponding([a.likeness for a in ones], [a.likeness for a in twos])
+        partner = _partners(ones, twos)
         position = {id(allocation): index for index, allocation in enumerate(twos)}
         events = [
             (position[id(event.allocation)], event.is_free)
@@ -174,6 +175,40 @@ def upper_envelope(lines: Iterable[Line]) -> list[Line]:
 def _crossing(flat: Line, steep: Line) -> float:
     """Images from which ``steep`` is the larger."""
     return (flat.static_bytes - steep.static_bytes) / (steep.bytes_per_image - flat.bytes_per_image)
+
+
+def _partners(ones: Sequence[Allocation], twos: Sequence[Allocation]) -> dict[int, int]:
+    """Map positions in ``twos`` to those of the same allocations in ``ones``.
+
+    Of what stays single, some was only made in another order, as a compiler pleases; and some
+    between two pairs differs in its shape, where the images do not count in the leading
+    dimension.
+    """
+    partners = corresponding([a.likeness for a in ones], [a.likeness for a in twos])
+    single = defaultdict(list)
+    for one in sorted(set(range(len(ones))) - set(partners.values())):
+        single[ones[one].likeness].append(one)
+    for two in reversed(range(len(twos))):
+        if two not in partners and single[twos[two].likeness]:
+            partners[two] = single[twos[two].likeness].pop()
+    matched = set(partners.values())
+    for left, right in list(_gaps(partners, len(ones), len(twos))):
+        few, many = [i for i in left if i not in matched], [j for j in right if j not in partners]
+        names = [ones[i].operation for i in few], [twos[j].operation for j in many]
+        for two, one in corresponding(*names).items():
+            partners[many[two]] = few[one]
+    return partners
+
+
+def _gaps(
+    partners: Mapping[int, int], ones: int, twos: int
+) -> Iterator[tuple[Iterable[int], Iterable[int]]]:
+    """Yield the positions in both sequences between neighbouring pairs that keep their order."""
+    one_start = two_start = 0
+    for two, one in [*sorted(partners.items()), (twos, ones)]:
+        if one >= one_start:
+            yield range(one_start, one), range(two_start, two)
+            one_start, two_start = one + 1, two + 1
 
 
 def _freed_within_their_round(

@@ -13,12 +13,12 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def models():
     """The two detectors with the same weights: plain torch, and detectron2's backbone."""
+    from d2go.modeling.api import build_d2go_model
+
     from d2scale.config import load_cfg
     from d2scale.d2go.runner import Runner
-    from meta_fcos.detectron2 import register
     from meta_fcos.detector import build_detector
-
-    from d2go.modeling.api import build_d2go_model
+    from meta_fcos.detectron2 import register
 
     register()
     url = "d2scale://MetaFCOS/Base-MetaFCOS.yaml"

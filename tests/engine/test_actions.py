@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from standins import StandIn
 
 from d2scale.engine.actions import Evaluate, Report, Save
 from d2scale.engine.checkpoint import RunCheckpointer
 from d2scale.engine.writers import Reporter, StepMetrics
 from d2scale.errors import D2ScaleError
+from standins import StandIn
 
 
 class Sampler:

@@ -4,11 +4,11 @@ import datetime
 
 import pytest
 import torch
-from standins import StandIn
 
 from d2scale.engine import checkpoint as module
 from d2scale.engine.checkpoint import FORMAT, RunCheckpointer, read_checkpoint
 from d2scale.errors import CheckpointError
+from standins import StandIn
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_functions import killed_on, program_error, sleep_for_ever, user_error_on, where_am_i
 
 from d2scale.engine.launch import RankError, launch, planned_world_size
 from d2scale.errors import ConfigError, D2ScaleError, DataError
+from rank_functions import killed_on, program_error, sleep_for_ever, user_error_on, where_am_i
 
 SUPPORT = Path(__file__).parents[1] / "support"
 

@@ -4,12 +4,12 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
-from standins import StandIn
 
 from d2scale.config import get_cfg, load_cfg
 from d2scale.engine import models
 from d2scale.engine.models import build_model, check_model, find_builder, load_initial_weights
 from d2scale.errors import CheckpointError, ConfigError, Fault
+from standins import StandIn
 
 
 def build_stand_in(cfg):

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from standins import StandIn, make_samples
 from torch import nn
 
 from d2scale.config import get_cfg
@@ -13,6 +12,7 @@ from d2scale.engine.solver import build_lr_schedule, build_optimizer
 from d2scale.engine.trainer import Trainer, cut, seed_step
 from d2scale.errors import D2ScaleError
 from d2scale.microbatch import MicroBatchStep
+from standins import StandIn, make_samples
 
 
 def config():

@@ -48,6 +48,28 @@ def test_two_steps_tell_every_other():
         assert predicted == peaks(images)
 
 
+def one_step(*operations):
+    """A step whose allocations, (name, trailing shape, bytes), all live to its end."""
+    trace = Trace([])
+    for name, shape, nbytes in operations:
+        trace.allocate(Allocation(name, shape, "forward", nbytes))
+    return trace
+
+
+def test_operations_in_another_order_are_the_same():
+    one = one_step(("a", (), 1), ("b", (), 10), ("c", (), 100), ("d", (), 1))
+    two = one_step(("a", (), 1), ("c", (), 200), ("b", (), 20), ("d", (), 1))
+    stream = Stream.from_traces(one, two)
+    assert max(line.at(5) for line in stream.peak_lines()["forward"]) == 2 + 50 + 500
+
+
+def test_operations_whose_inner_dimension_counts_the_images_are_the_same():
+    one = one_step(("a", (), 1), ("b", (7,), 70), ("c", (), 3))
+    two = one_step(("a", (), 1), ("b", (14,), 140), ("c", (), 3))
+    stream = Stream.from_traces(one, two)
+    assert max(line.at(5) for line in stream.peak_lines()["forward"]) == 1 + 350 + 3
+
+
 def test_workspaces_count_by_their_factor():
     def with_workspace(images):
         trace = record(images)

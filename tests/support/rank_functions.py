@@ -8,7 +8,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from standins import PlainStandIn, make_samples
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ from d2scale.engine.parallel import data_parallel
 from d2scale.errors import DataError, Fault
 from d2scale.microbatch import MicroBatchStep, StepLosses
 from d2scale.rules import micro_batch_sizes
+from standins import PlainStandIn, make_samples
 
 
 def split(samples, rank_sizes):

@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
+from d2scale.config.defaults import get_cfg
 from meta_fcos.config import add_meta_fcos_config
 from meta_fcos.detector import OneStageDetector
 from meta_fcos.fpn import FPN
@@ -10,8 +12,6 @@ from meta_fcos.head import FCOSHead
 from meta_fcos.proposals import MetaFCOS
 from meta_fcos.resnet import ResNet
 from meta_fcos.targets import TargetRule
-
-from d2scale.config.defaults import get_cfg
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
-from meta_fcos.fpn import FPN
-from meta_fcos.resnet import ResNet
 from torch import nn
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from meta_fcos.fpn import FPN
+from meta_fcos.resnet import ResNet
 
 STAGES = ("res2", "res3", "res4", "res5")
 

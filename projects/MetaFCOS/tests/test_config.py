@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from fvcore.common.config import CfgNode
+
 from meta_fcos.config import add_meta_fcos_config
 
 

@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from d2scale.errors import ConfigError
+from d2scale.microbatch import ExactModel
 from meta_fcos.detector import OneStageDetector, build_detector, padded_size
 from meta_fcos.fpn import FPN
 from meta_fcos.head import FCOSHead
 from meta_fcos.proposals import MetaFCOS
 from meta_fcos.resnet import ResNet
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from d2scale.errors import ConfigError
-from d2scale.microbatch import ExactModel
 
 LOSSES = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from meta_fcos.fused import frozen_conv2d, norm_relu_conv2d
 from torch import nn
+
+from meta_fcos.fused import frozen_conv2d, norm_relu_conv2d
 
 
 @pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchvision.ops import box_iou
+
 from meta_fcos.head import HeadOutputs
 from meta_fcos.inference import InferenceRule, rescale
-from torchvision.ops import box_iou
 
 
 def random_outputs(seed=0, classes=3, images=2):

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.ops import sigmoid_focal_loss
+
 from meta_fcos.head import HeadOutputs
 from meta_fcos.losses import BOX_LOSSES, LossRule, finish_normalizers, focal_loss
 from meta_fcos.targets import Targets
-from torchvision.ops import sigmoid_focal_loss
 
 
 def random_logits(seed=0, classes=4, cells=6):

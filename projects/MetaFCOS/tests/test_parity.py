@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from meta_fcos.head import FCOSHead
 from meta_fcos.proposals import MetaFCOS
 

@@ -7,9 +7,9 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-from meta_fcos.pickles import load_pickle
 
 from d2scale.errors import CheckpointError
+from meta_fcos.pickles import load_pickle
 
 
 class Calls:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from meta_fcos.targets import TargetRule, level_shapes, locate
 
 STRIDES = (8, 16, 32, 64, 128)

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from meta_fcos.validate import check_config
 
 from d2scale.errors import ConfigError
+from meta_fcos.validate import check_config
 
 
 def test_the_recipe_and_the_small_model_are_right(recipe_cfg):

@@ -7,14 +7,14 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+
+from d2scale.errors import CheckpointError
 from meta_fcos.detector import OneStageDetector
 from meta_fcos.fpn import FPN
 from meta_fcos.head import FCOSHead
 from meta_fcos.proposals import MetaFCOS
 from meta_fcos.resnet import ResNet
 from meta_fcos.weights import load_weights
-
-from d2scale.errors import CheckpointError
 
 BLOCKS = {2: 3, 3: 4, 4: 6, 5: 3}
 
