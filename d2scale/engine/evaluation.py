@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -163,14 +164,23 @@ def _gather(detections: Detections) -> Detections | None:
     """Return the detections of all ranks on rank 0, None elsewhere."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return detections
-    # Through host memory, whatever the training's backend is.
-    group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+    group = _host_group(dist.group.WORLD)
     parts: list[Any] | None = None
     if dist.get_rank() == 0:
         parts = [None] * dist.get_world_size()
     dist.gather_object(detections, parts, dst=0, group=group)
-    dist.destroy_process_group(group)
     return None if parts is None else Detections.join(parts)
+
+
+@functools.lru_cache(maxsize=1)
+def _host_group(world: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return a group that works through host memory, made once for a world of ranks.
+
+    It is never destroyed by itself: with torch 2.5 that can hang right after a gather.
+    """
+    if dist.get_backend(world) == "gloo":
+        return world
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
 def _to_coco_results(detections: Detections, dataset: CocoDataset) -> list[dict[str, Any]]:

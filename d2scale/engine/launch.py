@@ -30,6 +30,7 @@ from d2scale.errors import ConfigError, D2ScaleError, Fault
 # The evaluation of a large dataset keeps the other ranks waiting for the first.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _ECHO_SECONDS = 1.0
+_GLOO_SECONDS = 0.1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _NOISY_LOGGERS = (
     "torch.distributed.elastic",
@@ -199,7 +200,9 @@ def _run_in_group(function: Callable[..., Any], args: Sequence[Any], use_cuda: b
     else:
         dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     result = function(*args)
-    # Not after an error: the other ranks may be inside a collective.
+    # Not after an error: the other ranks may be inside a collective. And not at once: gloo's
+    # thread may still hold the last operation, and the group waits for it with Python's lock.
+    time.sleep(_GLOO_SECONDS)
     dist.destroy_process_group()
     return result
 
