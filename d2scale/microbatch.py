@@ -10,10 +10,12 @@ forward divides by the same totals.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -22,10 +24,16 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from d2scale.agreement import Agreement
+
 logger = logging.getLogger(__name__)
 
 Sample = Mapping[str, Any]
 MicroBatch = Sequence[Sample]
+T = TypeVar("T")
+
+# Among the sums of a step; no loss has this name.
+_IMAGES = ""
 
 
 @runtime_checkable
@@ -63,7 +71,7 @@ class MicroBatchStep:
     ``DistributedDataParallel``, averaged over ranks in the backward of the last micro-batch
     only. The ranks may hold different numbers of micro-batches and of images. Every rank makes
     the same collective calls: one before the first forward, DDP's own, one after the last
-    backward.
+    backward. With an ``agreement`` there are none of DDP's: it averages after the last backward.
 
     Args:
         model: in training mode, bare or wrapped in ``DistributedDataParallel``; called with a
@@ -71,6 +79,8 @@ class MicroBatchStep:
             losses by name.
         precision: dtype of autocast; None: off.
         scaler: scales the losses before backward, with float16.
+        agreement: if given, a rank that runs out of memory takes the others out of the step
+            (:class:`d2scale.agreement.AgreedOutOfMemoryError`) instead of leaving them waiting.
     """
 
     def __init__(
@@ -79,19 +89,62 @@ class MicroBatchStep:
         *,
         precision: torch.dtype | None = None,
         scaler: GradScaler | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         self._model = model
         self._bare = model.module if isinstance(model, DistributedDataParallel) else model
         self._exact = self._bare if isinstance(self._bare, ExactModel) else None
         self._precision = precision
         self._scaler = scaler
+        self._agreement = agreement
         self._told_reasons = False
 
     def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepLosses:
         if not micro_batches or not all(micro_batches):
             raise ValueError("every rank needs at least one micro-batch, and none may be empty")
         self._tell_reasons_once(len(micro_batches))
-        images, normalizers = self._totals(micro_batches)
+        names, sums = self._run("the loss normalizers", partial(self._sums, micro_batches))
+        totals = dict(zip(names, _all_reduce(sums), strict=True))
+        images, losses, values = self._run(
+            "forward or backward", partial(self._accumulate, micro_batches, totals)
+        )
+        if self._agreement is not None:
+            self._agreement.average_gradients()
+        means = [value / _world_size() for value in _all_reduce(values).tolist()]
+        return StepLosses(dict(zip(losses, means, strict=True)), images)
+
+    def _run(self, part: str, work: Callable[[], T]) -> T:
+        return work() if self._agreement is None else self._agreement.run(part, work)
+
+    def _sums(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[str], Tensor]:
+        """Names and values of what this rank adds to the step's images and loss divisors."""
+        device = next(self._bare.parameters()).device
+        images = sum(len(micro_batch) for micro_batch in micro_batches)
+        sums = {_IMAGES: torch.tensor(images, dtype=torch.float64, device=device)}
+        if self._exact:
+            for micro_batch in micro_batches:
+                with torch.no_grad():
+                    found = self._exact.loss_normalizers(micro_batch)
+                for name, value in found.items():
+                    value = value.to(device, torch.float64)
+                    sums[name] = sums[name] + value if name in sums else value
+        names = sorted(sums)
+        return names, torch.stack([sums[name] for name in names])
+
+    def _accumulate(
+        self, micro_batches: Sequence[MicroBatch], totals: dict[str, Tensor]
+    ) -> tuple[int, list[str], Tensor]:
+        """Add up this rank's gradients.
+
+        Returns:
+            Images of the whole step, names of the losses, and their sums over this rank's
+            micro-batches, shape (names,), float64.
+        """
+        totals = dict(totals)
+        images = round(totals.pop(_IMAGES).item())
+        normalizers = None
+        if self._exact:
+            normalizers = self._exact.finish_normalizers(totals, _world_size())
         names: list[str] = []
         sums: Tensor | None = None
         for index, micro_batch in enumerate(micro_batches):
@@ -103,31 +156,7 @@ class MicroBatchStep:
             values = torch.stack([losses[name].detach().double() for name in names]) * weight
             sums = values if sums is None else sums + values
         assert sums is not None
-        means = _all_reduce(sums) / _world_size()
-        return StepLosses(dict(zip(names, means.tolist(), strict=True)), images)
-
-    def _totals(
-        self, micro_batches: Sequence[MicroBatch]
-    ) -> tuple[int, Mapping[str, Tensor] | None]:
-        """Images and loss divisors of the whole step, in one collective call."""
-        device = next(self._bare.parameters()).device
-        images = sum(len(micro_batch) for micro_batch in micro_batches)
-        sums = {"": torch.tensor(images, dtype=torch.float64, device=device)}
-        if self._exact:
-            for micro_batch in micro_batches:
-                with torch.no_grad():
-                    found = self._exact.loss_normalizers(micro_batch)
-                for name, value in found.items():
-                    value = value.to(device, torch.float64)
-                    sums[name] = sums[name] + value if name in sums else value
-        names = sorted(sums)
-        totals = dict(
-            zip(names, _all_reduce(torch.stack([sums[name] for name in names])), strict=True)
-        )
-        total_images = round(totals.pop("").item())
-        if not self._exact:
-            return total_images, None
-        return total_images, self._exact.finish_normalizers(totals, _world_size())
+        return images, names, sums
 
     def _forward(
         self, micro_batch: MicroBatch, normalizers: Mapping[str, Tensor] | None
@@ -146,9 +175,10 @@ class MicroBatchStep:
         objective.backward()
 
     def _synchronised(self, *, last: bool) -> AbstractContextManager[None]:
-        if last or not isinstance(self._model, DistributedDataParallel):
+        if not isinstance(self._model, DistributedDataParallel):
             return nullcontext()
-        return self._model.no_sync()
+        # DDP averages in the middle of a backward, where no rank may fail.
+        return nullcontext() if last and self._agreement is None else self._model.no_sync()
 
     def _tell_reasons_once(self, micro_batches: int) -> None:
         if self._told_reasons or (micro_batches == 1 and _world_size() == 1):
@@ -160,6 +190,13 @@ class MicroBatchStep:
                 "Splitting a step over micro-batches or ranks is approximate for this model: %s",
                 "; ".join(reasons),
             )
+
+
+def cut(share: MicroBatch, sizes: Sequence[int]) -> list[MicroBatch]:
+    """Cut a rank's share of a step into micro-batches of the given sizes."""
+    assert len(share) == sum(sizes), f"{len(share)} images for micro-batches of {sizes}"
+    samples = iter(share)
+    return [list(islice(samples, size)) for size in sizes]
 
 
 def inexact_reasons(model: nn.Module) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from d2scale.engine.parallel import rank
 from d2scale.engine.solver import GradientClipper, LearningRateSchedule
 from d2scale.engine.writers import StepMetrics
 from d2scale.errors import D2ScaleError
-from d2scale.microbatch import MicroBatch, MicroBatchStep, StepLosses
+from d2scale.microbatch import MicroBatch, MicroBatchStep, StepLosses, cut
+from d2scale.oom_guard import OomGuard
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class Trainer:
         seed: what chance inside the model (dropout, say) is drawn from.
         clip: applied to the gradients of the whole step.
         scaler: the one that ``step`` scales with.
+        guard: takes the steps in place of ``step``, and decides on the micro-batches.
         images_before: images that earlier runs have shown, with ``start_iteration``.
         start_iteration: first step.
     """
@@ -50,6 +51,7 @@ class Trainer:
         seed: int,
         clip: GradientClipper | None = None,
         scaler: GradScaler | None = None,
+        guard: OomGuard | None = None,
         start_iteration: int = 0,
         images_before: int = 0,
     ) -> None:
@@ -61,6 +63,7 @@ class Trainer:
         self._seed = seed
         self._clip = clip
         self._scaler = scaler
+        self._guard = guard
         self.next_iteration = start_iteration
         self._images_seen = images_before
 
@@ -68,7 +71,8 @@ class Trainer:
         """Take steps until ``max_iter`` are done, and tell each to every ``after_step``.
 
         Raises:
-            D2ScaleError: if the loss is not finite; the weights are those before that step.
+            D2ScaleError: if the loss is not finite, or a step does not fit into memory; the
+                weights are those before that step.
         """
         actions = tuple(after_step)
         while self.next_iteration < max_iter:
@@ -80,14 +84,16 @@ class Trainer:
         """Take one optimizer step."""
         iteration = self.next_iteration
         start = time.perf_counter()
-        micro_batches = cut(next(self._data), self._sizes)
+        share = next(self._data)
         data_seconds = time.perf_counter() - start
         lr = self._schedule.set(iteration)
         seed_step(self._seed, iteration)
-        self._optimizer.zero_grad()
-        result = self._step(micro_batches)
-        _check_finite(result, iteration, lr)
-        self._update()
+
+        def finish(losses: StepLosses) -> None:
+            _check_finite(losses, iteration, lr)
+            self._update()
+
+        result = self._take(share, finish)
         self.next_iteration = iteration + 1
         self._images_seen += result.images
         return StepMetrics(
@@ -98,6 +104,14 @@ class Trainer:
             data_seconds=data_seconds,
             images_seen=self._images_seen,
         )
+
+    def _take(self, share: MicroBatch, finish: Callable[[StepLosses], None]) -> StepLosses:
+        if self._guard is not None:
+            return self._guard(share, finish)
+        self._optimizer.zero_grad()
+        result = self._step(cut(share, self._sizes))
+        finish(result)
+        return result
 
     def _update(self) -> None:
         if self._scaler is not None:
@@ -115,13 +129,6 @@ class Trainer:
             # Leaves out a step whose scaled gradients have overflowed, and lowers the scale.
             self._scaler.step(self._optimizer)
             self._scaler.update()
-
-
-def cut(share: MicroBatch, sizes: Sequence[int]) -> list[MicroBatch]:
-    """Cut a rank's share of a step into micro-batches of the given sizes."""
-    assert len(share) == sum(sizes), f"{len(share)} images for micro-batches of {sizes}"
-    samples = iter(share)
-    return [list(islice(samples, size)) for size in sizes]
 
 
 def seed_step(seed: int, iteration: int) -> None:

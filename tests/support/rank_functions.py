@@ -11,11 +11,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from d2scale.engine.parallel import data_parallel
+from d2scale.agreement import Agreement
+from d2scale.engine.parallel import data_parallel, rank, world_size
 from d2scale.errors import DataError, Fault
 from d2scale.microbatch import MicroBatchStep, StepLosses
+from d2scale.oom_guard import OomGuard, StepDoesNotFitError
 from d2scale.rules import micro_batch_sizes
-from standins import PlainStandIn, make_samples
+from d2scale.sampling import rank_slice
+from standins import FailingOptimizer, FailingStandIn, PlainStandIn, make_samples
 
 
 def split(samples, rank_sizes):
@@ -32,11 +35,10 @@ def step_gradients(model, micro_batches, **options) -> tuple[StepLosses, dict]:
 
 def gradients_in_ranks(cases):
     """One (losses, gradients) per case (model class, total, images per GPU)."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     results = []
     for model_class, total, ims_per_gpu in cases:
-        sizes = micro_batch_sizes(total, world_size, ims_per_gpu)
-        share = split(make_samples(total), sizes)[rank]
+        sizes = micro_batch_sizes(total, world_size(), ims_per_gpu)
+        share = split(make_samples(total), sizes)[rank()]
         model = data_parallel(model_class(torch.float64))
         results.append(step_gradients(model, share))
     return results
@@ -83,8 +85,8 @@ def where_am_i(*args):
     }
 
 
-def user_error_on(rank: int):
-    if dist.get_rank() == rank:
+def user_error_on(failing: int):
+    if dist.get_rank() == failing:
         raise DataError([Fault("image", "a.jpg", "a readable image", "mend it")])
     dist.barrier()
 
@@ -93,8 +95,8 @@ def program_error():
     raise ZeroDivisionError("a fault of the program")
 
 
-def killed_on(rank: int):
-    if dist.get_rank() == rank:
+def killed_on(failing: int):
+    if dist.get_rank() == failing:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
 
@@ -103,3 +105,98 @@ def sleep_for_ever(marker: str):
     with open(f"{marker}.{dist.get_rank()}", "w") as file:
         file.write(str(os.getpid()))
     time.sleep(1000)
+
+
+def guarded_training(cases, ims_per_batch=6, ims_per_gpu=4, steps=3):
+    """Train a few steps for each case (part, ranks that fail, step) and describe the end.
+
+    A rank fails once, in the micro-batch of its largest size; a case of None never fails.
+    """
+    return [_guarded(case, ims_per_batch, ims_per_gpu, steps) for case in cases]
+
+
+def _guarded(case, ims_per_batch, ims_per_gpu, steps):
+    torch.manual_seed(0)
+    failures = []
+    now = {"step": -1}
+    part, ranks, when = case or ("", (), -1)
+
+    def fail(asked, images=0):
+        if asked != part or rank() not in ranks or now["step"] != when or failures:
+            return False
+        failures.append(images)
+        return True
+
+    model = FailingStandIn(torch.float64)
+    model.fail = fail
+    wrapped = data_parallel(model, find_unused_parameters=True)
+    optimizer = FailingOptimizer(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer.fail = lambda: fail("optimizer")
+    split_to = []
+    guard = OomGuard(
+        wrapped,
+        optimizer,
+        ims_per_batch=ims_per_batch,
+        ims_per_gpu=ims_per_gpu,
+        on_split=split_to.append,
+    )
+    losses, drawn = [], []
+    for step in range(steps):
+        now["step"] = step
+        samples = make_samples(ims_per_batch, seed=step)
+        share = samples[rank_slice(ims_per_batch, world_size(), rank())]
+        losses.append(guard(share, lambda _: optimizer.step()).losses)
+        drawn.append(torch.rand(()).item())
+    momentum = {
+        name: optimizer.state[parameter]["momentum_buffer"]
+        for name, parameter in model.named_parameters()
+    }
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "momentum": momentum,
+        "moving": model.moving.item(),
+        "losses": losses,
+        "drawn": drawn,
+        "split_to": split_to,
+        "failures": len(failures),
+    }
+
+
+def one_image_does_not_fit():
+    """The error and the weights, before and after, of a step that never fits on the last rank."""
+    model = FailingStandIn(torch.float64)
+    optimizer = FailingOptimizer(model.parameters(), lr=0.05, momentum=0.9)
+    guard = OomGuard(data_parallel(model), optimizer, ims_per_batch=4, ims_per_gpu=4)
+    share = make_samples(4)[rank_slice(4, world_size(), rank())]
+    guard(share, lambda _: optimizer.step())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.fail = lambda: rank() == world_size() - 1
+    try:
+        guard(share, lambda _: optimizer.step())
+    except StepDoesNotFitError as error:
+        same = all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        return str(error), same, guard.ims_per_gpu
+    return None
+
+
+def other_error_on_the_last_rank():
+    model = FailingStandIn()
+    optimizer = FailingOptimizer(model.parameters(), lr=0.05)
+    guard = OomGuard(data_parallel(model), optimizer, ims_per_batch=4, ims_per_gpu=4)
+
+    def finish(_):
+        if rank() == world_size() - 1:
+            raise ZeroDivisionError("a fault of the program")
+
+    guard(make_samples(4)[rank_slice(4, world_size(), rank())], finish)
+
+
+def averaged_gradients():
+    """Gradients that not all ranks have, averaged: (for all, for rank 0 alone, for none)."""
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 2, 1)]
+    agreement = Agreement(parameters)
+    parameters[0].grad = torch.full((3,), float(rank() + 1))
+    if rank() == 0:
+        parameters[1].grad = torch.ones(2)
+    agreement.average_gradients()
+    return [parameter.grad for parameter in parameters]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from d2scale.memory.oom import OutOfMemoryError
+
 
 def make_samples(count: int, seed: int = 0) -> list[dict]:
     """Images of two sizes with 0 to 3 boxes."""
@@ -91,3 +93,59 @@ class PlainStandIn(nn.Module):
     def forward(self, samples):
         losses = [self.inner.score(self.inner.features(sample)).sum() ** 2 for sample in samples]
         return {"loss": torch.stack(losses).mean()}
+
+
+class FailingOptimizer(torch.optim.SGD):
+    """Updates some weights, then runs out of memory, when ``fail`` says so."""
+
+    fail = staticmethod(lambda: False)
+
+    def step(self, closure=None):
+        if self.fail():
+            # Momentum comes into being for the first of the parameters alone.
+            parameter = self.param_groups[0]["params"][0]
+            with torch.no_grad():
+                parameter.add_(1.0)
+            self.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+            raise out_of_memory()
+        return super().step(closure)
+
+
+def out_of_memory() -> RuntimeError:
+    return OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nMore lines.")
+
+
+class _FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise out_of_memory()
+
+
+class FailingStandIn(StandIn):
+    """Fails where ``fail(part, images)`` says so; draws by chance and keeps statistics."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype)
+        self.fail = lambda part, images: False
+        self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+
+    def loss_normalizers(self, samples):
+        if self.fail("normalizers", len(samples)):
+            raise out_of_memory()
+        return super().loss_normalizers(samples)
+
+    def forward(self, samples, normalizers=None):
+        self.forwards += len(samples)
+        if not hasattr(self, "moving"):
+            self.register_buffer("moving", torch.zeros(()), persistent=False)
+        self.moving += len(samples)
+        losses = super().forward(samples, normalizers)
+        if self.fail("forward", len(samples)):
+            raise out_of_memory()
+        if self.fail("backward", len(samples)):
+            losses["loss_cls"] = _FailingBackward.apply(losses["loss_cls"])
+        return losses

@@ -1,0 +1,125 @@
+"""Undoing a step that failed anywhere between its first forward and its last update."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+
+class StepUndo:
+    """Remembers what a step changes, and brings it back.
+
+    An optimizer that fails has updated some weights and not others, so weights and optimizer
+    state are copied at the start of every step: to the memory of the host, for the device has
+    none to spare, and on a stream of their own, beside the forward that only reads them. Buffers
+    (statistics of batch norm, moving normalizers) are small and copied on the device.
+
+    Args:
+        model: bare.
+        optimizer: over parameters of ``model``.
+        scaler: the one that the step scales with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: GradScaler | None = None,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._scaler = scaler
+        self._device = next(model.parameters()).device
+        self._on_cuda = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if self._on_cuda else None
+        self._copies: dict[Tensor, Tensor] = {}
+        self._state: dict[Any, dict[str, Any]] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._random: list[Tensor] = []
+        self._scaler_state: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Copy what the coming step may change."""
+        self._random = [torch.get_rng_state()]
+        if self._on_cuda:
+            self._random.append(torch.cuda.get_rng_state(self._device))
+        if self._scaler is not None:
+            self._scaler_state = self._scaler.state_dict()
+        self._copy_buffers()
+        self._state = {key: dict(state) for key, state in self._optimizer.state.items()}
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with self._beside():
+            # Tensors that are gone from the optimizer are forgotten with their old copies.
+            self._copies = {tensor: self._copied(tensor) for tensor in self._changing()}
+
+    def settle(self) -> None:
+        """Wait, on the device, until the copies are made. To be called before the update."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring back what was remembered, and drop the gradients."""
+        self.settle()
+        self._optimizer.zero_grad(set_to_none=True)
+        for tensor, copy in self._copies.items():
+            tensor.copy_(copy)
+        for key in [key for key in self._optimizer.state if key not in self._state]:
+            del self._optimizer.state[key]
+        for key, state in self._state.items():
+            self._optimizer.state[key] = dict(state)
+        self._restore_buffers()
+        self._restore_scaler()
+        torch.set_rng_state(self._random[0])
+        if self._on_cuda:
+            torch.cuda.set_rng_state(self._random[1], self._device)
+
+    def _beside(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _changing(self) -> list[Tensor]:
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        states = [value for state in self._state.values() for value in state.values()]
+        return [*parameters, *(value for value in states if isinstance(value, Tensor))]
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        copy = self._copies.get(tensor)
+        if copy is None:
+            copy = torch.empty_like(tensor, device="cpu", requires_grad=False)
+            copy = copy.pin_memory() if tensor.is_cuda else copy
+        return copy.copy_(tensor, non_blocking=tensor.is_cuda)
+
+    def _copy_buffers(self) -> None:
+        buffers = dict(self._model.named_buffers())
+        kept = {name: copy for name, copy in self._buffers.items() if name in buffers}
+        for name, buffer in buffers.items():
+            copy = kept.get(name)
+            if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
+                kept[name] = buffer.clone()
+            else:
+                copy.copy_(buffer)
+        self._buffers = kept
+
+    def _restore_buffers(self) -> None:
+        for name, buffer in list(self._model.named_buffers()):
+            if name in self._buffers:
+                buffer.copy_(self._buffers[name])
+            else:
+                # A moving statistic that the first forward makes.
+                owner, _, own_name = name.rpartition(".")
+                delattr(self._model.get_submodule(owner), own_name)
+
+    def _restore_scaler(self) -> None:
+        if self._scaler is None or not self._scaler_state:
+            return
+        # The scale comes into being at its first use; update() then forgets what unscale_() has
+        # noted for the step that is undone.
+        self._scaler.scale(torch.zeros((), device=self._device))
+        self._scaler.update(float(self._scaler_state["scale"]))
+        self._scaler.load_state_dict(self._scaler_state)
