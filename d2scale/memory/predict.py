@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -49,24 +49,19 @@ class Workload:
     """A training whose memory is asked for.
 
     Attributes:
-        build_step: makes model and optimizer, on the CPU.
+        build_step: makes model and optimizer, on a device.
         make_batch: makes the worst batch of a number of images, on the CPU.
+        make_batches: makes the batches of a few steps for a number of images, the worst, smaller
+            ones and the worst again; None: the worst twice.
         description: of model, input size and precision, in words.
         covers: the settings that it stands for; see :mod:`d2scale.memory.coverage`.
     """
 
-    build_step: Callable[[], TrainingStep]
+    build_step: Callable[[torch.device], TrainingStep]
     make_batch: Callable[[int], Any]
+    make_batches: Callable[[int], Sequence[Any]] | None = None
     description: str = ""
     covers: dict[str, Any] | None = None
-
-
-class Bytes(NamedTuple):
-    """What one step takes; see :class:`d2scale.memory.profile.Point`."""
-
-    live: int
-    reserved: int
-    needed: int
 
 
 @dataclass(frozen=True)
@@ -172,7 +167,7 @@ def _predict(workload: Workload, fake: bool) -> Prediction:
         if fake:
             stack.enter_context(FakeTensorMode())
         stack.enter_context(CudaLike())
-        step = workload.build_step()
+        step = workload.build_step(torch.device("cpu"))
         tracker = StorageTracker()
         with tracker:
             tracker.count(*step.model.parameters(), *step.model.buffers())

@@ -74,6 +74,12 @@ class TrainingStep:
         """Return the parameters that train."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def held(self) -> list[Tensor]:
+        """Return what lives between steps: weights, statistics, the optimizer's state."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        kept = [value for value in states if isinstance(value, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *kept]
+
     def _objective(self, batch: Any) -> Tensor:
         device = next(self.model.parameters()).device.type
         enabled = self.precision is not None

@@ -78,9 +78,11 @@ class StorageTracker(TorchDispatchMode):
             self._trace = before
 
     def count(self, *tensors: Tensor) -> None:
-        """Count tensors that were made while the tracker was not active."""
+        """Count tensors that were made while the tracker was not active; no budget stops them."""
+        budget, self.budget_bytes = self.budget_bytes, None
         for tensor in tensors:
             self._see(tensor, "given")
+        self.budget_bytes = budget
 
     def reset_peak(self) -> None:
         """Let the peak start from what lives now."""

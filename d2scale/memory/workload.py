@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 
 from d2scale.engine.models import new_model
 from d2scale.engine.solver import build_gradient_clipper, build_optimizer
@@ -21,18 +22,23 @@ def workload_of(cfg: Any, worst_case: WorstCase) -> Workload:
     """
     precision = _precision(cfg)
 
-    def build_step() -> TrainingStep:
+    def build_step(device: torch.device) -> TrainingStep:
         model = new_model(cfg).train()
+        if device.type != "cpu":  # fake parameters cannot be moved
+            model.to(device)
+        needs_scaler = device.type == "cuda" and precision is torch.float16
         return TrainingStep(
             model,
             build_optimizer(cfg, model),
             precision=precision,
             clip=build_gradient_clipper(cfg),
+            scaler=GradScaler(device.type) if needs_scaler else None,
         )
 
     return Workload(
         build_step,
         worst_case.samples,
+        worst_case.trial_batches,
         _description(cfg, worst_case, precision),
         coverage(cfg),
     )

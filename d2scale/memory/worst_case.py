@@ -45,22 +45,35 @@ class WorstCase:
     def samples(self, count: int, size: Size | None = None) -> list[dict[str, Any]]:
         """Return a batch of ``count`` images of ``size``, each with the most boxes.
 
-        The boxes are of many sizes, spread over the image; all have class 0.
+        The boxes are of many sizes, spread over the image; all have class 0. The images share
+        their memory.
         """
         height, width = size or self.size
+        image = torch.zeros((3, height, width), dtype=torch.uint8)
         boxes = _spread_boxes(self.boxes, height, width)
+        classes = torch.zeros(self.boxes, dtype=torch.int64)
         return [
             {
-                "image": torch.zeros((3, height, width), dtype=torch.uint8),
+                "image": image,
                 "height": height,
                 "width": width,
                 "image_id": index,
                 "file_name": "",
-                "boxes": boxes.clone(),
-                "classes": torch.zeros(self.boxes, dtype=torch.int64),
+                "boxes": boxes,
+                "classes": classes,
             }
             for index in range(count)
         ]
+
+    def trial_batches(self, count: int) -> list[list[dict[str, Any]]]:
+        """Return batches for a few steps: each group's largest, a smaller one, the largest again.
+
+        Steps of other sizes leave the allocator's cache in pieces that the largest must still
+        find room in.
+        """
+        smaller = (round(0.8 * self.size[0]), round(0.8 * self.size[1]))
+        sizes = (*self.sizes, smaller, self.size)
+        return [self.samples(count, size) for size in sizes]
 
 
 def assumed_worst_case(cfg: Any) -> WorstCase:

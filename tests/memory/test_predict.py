@@ -45,7 +45,7 @@ class Choosy(Net):
 
 
 def workload(model_class=Net, optimizer=torch.optim.SGD, **options):
-    def build_step():
+    def build_step(device):
         model = model_class(**options)
         chosen = {"lr": 0.01, "momentum": 0.9} if optimizer is torch.optim.SGD else {"lr": 0.01}
         return TrainingStep(model, optimizer(model.parameters(), foreach=True, **chosen))
@@ -55,7 +55,7 @@ def workload(model_class=Net, optimizer=torch.optim.SGD, **options):
 
 def counted_peak(work, images):
     """Peak of a real step on the CPU, the optimizer's state being there already."""
-    step = work.build_step()
+    step = work.build_step(torch.device("cpu"))
     tracker = StorageTracker()
     with tracker:
         tracker.count(*step.model.parameters(), *step.model.buffers())
@@ -147,7 +147,9 @@ def test_more_ranks_and_accumulation_hold_the_gradients_again():
     work = workload()
     prediction = predict(work)
     profile = prediction.profile(work)
-    model_bytes = sum(4 * p.numel() for p in work.build_step().model.parameters())
+    model_bytes = sum(
+        4 * p.numel() for p in work.build_step(torch.device("cpu")).model.parameters()
+    )
     assert prediction.gradient_bytes == model_bytes
     alone = profile.peak_bytes(8)
     assert profile.peak_bytes(8, world_size=2) == alone + model_bytes

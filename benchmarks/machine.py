@@ -1,0 +1,72 @@
+"""Which machine a benchmark ran on, and where its results are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe() -> dict[str, Any]:
+    """Return what decides a result: processor, cores, GPUs, versions, date."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "gpus": [
+            f"{p.name}, {p.total_memory / 2**30:.1f} GiB"
+            for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        ],
+        "python": platform.python_version(),
+        "packages": {
+            name: found
+            for name in ("torch", "torchvision", "detectron2", "d2scale", "lightning", "accelerate")
+            if (found := _version(name))
+        },
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def keep(name: str, rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Put ``rows`` into ``results/NAME.json``, in place of those with the same ``key``.
+
+    Every row keeps the machine that it was made on.
+
+    Returns:
+        All rows of the file.
+    """
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text()) if path.exists() else []
+    made = {row[key] for row in rows}
+    machine = describe()
+    kept = [row for row in known if row[key] not in made]
+    merged = kept + [{**row, "machine": machine} for row in rows]
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+    return merged
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

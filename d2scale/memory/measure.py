@@ -1,0 +1,98 @@
+"""Measuring a config of the default engine on the devices that will train it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from d2scale.engine.data.coco import load_training_dataset
+from d2scale.engine.launch import launch
+from d2scale.engine.models import device_of
+from d2scale.engine.parallel import world_size
+from d2scale.errors import ConfigError, Fault
+from d2scale.memory.devices import Device, SimulatedDevice, device_at_hand
+from d2scale.memory.predict import predict
+from d2scale.memory.probe import Probe, measured_profile
+from d2scale.memory.profile import GIB, MemoryProfile
+from d2scale.memory.workload import workload_of
+from d2scale.memory.worst_case import worst_case_of
+
+logger = logging.getLogger(__name__)
+
+
+def measure_profile(
+    cfg: Any,
+    *,
+    num_processes: int = 1,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+) -> MemoryProfile:
+    """Take worst-case training steps on every rank and return what all of them can hold.
+
+    The batches are made from the training dataset: the largest padded size that the augmentation
+    can give its images, each with the most boxes that one of them has. At most a few sizes are
+    tried, beginning at the prediction. The budget is ``D2SCALE.MEMORY.BUDGET_GIB``, or all of
+    the device, times ``FRACTION``. On a CPU the budget is simulated.
+
+    Args:
+        cfg: as ``d2scale.config.load_cfg`` reads it.
+        num_processes, num_machines, machine_rank, dist_url: see
+            :func:`d2scale.engine.launch.launch`.
+
+    Raises:
+        ConfigError: for a budget that cannot be, a dataset without annotations, or a device
+            that is too small for one image.
+        Exception: what the model fails with for another reason than memory.
+    """
+    profile: MemoryProfile = launch(
+        measure_on_rank,
+        [cfg],
+        num_processes=num_processes,
+        num_machines=num_machines,
+        machine_rank=machine_rank,
+        dist_url=dist_url,
+        use_cuda=cfg.MODEL.DEVICE == "cuda",
+    )
+    return profile
+
+
+def measure_on_rank(cfg: Any) -> MemoryProfile:
+    """Do one rank's part of :func:`measure_profile`; all ranks return the same."""
+    device = device_at_hand(device_of(cfg), cfg.D2SCALE.MEMORY.BUDGET_GIB)
+    budget_bytes = round(_budget_gib(cfg, device) * cfg.D2SCALE.MEMORY.FRACTION * GIB)
+    dataset = load_training_dataset(cfg)
+    worst = worst_case_of(cfg, dataset.records, dataset.name)
+    workload = workload_of(cfg, worst)
+    predicted = predict(workload).profile(workload)
+    most = cfg.D2SCALE.MAX_IMS_PER_BATCH or len(dataset)
+    step = workload.build_step(device.device)
+    assert workload.make_batches is not None
+    measurement = Probe(device, step, workload.make_batches).measure(
+        predicted, budget_bytes, limit=max(1, min(most, len(dataset)) // world_size())
+    )
+    return measured_profile(
+        predicted,
+        measurement,
+        budget_bytes,
+        f"{workload.description}; measured on {_name(device)}, {world_size()} ranks, with "
+        f"{', '.join(str(trial.ims_per_gpu) for trial in measurement.trials)} images",
+    )
+
+
+def _budget_gib(cfg: Any, device: Device) -> float:
+    asked, total_gib = cfg.D2SCALE.MEMORY.BUDGET_GIB, device.total_bytes / GIB
+    if asked < 0 or asked > total_gib or (isinstance(device, SimulatedDevice) and not asked):
+        allowed = "above 0 GiB"
+        if not isinstance(device, SimulatedDevice):
+            allowed = f"0 (all of the device), or up to its {total_gib:.2f} GiB"
+        raise ConfigError([Fault("D2SCALE.MEMORY.BUDGET_GIB", asked, allowed, "correct it")])
+    return float(asked or total_gib)
+
+
+def _name(device: Device) -> str:
+    if isinstance(device, SimulatedDevice):
+        return f"a CPU as a device of {device.total_bytes / GIB:.2f} GiB"
+    import torch
+
+    return f"{torch.cuda.get_device_name(device.device)}, {device.total_bytes / GIB:.2f} GiB"

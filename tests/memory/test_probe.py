@@ -1,0 +1,145 @@
+import copy
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from d2scale.engine.launch import RankError, launch
+from d2scale.errors import ConfigError
+from d2scale.memory.devices import SimulatedDevice
+from d2scale.memory.oom import OutOfMemoryError
+from d2scale.memory.predict import predict
+from d2scale.memory.probe import Probe, measured_profile
+from d2scale.memory.search import MAX_TRIALS
+from small_training import WORST, measure, measure_on_ranks, workload
+
+CPU = torch.device("cpu")
+KIB = 1024
+
+
+def fits(budget_bytes: int, images: int) -> bool:
+    """Whether steps of the worst case run within the budget, by trying it alone."""
+    work = workload()
+    step = work.build_step(CPU)
+    device = SimulatedDevice(budget_bytes)
+    try:
+        with device.limited(budget_bytes, step.held()):
+            for batch in work.make_batches(images):
+                step(batch)
+    except OutOfMemoryError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("budget_kib", [500, 1300, 3000])
+def test_the_largest_that_trains_is_found_in_few_trials(budget_kib):
+    work = workload()
+    found = measure(budget_kib * KIB, work.build_step(CPU), work)
+    assert fits(budget_kib * KIB, found.largest)
+    assert not fits(budget_kib * KIB, found.largest + 1)
+    assert len(found.trials) <= MAX_TRIALS
+
+
+def everything(step):
+    """All that a step can change, as values."""
+    return copy.deepcopy(
+        {
+            "weights": step.model.state_dict(),
+            "gradients": [p.grad for p in step.model.parameters()],
+            "modes": [module.training for module in step.model.modules()],
+            "optimizer": step.optimizer.state_dict(),
+            "torch": torch.get_rng_state(),
+            "numpy": np.random.get_state()[1],
+            "python": random.getstate(),
+        }
+    )
+
+
+def assert_same(before, after):
+    assert before["python"] == after["python"]
+    del before["python"], after["python"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_nothing_is_left_behind(trained):
+    work = workload()
+    step = work.build_step(CPU)
+    if trained:
+        step(WORST.samples(2))
+        for parameter in step.model.parameters():
+            parameter.grad = torch.full_like(parameter, 3.0)
+        step.model.body[3].eval()
+    before = everything(step)
+    found = measure(1300 * KIB, step, work)
+    assert {trial.fits for trial in found.trials} == {True, False}
+    assert_same(before, everything(step))
+
+
+def test_a_model_that_fails_for_another_reason_is_heard_untouched():
+    work = workload(fails_at=2)
+    step = work.build_step(CPU)
+    before = everything(step)
+    with pytest.raises(ZeroDivisionError, match=r"^a fault of the model$"):
+        measure(1300 * KIB, step, work)
+    assert_same(before, everything(step))
+
+
+def test_no_more_than_wanted_is_tried():
+    work = workload()
+    found = measure(3000 * KIB, work.build_step(CPU), work, limit=2)
+    assert found.largest == 2
+    assert max(trial.ims_per_gpu for trial in found.trials) == 2
+
+
+def test_the_measured_profile_says_what_was_measured():
+    work = workload()
+    budget = 1300 * KIB
+    found = measure(budget, work.build_step(CPU), work)
+    profile = measured_profile(predict(work).profile(work), found, budget, "in a test")
+    assert (profile.source, profile.description) == ("measured", "in a test")
+    assert profile.largest_ims_per_gpu(budget) == found.largest
+    assert profile.largest_ims_per_gpu(budget // 2) < found.largest
+    assert {point.ims_per_gpu for point in profile.points} == {
+        trial.ims_per_gpu for trial in found.trials if trial.fits
+    }
+
+
+def test_a_device_too_small_for_one_image_is_said_in_one_line():
+    work = workload()
+    found = measure(60 * KIB, work.build_step(CPU), work)
+    assert found.largest == 0
+    with pytest.raises(ConfigError, match="one image does not fit") as raised:
+        measured_profile(predict(work).profile(work), found, 60 * KIB, "")
+    assert "\n" not in str(raised.value)
+
+
+def test_what_others_take_of_the_device_leaves_less_room():
+    work = workload()
+    predicted = predict(work).profile(work)
+    budget = 3000 * KIB
+    alone = Probe(SimulatedDevice(budget), work.build_step(CPU), work.make_batches)
+    shared = replace(alone, device=SimulatedDevice(budget, context_bytes=1500 * KIB))
+    assert (
+        shared.measure(predicted, budget).largest
+        == alone.measure(predicted, budget - 1500 * KIB).largest
+        < alone.measure(predicted, budget).largest
+    )
+
+
+def test_all_ranks_agree_on_what_the_smallest_can_hold():
+    first, second = launch(measure_on_ranks, [(3000 * KIB, 1000 * KIB)], num_processes=2)
+    assert first.largest == second.largest >= 1
+    assert first.trials == second.trials
+    assert {trial.fits for trial in first.trials} == {True, False}
+    # DistributedDataParallel's buckets take their part of the smaller rank's room.
+    work = workload()
+    alone = measure(1000 * KIB, work.build_step(CPU), work)
+    assert first.largest <= alone.largest
+
+
+def test_a_rank_that_fails_leaves_no_other_waiting_and_is_named():
+    with pytest.raises(RankError, match="a fault of the model"):
+        launch(measure_on_ranks, [(3000 * KIB, 3000 * KIB), 1], num_processes=2)
