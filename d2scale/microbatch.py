@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 # Among the sums of a step; no loss has this name.
 _IMAGES = ""
+# detectron2's own; d2go's default for training on several GPUs.
+_NAIVE_SYNC_BATCH_NORM = "NaiveSyncBatchNorm"
 
 
 @runtime_checkable
@@ -218,6 +220,40 @@ def inexact_reasons(model: nn.Module) -> tuple[str, ...]:
             "from one micro-batch"
         )
     return tuple(reasons)
+
+
+def synchronised_norms(model: nn.Module) -> tuple[str, ...]:
+    """Names of the batch norm layers of ``model`` that communicate in their forward."""
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.SyncBatchNorm) or type(module).__name__ == _NAIVE_SYNC_BATCH_NORM
+    )
+
+
+def without_synchronised_norms(model: nn.Module) -> nn.Module:
+    """Return ``model`` with plain batch norm for one rank, and log the change if there is one."""
+    found = [name for name, each in model.named_modules() if isinstance(each, nn.SyncBatchNorm)]
+    if found:
+        logger.info(
+            "%d synchronised batch norm layers become plain ones, for there is one rank (the "
+            "first is %s)",
+            *(len(found), found[0]),
+        )
+    for name in found:
+        owner, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, _plain_norm(model.get_submodule(name)))
+    return model
+
+
+def _plain_norm(norm: nn.Module) -> nn.BatchNorm2d:
+    assert isinstance(norm, nn.SyncBatchNorm)
+    plain = nn.BatchNorm2d(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    )
+    # The very tensors: an optimizer may hold them.
+    plain._parameters, plain._buffers = norm._parameters, norm._buffers
+    return plain.train(norm.training)
 
 
 def _world_size() -> int:

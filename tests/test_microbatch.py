@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from d2scale.engine.launch import launch
-from d2scale.microbatch import MicroBatchStep, inexact_reasons
+from d2scale.microbatch import (
+    MicroBatchStep,
+    inexact_reasons,
+    synchronised_norms,
+    without_synchronised_norms,
+)
 from d2scale.rules import micro_batch_sizes
 from rank_functions import gradients_in_ranks, split, step_gradients, unused_parameters
 from standins import PlainStandIn, StandIn, make_samples
@@ -118,3 +123,22 @@ def test_frozen_batch_norm_is_exact():
     model = StandIn()
     model.add_module("batch_norm", nn.BatchNorm2d(3).eval())
     assert inexact_reasons(model) == ()
+
+
+def test_synchronised_batch_norm_becomes_plain_on_one_rank(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4, momentum=0.3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    assert synchronised_norms(model) == ("1",)
+    with caplog.at_level(logging.INFO):
+        plain = without_synchronised_norms(model).train()
+    assert "1 synchronised batch norm layers become plain" in caplog.text
+    assert type(plain[1]) is nn.BatchNorm2d
+    assert synchronised_norms(plain) == ()
+    before = plain[1].bias.clone()
+    plain(torch.rand(2, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    assert plain[1].running_mean.abs().sum() > 0
+    assert not torch.equal(plain[1].bias, before)
+    caplog.clear()
+    without_synchronised_norms(plain)
+    assert not caplog.records

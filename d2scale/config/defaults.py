@@ -30,8 +30,9 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     cfg.D2SCALE.MAX_IMS_PER_BATCH = 0
     # Micro-batches in one optimizer step. 0: decide from IMS_PER_GPU and the memory.
     cfg.D2SCALE.ACCUMULATION_STEPS = 0
-    # What an out-of-memory error does to a run: "raise" ends it.
-    cfg.D2SCALE.ON_OOM = "raise"
+    # What an out-of-memory error does to a run. "split": the step is undone and taken again in
+    # smaller micro-batches, with the same result. "raise": the run ends.
+    cfg.D2SCALE.ON_OOM = "split"
     # Make every step independent of the number of ranks and micro-batches, to rounding.
     cfg.D2SCALE.EXACT = False
     # Compute activations again in the backward pass instead of keeping them: less memory, more

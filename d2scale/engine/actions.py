@@ -37,16 +37,28 @@ class Save:
         self._sampler = sampler
         self._period = period or max_iter
         self._max_iter = max_iter
+        self._checkpointer = checkpointer
         self._periodic = PeriodicCheckpointer(checkpointer, period or max_iter + 1, max_iter)
+        self._unsaved: dict[str, Any] | None = None
 
     def __call__(self, step: StepMetrics) -> None:
         done = step.iteration + 1
+        place = {"images_seen": step.images_seen, "sampler": self._sampler.state_dict()}
         if done % self._period and done != self._max_iter:
+            # A step that fails will have moved the sampler on.
+            self._unsaved = {"iteration": step.iteration, **place}
             return
+        self._unsaved = None
         self._check_weights(step.iteration)
-        self._periodic.step(
-            step.iteration, images_seen=step.images_seen, sampler=self._sampler.state_dict()
-        )
+        self._periodic.step(step.iteration, **place)
+
+    def last_step(self) -> None:
+        """Save the state after the last step, out of turn, unless it is saved already."""
+        if self._unsaved is not None:
+            iteration = self._unsaved["iteration"]
+            self._check_weights(iteration)
+            self._checkpointer.save(f"model_{iteration:07d}", **self._unsaved)
+            self._unsaved = None
 
     def _check_weights(self, iteration: int) -> None:
         """Weights that are not finite must not replace a good checkpoint."""

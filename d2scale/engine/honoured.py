@@ -97,7 +97,7 @@ _RULES = (
     _between("DATALOADER.NUM_WORKERS", 0),
     _between("TEST.DETECTIONS_PER_IMAGE", 1),
     _one_of("MODEL.DEVICE", ("cuda", "cpu"), "choose one"),
-    _only("D2SCALE.ON_OOM", "raise", "the guard against it is not built yet"),
+    _one_of("D2SCALE.ON_OOM", ("split", "raise"), "choose one"),
 )
 
 

@@ -24,10 +24,12 @@ from d2scale.engine.logs import logging_to
 from d2scale.engine.models import build_model, device_of, load_initial_weights
 from d2scale.engine.parallel import data_parallel, rank, same_on_all_ranks, world_size
 from d2scale.engine.solver import build_gradient_clipper, build_lr_schedule, build_optimizer
+from d2scale.engine.splitting import RecordSplit, build_guard
 from d2scale.engine.trainer import Trainer
 from d2scale.engine.writers import JsonWriter, Reporter, TensorBoardWriter, Writer
 from d2scale.errors import CheckpointError, Fault
-from d2scale.microbatch import MicroBatchStep
+from d2scale.microbatch import MicroBatchStep, without_synchronised_norms
+from d2scale.oom_guard import StepDoesNotFitError
 from d2scale.plan import Plan
 from d2scale.plan_formats import to_table
 from d2scale.rules import micro_batch_sizes
@@ -124,6 +126,8 @@ def _train(job: Job, plan: Plan) -> Results:
     seed = _agreed_seed(cfg.SEED, device)
     torch.manual_seed(seed)
     model = build_model(cfg)
+    if world_size() == 1:
+        model = without_synchronised_norms(model)
     optimizer = build_optimizer(cfg, model)
     # Before a checkpoint sets the groups to the rates of its own moment.
     schedule = build_lr_schedule(cfg, optimizer)
@@ -134,6 +138,15 @@ def _train(job: Job, plan: Plan) -> Results:
     unused = cfg.MODEL.DDP_FIND_UNUSED_PARAMETERS
     wrapped = data_parallel(model, find_unused_parameters=unused).train()
     sizes = micro_batch_sizes(plan.ims_per_batch, world_size(), plan.ims_per_gpu)
+    guard = build_guard(
+        cfg,
+        plan,
+        wrapped,
+        optimizer,
+        precision=precision,
+        scaler=scaler,
+        on_split=RecordSplit(plan, checkpointer),
+    )
     with _build_loader(cfg, position) as data:
         trainer = Trainer(
             MicroBatchStep(wrapped, precision=precision, scaler=scaler),
@@ -144,6 +157,7 @@ def _train(job: Job, plan: Plan) -> Results:
             seed=position.seed,
             clip=build_gradient_clipper(cfg),
             scaler=scaler,
+            guard=guard,
             start_iteration=position.next_iteration,
             images_before=position.images_seen,
         )
@@ -179,7 +193,11 @@ def _run(
         )
         save = Save(checkpointer, data, period=cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=max_iter)
         report = Report(reporter, device_of(cfg), period=cfg.WRITER_PERIOD, max_iter=max_iter)
-        trainer.train(max_iter, (save, assess, report))
+        try:
+            trainer.train(max_iter, (save, assess, report))
+        except StepDoesNotFitError:
+            save.last_step()
+            raise
         data.close()
         return assess.now(max_iter - 1)
 
