@@ -82,7 +82,7 @@ def measure_on_rank(cfg: Any) -> MemoryProfile:
 
 def _budget_gib(cfg: Any, device: Device) -> float:
     asked, total_gib = cfg.D2SCALE.MEMORY.BUDGET_GIB, device.total_bytes / GIB
-    if asked < 0 or asked > total_gib or (isinstance(device, SimulatedDevice) and not asked):
+    if asked < 0 or asked > total_gib + 1e-6 or (isinstance(device, SimulatedDevice) and not asked):
         allowed = "above 0 GiB"
         if not isinstance(device, SimulatedDevice):
             allowed = f"0 (all of the device), or up to its {total_gib:.2f} GiB"

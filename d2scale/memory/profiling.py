@@ -5,9 +5,12 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import torch
+
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
 from d2scale.errors import ConfigError, Fault
+from d2scale.memory.measure import measure_profile
 from d2scale.memory.predict import predict
 from d2scale.memory.profile import MemoryProfile
 from d2scale.memory.workload import workload_of
@@ -25,9 +28,20 @@ def make_profiles(cfg: Any, device: str, *, explore: bool = False) -> tuple[Memo
     Raises:
         ConfigError: with all faults of the config or the request.
     """
-    if device == "cuda":
-        raise ConfigError([Fault("--device", device, "cpu", "measuring is not built yet")])
-    return predict_variants(cfg) if explore else (predict_profile(cfg),)
+    if device == "cpu":
+        return predict_variants(cfg) if explore else (predict_profile(cfg),)
+    faults = _faults(cfg)
+    if explore:
+        faults.append(Fault("--explore", True, "with --device cpu", "measure one choice at a time"))
+    if not torch.cuda.is_available():
+        advice = "use --device cpu, which predicts without a GPU"
+        faults.append(Fault("--device", device, "cpu, for CUDA is not available here", advice))
+    if faults:
+        raise ConfigError(faults)
+    on_cuda = cfg.clone()
+    on_cuda.defrost()
+    on_cuda.MODEL.DEVICE = "cuda"
+    return (measure_profile(on_cuda),)
 
 
 def predict_profile(cfg: Any, worst_case: WorstCase | None = None) -> MemoryProfile:
@@ -40,8 +54,7 @@ def predict_profile(cfg: Any, worst_case: WorstCase | None = None) -> MemoryProf
     Raises:
         ConfigError: with all faults of the config.
     """
-    faults = [*value_faults(cfg), *input_faults(cfg)]
-    if faults:
+    if faults := _faults(cfg):
         raise ConfigError(faults)
     workload = workload_of(cfg, worst_case or assumed_worst_case(cfg))
     return predict(workload).profile(workload)
@@ -53,6 +66,10 @@ def predict_variants(cfg: Any, worst_case: WorstCase | None = None) -> tuple[Mem
         predict_profile(_variant(cfg, amp, checkpointing), worst_case)
         for amp, checkpointing in product((False, True), repeat=2)
     )
+
+
+def _faults(cfg: Any) -> list[Fault]:
+    return [*value_faults(cfg), *input_faults(cfg)]
 
 
 def _variant(cfg: Any, amp: bool, checkpointing: bool) -> Any:
