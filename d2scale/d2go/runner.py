@@ -61,6 +61,11 @@ class Runner(GeneralizedRCNNRunner):
         for entry in entry_points(group="d2scale.detectron2"):
             entry.load()()
 
+    def build_model(self, cfg: Any, eval_only: bool = False) -> torch.nn.Module:
+        """Build the model that the config names; a config it cannot have is a user's mistake."""
+        with exit_on_user_error():
+            return super().build_model(cfg, eval_only)
+
     def do_train(self, cfg: Any, model: torch.nn.Module, resume: bool) -> Any:
         """Scale the config if d2go has not had to, then train as d2go does."""
         # d2go calls a scaling method only when the world size differs from the recipe's.

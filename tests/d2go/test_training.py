@@ -116,3 +116,9 @@ def test_a_mistake_ends_with_one_line_and_status_2(train, tmp_path):
     assert len(errors) == 1
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_detectron2_cannot_build_is_one_line_too(train):
+    done = train(META_FCOS, 1, "MODEL.RESNETS.RES2_OUT_CHANNELS", "32", status=2)
+    assert "RES2_OUT_CHANNELS is 32; allowed: 64 in detectron2" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

@@ -109,19 +109,11 @@ def build_fcos_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
     """Build detectron2's ResNet and FPN, with p6 made from p5.
 
     Raises:
-        ConfigError: if the levels are not p3 to p7, which is what detectron2 can build.
+        ConfigError: for what detectron2 cannot build, though the default engine can.
     """
-    if cfg.MODEL.FCOS.TOP_LEVELS != 2 or cfg.MODEL.FPN.IN_FEATURES[-1] != "res5":
-        raise ConfigError(
-            [
-                Fault(
-                    "MODEL.FCOS.TOP_LEVELS",
-                    cfg.MODEL.FCOS.TOP_LEVELS,
-                    "2, on a pyramid that ends with res5",
-                    "set it to 2, or use d2scale train",
-                )
-            ]
-        )
+    faults = _upstream_faults(cfg)
+    if faults:
+        raise ConfigError(faults)
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return FPN(
         bottom_up=build_resnet_backbone(cfg, input_shape),
@@ -131,6 +123,21 @@ def build_fcos_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
         top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+def _upstream_faults(cfg: Any) -> list[Fault]:
+    fcos, resnets = cfg.MODEL.FCOS, cfg.MODEL.RESNETS
+    faults = []
+    if fcos.TOP_LEVELS != 2 or cfg.MODEL.FPN.IN_FEATURES[-1] != "res5":
+        allowed = "2 in detectron2, on a pyramid that ends with res5"
+        advice = "set it to 2, or use d2scale train"
+        faults.append(Fault("MODEL.FCOS.TOP_LEVELS", fcos.TOP_LEVELS, allowed, advice))
+    if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
+        allowed = "64 in detectron2 with DEPTH 18 and 34"
+        advice = "set it to 64, or use d2scale train"
+        key = "MODEL.RESNETS.RES2_OUT_CHANNELS"
+        faults.append(Fault(key, resnets.RES2_OUT_CHANNELS, allowed, advice))
+    return faults
 
 
 def _build_meta_fcos(cfg: Any, input_shape: Any) -> MetaFCOS:
