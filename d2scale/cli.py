@@ -230,6 +230,11 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
     parser.add_argument("--method", help="per_gpu, keep_total or max_memory")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--allow-changed-recipe",
+        action="store_true",
+        help="resume with another recipe than the training was started with",
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
     parser.set_defaults(command=_train)
 
@@ -239,6 +244,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from d2scale.engine.run import train
 
     cfg = load_cfg(arguments.config_file, arguments.opts)
+    if arguments.allow_changed_recipe:
+        cfg.D2SCALE.ALLOW_CHANGED_RECIPE = True
     train(
         cfg,
         num_processes=arguments.num_processes,

@@ -35,6 +35,8 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     cfg.D2SCALE.ON_OOM = "split"
     # Make every step independent of the number of ranks and micro-batches, to rounding.
     cfg.D2SCALE.EXACT = False
+    # Let --resume go on with a recipe that is not the one the training was started with.
+    cfg.D2SCALE.ALLOW_CHANGED_RECIPE = False
     # Compute activations again in the backward pass instead of keeping them: less memory, more
     # time. Only the default engine honours it.
     cfg.D2SCALE.ACTIVATION_CHECKPOINTING = False

@@ -83,6 +83,7 @@ class Evaluate:
         reporter: is told the metrics.
         period: steps between evaluations; 0: none.
         max_iter: steps of the whole training.
+        images_before: images that earlier runs have shown.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class Evaluate:
         *,
         period: int,
         max_iter: int,
+        images_before: int = 0,
     ) -> None:
+        self._images_seen = images_before
         self._evaluate = evaluate
         self._reporter = reporter
         self._period = period
@@ -100,6 +103,7 @@ class Evaluate:
 
     def __call__(self, step: StepMetrics) -> None:
         done = step.iteration + 1
+        self._images_seen = step.images_seen
         if self._period and done % self._period == 0 and done != self._max_iter:
             self.now(step.iteration)
 
@@ -107,7 +111,7 @@ class Evaluate:
         """Evaluate, report it for ``iteration`` and return the metrics."""
         results = dict(self._evaluate())
         if results:
-            self._reporter.tell(iteration, results)
+            self._reporter.tell(iteration, {**results, "images_seen": self._images_seen})
         return results
 
 

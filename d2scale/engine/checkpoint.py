@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from fvcore.common.checkpoint import Checkpointer
 from iopath.common.file_io import PathManager
 from torch import nn
 
+from d2scale.engine.checkpoint_files import (
+    LAST_CHECKPOINT,
+    last_whole_checkpoint,
+    write_atomically,
+)
 from d2scale.errors import CheckpointError, Fault
+from d2scale.progress import FORMAT, RECORD
 
 logger = logging.getLogger(__name__)
 
-# Raised when an older d2scale can no longer read what this one writes.
-FORMAT = 1
-LAST_CHECKPOINT = "last_checkpoint"
-RECORD = "d2scale"
 # Beside weights and state, where the training stood.
 POSITION = ("iteration", "images_seen", "sampler")
 _SHOWN_KEYS = 3
@@ -78,115 +78,107 @@ class RunCheckpointer(Checkpointer):
         content = last_filename_basename.encode()
         write_atomically(Path(self.save_dir) / LAST_CHECKPOINT, lambda file: file.write(content))
 
-    def resume(self) -> dict[str, Any] | None:
-        """Load the last checkpoint into the model and all checkpointables.
+    def resume(
+        self, check: Callable[[dict[str, Any]], Sequence[Fault]] | None = None
+    ) -> dict[str, Any] | None:
+        """Load the last whole checkpoint into the model and all checkpointables.
+
+        Nothing is changed unless everything fits. A checkpoint of detectron2 or d2go, which has
+        no record, loses its optimizer's state if that is ordered in another way.
+
+        Args:
+            check: told the content before anything is loaded; returns what is wrong with it.
 
         Returns:
             What else it holds: ``iteration``, the last one that was finished, ``images_seen``,
-            ``sampler`` and the record ``d2scale``; None if the folder has no checkpoint.
+            ``sampler`` and the record ``d2scale``, as far as it has them; None if the folder has
+            no checkpoint.
 
         Raises:
-            CheckpointError: if it is missing, truncated, of a newer format, or not of this run.
+            CheckpointError: if none is whole, or it is of a newer format, or not of this run.
         """
-        if not self.has_checkpoint():
+        found = last_whole_checkpoint(Path(self.save_dir))
+        if found is None:
             return None
-        path = Path(self.get_checkpoint_file())
+        path, content = found
         logger.info("Resuming from %s", path)
-        content = read_checkpoint(path)
-        faults = _record_faults(path, content, [*self.checkpointables, *POSITION])
+        faults = _record_faults(path, content)
+        if not faults and check is not None:
+            faults = [*check(content)]
         if not faults:
             faults = mismatches(path, content["model"], self.model.state_dict())
         if faults:
             raise CheckpointError(faults)
+        foreign = RECORD not in content
+        states = {key: content.pop(key, None) for key in self.checkpointables}
+        # The weights come last: what is refused leaves the model as it was.
+        for key, state in states.items():
+            self._load_state(path, key, state, foreign=foreign)
         self.model.load_state_dict(content.pop("model"))
-        for key, each in self.checkpointables.items():
-            try:
-                each.load_state_dict(content.pop(key))
-            except (ValueError, KeyError) as error:
-                advice = f"resume with the recipe that the run was started with ({error})"
-                fault = Fault(f"{key} in {path}", "other state", f"this run's {key}", advice)
-                raise CheckpointError([fault]) from error
         return content
 
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under a temporary name, bring it to the disk, and only then rename it.
-
-    Raises:
-        CheckpointError: if the system refuses.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer.
-        with suppress(OSError):
-            partial.unlink()
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        fault = Fault("checkpoint", str(path), "a file that can be written", f"check it: {reason}")
-        raise CheckpointError([fault]) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where the system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+    def _load_state(self, path: Path, key: str, state: Any, *, foreign: bool) -> None:
+        each = self.checkpointables[key]
+        if state is None:
+            logger.warning("%s has no state of the %s: it starts anew", path, key)
+            return
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            if isinstance(each, torch.optim.Optimizer):
+                load_optimizer_state(each, state)
+            else:
+                each.load_state_dict(state)
+        except (ValueError, KeyError) as error:
+            if foreign:
+                logger.warning("the %s in %s does not fit (%s): it starts anew", key, path, error)
+                return
+            advice = f"resume with the recipe that the run was started with ({error})"
+            fault = Fault(f"{key} in {path}", "other state", f"this run's {key}", advice)
+            raise CheckpointError([fault]) from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a ``.pth`` file onto the CPU, with tensors and plain values only.
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load the state of each parameter; learning rate, decay and so on stay the config's.
 
     Raises:
-        CheckpointError: if it is missing, truncated, asks for other Python objects, or does
-            not hold a dict with ``model``.
+        ValueError, KeyError: if the state is of other parameters.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        advice = f"restore it, or write the name of another one into {LAST_CHECKPOINT}"
-        raise _unreadable(path, "not there", advice) from error
-    except Exception as error:  # torch.load raises many types for broken files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        advice = f"it is truncated or foreign; use another one ({reason})"
-        raise _unreadable(path, "unreadable", advice) from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise _unreadable(path, "without a model", "use a checkpoint of a training")
-    return content
-
-
-def _unreadable(path: Path, found: str, advice: str) -> CheckpointError:
-    return CheckpointError([Fault(f"checkpoint {path}", found, "a whole checkpoint", advice)])
-
-
-def _record_faults(path: Path, content: Mapping[str, Any], needed: list[str]) -> list[Fault]:
-    record = content.get(RECORD)
-    absent = [key for key in needed if key not in content]
-    if not isinstance(record, dict) or absent:
-        what = "its record" if not absent else ", ".join(absent)
-        return [
-            Fault(
-                f"checkpoint {path}",
-                f"without {what}",
-                "a checkpoint of d2scale's default engine, with the state of its training",
-                "to start a new training from its weights, set MODEL.WEIGHTS to it",
-            )
+    options = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    for index, values in state["state"].items():
+        shapes = [
+            value.shape for value in values.values() if torch.is_tensor(value) and value.dim()
         ]
-    if record.get("format", 0) > FORMAT:
+        if any(shape != parameters[index].shape for shape in shapes if index < len(parameters)):
+            raise ValueError(f"parameter {index} has another shape")
+    optimizer.load_state_dict(dict(state))
+    for group, kept in zip(optimizer.param_groups, options, strict=True):
+        group.update(kept)
+
+
+def _record_faults(path: Path, content: Mapping[str, Any]) -> list[Fault]:
+    record = content.get(RECORD)
+    if isinstance(record, dict) and record.get("format", 0) > FORMAT:
         return [
             Fault(
                 f"format of checkpoint {path}",
                 record["format"],
                 f"at most {FORMAT}",
                 "update d2scale",
+            )
+        ]
+    # What detectron2 and d2go write has no record; where it stands is told by the iteration.
+    needed = ("iteration",) if record is None else POSITION
+    absent = [key for key in needed if key not in content]
+    if absent or not isinstance(record, dict | None):
+        return [
+            Fault(
+                f"checkpoint {path}",
+                f"without {', '.join(absent) or 'a whole record'}",
+                "a checkpoint with the state of its training",
+                "to start a new training from its weights, set MODEL.WEIGHTS to it",
             )
         ]
     return []

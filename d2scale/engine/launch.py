@@ -29,6 +29,8 @@ from d2scale.errors import ConfigError, D2ScaleError, Fault
 
 # The evaluation of a large dataset keeps the other ranks waiting for the first.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# torchrun counts how often it has started the ranks anew.
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _ECHO_SECONDS = 1.0
 _GLOO_SECONDS = 0.1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -196,15 +198,31 @@ def _run_in_group(function: Callable[..., Any], args: Sequence[Any], use_cuda: b
     if use_cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+        dist.init_process_group(
+            "nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device, **_meeting_place()
+        )
     else:
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT, **_meeting_place())
     result = function(*args)
     # Not after an error: the other ranks may be inside a collective. And not at once: gloo's
     # thread may still hold the last operation, and the group waits for it with Python's lock.
     time.sleep(_GLOO_SECONDS)
     dist.destroy_process_group()
     return result
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where ranks that torchrun has started again meet: not where the dead ones did.
+
+    Its agent may keep one store for all starts, in which a rank could find the address of a
+    rank that was killed. Each machine counts its own restarts, so this is for one machine.
+    """
+    restarts = os.environ.get(RESTARTS, "0")
+    if restarts == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, number, ranks = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
+    store = dist.PrefixStore(f"restart{restarts}", store)
+    return {"store": store, "rank": number, "world_size": ranks}
 
 
 def _write_error(folder: Path, rank: int, content: D2ScaleError | str) -> None:

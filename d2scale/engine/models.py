@@ -11,7 +11,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from d2scale.engine.checkpoint import mismatches, read_checkpoint
+from d2scale.engine.checkpoint import mismatches
+from d2scale.engine.checkpoint_files import read_checkpoint
 from d2scale.engine.checkpointing import apply_activation_checkpointing
 from d2scale.engine.data.catalog import dataset_names, dataset_spec
 from d2scale.engine.weights import find_weights

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 
-from d2scale.engine.checkpoint import LAST_CHECKPOINT
+from d2scale.engine.checkpoint_files import LAST_CHECKPOINT
 from d2scale.engine.data.coco import check_datasets
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
-from d2scale.engine.launch import address_faults, launch, planned_world_size, under_torchrun
+from d2scale.engine.launch import (
+    RESTARTS,
+    address_faults,
+    launch,
+    planned_world_size,
+    under_torchrun,
+)
+from d2scale.engine.lock import refuse_locked
 from d2scale.engine.models import check_model
 from d2scale.engine.weights import find_weights
 from d2scale.engine.worker import Job, Results, run_rank
 from d2scale.errors import ConfigError, Fault
 from d2scale.memory.profile import GIB
 from d2scale.plan import Hardware, Plan, make_plan
+from d2scale.progress import recipe_of
 
 logger = logging.getLogger(__name__)
-
-# torchrun counts how often it has started the ranks anew.
-_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 def train(
@@ -45,14 +48,16 @@ def train(
     """Train a recipe, or evaluate its weights, in the folder ``cfg.OUTPUT_DIR``.
 
     Everything is checked before anything is written: the config, the plan, the weights, the
-    datasets, the folder. Then the folder gets ``config.yaml``, the config as planned, and
-    ``plan.json``; the ranks add logs, metrics, checkpoints and ``inference/``.
+    datasets, the folder. The ranks log, and once the checkpoint to resume from has turned out
+    to fit they write ``config.yaml``, the config as planned, ``plan.json``, metrics,
+    checkpoints and ``inference/``.
 
     Args:
         cfg: the recipe, as ``d2scale.config.load_cfg`` reads it; it is not changed.
         num_processes: ranks on this machine, one to a GPU. Under torchrun its ranks are used.
         num_machines, machine_rank, dist_url: see :func:`d2scale.engine.launch.launch`.
-        resume: go on from the last checkpoint in the folder, if there is one.
+        resume: go on from the last checkpoint in the folder, if there is one; on another world
+            size or by another method too. Done without asking when torchrun restarts the ranks.
         eval_only: evaluate ``MODEL.WEIGHTS`` (with ``resume`` the last checkpoint) and stop.
         method: ``per_gpu``, ``keep_total`` or ``max_memory``; None: what the recipe says.
 
@@ -65,7 +70,7 @@ def train(
         D2ScaleError: for what goes wrong later and the user can mend.
         KeyboardInterrupt: Ctrl-C, after all ranks have ended.
     """
-    resume = resume or int(os.environ.get(_RESTARTS, "0")) > 0
+    resume = resume or int(os.environ.get(RESTARTS, "0")) > 0
     cfg, notes = _for_this_machine(cfg)
     plan = _check(
         cfg,
@@ -78,8 +83,8 @@ def train(
         eval_only=eval_only,
         method=method,
     )
-    job = Job(_planned(cfg, plan), cfg.dump(), plan, resume, notes)
-    _write_folder(job, main=_is_main(machine_rank))
+    job = Job(_planned(cfg, plan), recipe_of(cfg), plan, resume, notes)
+    _make_folder(Path(cfg.OUTPUT_DIR))
     results: Results = launch(
         run_rank,
         [job],
@@ -129,6 +134,9 @@ def _check(
     if not eval_only and not processes:
         checks.append(make)
     checks.append(partial(_check_folder, cfg.OUTPUT_DIR, may_hold_run=resume or eval_only))
+    # Under torchrun a sister rank may hold the lock already: the first rank itself takes it.
+    if not eval_only and not under_torchrun():
+        checks.append(partial(refuse_locked, Path(cfg.OUTPUT_DIR)))
     if not (resume and _holds_run(Path(cfg.OUTPUT_DIR))):
         checks.append(partial(_check_weights, cfg, eval_only))
     checks.append(partial(check_datasets, cfg, eval_only=eval_only))
@@ -209,21 +217,8 @@ def _planned(cfg: CfgNode, plan: Plan | None) -> CfgNode:
     return planned
 
 
-def _is_main(machine_rank: int) -> bool:
-    return os.environ["RANK"] == "0" if under_torchrun() else machine_rank == 0
-
-
-def _write_folder(job: Job, *, main: bool) -> None:
-    folder = Path(job.cfg.OUTPUT_DIR)
-    files: dict[str, Any] = {}
-    if job.plan is not None and main:
-        files = {
-            "config.yaml": job.cfg.dump(),
-            "plan.json": json.dumps(job.plan.to_json(), indent=2) + "\n",
-        }
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError([_folder_fault(str(folder), str(error.strerror))]) from error

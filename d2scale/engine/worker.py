@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -16,18 +19,20 @@ from torch.amp.grad_scaler import GradScaler
 
 from d2scale import __version__
 from d2scale.engine.actions import Evaluate, Report, Save
-from d2scale.engine.checkpoint import RECORD, RunCheckpointer
+from d2scale.engine.checkpoint import RunCheckpointer
+from d2scale.engine.checkpoint_files import write_atomically
 from d2scale.engine.data.coco import load_dataset, load_training_dataset
 from d2scale.engine.data.loader import TrainLoader, build_test_loader, build_train_loader
 from d2scale.engine.evaluation import evaluate, format_results
+from d2scale.engine.lock import run_lock
 from d2scale.engine.logs import logging_to
 from d2scale.engine.models import build_model, device_of, load_initial_weights
-from d2scale.engine.parallel import data_parallel, rank, same_on_all_ranks, world_size
+from d2scale.engine.parallel import data_parallel, rank, world_size
+from d2scale.engine.resume import Position, Resumer, record
 from d2scale.engine.solver import build_gradient_clipper, build_lr_schedule, build_optimizer
 from d2scale.engine.splitting import RecordSplit, build_guard
 from d2scale.engine.trainer import Trainer
 from d2scale.engine.writers import JsonWriter, Reporter, TensorBoardWriter, Writer
-from d2scale.errors import CheckpointError, Fault
 from d2scale.microbatch import MicroBatchStep, without_synchronised_norms
 from d2scale.oom_guard import StepDoesNotFitError
 from d2scale.plan import Plan
@@ -45,27 +50,17 @@ class Job:
 
     Attributes:
         cfg: the config to run, planned.
-        recipe: the config as it was before planning, as YAML.
+        recipe: ``recipe_of`` the config as it was before planning.
         plan: what was decided; None when the run only evaluates.
         resume: go on from the last checkpoint in the run's folder, if there is one.
         notes: lines for the log about what was decided before the log began.
     """
 
     cfg: CfgNode
-    recipe: str
+    recipe: Mapping[str, Any]
     plan: Plan | None
     resume: bool
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Position:
-    """Where a training stands: the facts that a checkpoint adds to weights and optimizer."""
-
-    next_iteration: int
-    images_seen: int
-    seed: int
-    sampler: dict[str, Any] | None
 
 
 def run_rank(job: Job) -> Results:
@@ -78,7 +73,9 @@ def run_rank(job: Job) -> Results:
     Raises:
         D2ScaleError: for what the user can mend.
     """
-    with logging_to(Path(job.cfg.OUTPUT_DIR), rank()):
+    folder = Path(job.cfg.OUTPUT_DIR)
+    writes = job.plan is not None and rank() == 0
+    with run_lock(folder) if writes else nullcontext(), logging_to(folder, rank()):
         logger.info(
             "d2scale %s, torch %s, processes: %d, device: %s",
             *(__version__, torch.__version__, world_size(), job.cfg.MODEL.DEVICE),
@@ -133,7 +130,10 @@ def _train(job: Job, plan: Plan) -> Results:
     schedule = build_lr_schedule(cfg, optimizer)
     precision = _precision(cfg)
     scaler = GradScaler(device.type) if precision is torch.float16 else None
-    checkpointer = _checkpointer(job, plan, model, optimizer, scaler)
+    others: dict[str, Any] = {} if scaler is None else {"scaler": scaler}
+    checkpointer = RunCheckpointer(
+        model, cfg.OUTPUT_DIR, save_to_disk=rank() == 0, optimizer=optimizer, **others
+    )
     position = _position(job, plan, checkpointer, seed)
     unused = cfg.MODEL.DDP_FIND_UNUSED_PARAMETERS
     wrapped = data_parallel(model, find_unused_parameters=unused).train()
@@ -148,6 +148,7 @@ def _train(job: Job, plan: Plan) -> Results:
         on_split=RecordSplit(plan, checkpointer),
     )
     with _build_loader(cfg, position) as data:
+        _write_plan(job, plan)
         trainer = Trainer(
             MicroBatchStep(wrapped, precision=precision, scaler=scaler),
             data,
@@ -161,18 +162,35 @@ def _train(job: Job, plan: Plan) -> Results:
             start_iteration=position.next_iteration,
             images_before=position.images_seen,
         )
-        return _run(cfg, trainer, model, checkpointer, data)
+        return _run(cfg, trainer, model, checkpointer, data, position)
 
 
-def _position(job: Job, plan: Plan, checkpointer: RunCheckpointer, seed: int) -> _Position:
+def _position(job: Job, plan: Plan, checkpointer: RunCheckpointer, seed: int) -> Position:
     """Load the last checkpoint, or the initial weights, and return where the training stands."""
-    position = _resume(checkpointer, plan) if job.resume else None
+    position = None
+    if job.resume:
+        position = Resumer(job.cfg, plan, job.recipe, seed).resume(checkpointer)
     if position is None:
         load_initial_weights(checkpointer.model, job.cfg.MODEL.WEIGHTS)
-        position = _Position(0, 0, seed, None)
-    checkpointer.facts["seed"] = position.seed
+        position = Position(0, 0, seed, None)
+    checkpointer.facts.update(record(plan, job.recipe, position.seed))
     logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
     return position
+
+
+def _write_plan(job: Job, plan: Plan) -> None:
+    """Write ``config.yaml`` and ``plan.json``: only now is it sure that the run may go on."""
+    if rank() != 0:
+        return
+    folder = Path(job.cfg.OUTPUT_DIR)
+    plan_text = json.dumps(plan.to_json(), indent=2) + "\n"
+    for name, text in (("config.yaml", job.cfg.dump()), ("plan.json", plan_text)):
+        content = text.encode()
+        write_atomically(folder / name, partial(_write, content=content))
+
+
+def _write(file: IO[bytes], content: bytes) -> None:
+    file.write(content)
 
 
 def _run(
@@ -181,15 +199,17 @@ def _run(
     model: nn.Module,
     checkpointer: RunCheckpointer,
     data: TrainLoader,
+    position: Position,
 ) -> Results:
     """Train to the end, with everything that happens after a step, and evaluate."""
     max_iter = cfg.SOLVER.MAX_ITER
-    with _reporter(cfg, trainer.next_iteration) as reporter:
+    with _reporter(cfg, position) as reporter:
         assess = Evaluate(
             partial(evaluate_all, cfg, model),
             reporter,
             period=cfg.TEST.EVAL_PERIOD,
             max_iter=max_iter,
+            images_before=position.images_seen,
         )
         save = Save(checkpointer, data, period=cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=max_iter)
         report = Report(reporter, device_of(cfg), period=cfg.WRITER_PERIOD, max_iter=max_iter)
@@ -216,65 +236,7 @@ def _precision(cfg: CfgNode) -> torch.dtype | None:
     return torch.float16 if cfg.SOLVER.AMP.PRECISION == "float16" else torch.bfloat16
 
 
-def _checkpointer(
-    job: Job,
-    plan: Plan,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: GradScaler | None,
-) -> RunCheckpointer:
-    """Everything that a later run needs to go on, on other hardware too."""
-    facts = {
-        "version": __version__,
-        "ims_per_batch": plan.ims_per_batch,
-        "ims_per_gpu": plan.ims_per_gpu,
-        "world_size": plan.world_size,
-        "method": plan.method,
-        "plan": plan.to_json(),
-        "recipe": job.recipe,
-    }
-    others = {} if scaler is None else {"scaler": scaler}
-    return RunCheckpointer(
-        model,
-        job.cfg.OUTPUT_DIR,
-        facts=facts,
-        save_to_disk=rank() == 0,
-        optimizer=optimizer,
-        **others,
-    )
-
-
-def _resume(checkpointer: RunCheckpointer, plan: Plan) -> _Position | None:
-    """Load the last checkpoint; None if there is none.
-
-    Raises:
-        CheckpointError: if it is not one of this training, or not all ranks see the same one.
-    """
-    content = checkpointer.resume()
-    done = -1 if content is None else int(content["iteration"])
-    if not same_on_all_ranks(done):
-        advice = "give all machines the same files, or start from MODEL.WEIGHTS without --resume"
-        fault = Fault("OUTPUT_DIR", checkpointer.save_dir, "a folder shared by all ranks", advice)
-        raise CheckpointError([fault])
-    if content is None:
-        logger.info("no checkpoint to resume from in %s: starting anew", checkpointer.save_dir)
-        return None
-    record = content[RECORD]
-    if record["ims_per_batch"] != plan.ims_per_batch:
-        raise CheckpointError(
-            [
-                Fault(
-                    "SOLVER.IMS_PER_BATCH",
-                    plan.ims_per_batch,
-                    f"{record['ims_per_batch']}, the total batch of the run to resume",
-                    "resume with the total batch that the run was started with",
-                )
-            ]
-        )
-    return _Position(done + 1, int(content["images_seen"]), record["seed"], content["sampler"])
-
-
-def _build_loader(cfg: CfgNode, position: _Position) -> TrainLoader:
+def _build_loader(cfg: CfgNode, position: Position) -> TrainLoader:
     dataset = load_training_dataset(cfg)
     logger.info("training on %d images of %s", len(dataset), dataset.name)
     return build_train_loader(
@@ -289,15 +251,20 @@ def _build_loader(cfg: CfgNode, position: _Position) -> TrainLoader:
     )
 
 
-def _reporter(cfg: CfgNode, start_iteration: int) -> Reporter:
+def _reporter(cfg: CfgNode, position: Position) -> Reporter:
     writers: list[Writer] = []
+    first = position.next_iteration
     if rank() == 0:
         folder = Path(cfg.OUTPUT_DIR)
-        writers = [JsonWriter(folder, start_iteration), TensorBoardWriter(folder, start_iteration)]
+        writers = [
+            JsonWriter(folder, first, position.images_seen),
+            # Steps of another size have numbers of their own: none is a repetition.
+            TensorBoardWriter(folder, first if position.same_steps else 0),
+        ]
     return Reporter(
         writers,
         period=cfg.WRITER_PERIOD,
-        start_iteration=start_iteration,
+        start_iteration=first,
         max_iter=cfg.SOLVER.MAX_ITER,
         bar=rank() == 0,
     )

@@ -123,13 +123,15 @@ class JsonWriter:
 
     Args:
         folder: the run's.
-        start_iteration: lines from here on are of steps that a resumed run repeats: they go,
-            and so does a line that a kill has cut.
+        start_iteration: first step of this run.
+        images_before: images that the training has seen. Lines of later ones are of steps that
+            a resumed run repeats: they go, and so does a line that a kill has cut. A line that
+            tells no images is judged by its iteration.
     """
 
-    def __init__(self, folder: Path, start_iteration: int = 0) -> None:
+    def __init__(self, folder: Path, start_iteration: int = 0, images_before: int = 0) -> None:
         path = folder / METRICS_FILE
-        _forget_later_lines(path, start_iteration)
+        _forget_later_lines(path, start_iteration, images_before)
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
@@ -144,20 +146,26 @@ class JsonWriter:
         self._file.close()
 
 
-def _forget_later_lines(path: Path, start_iteration: int) -> None:
+def _forget_later_lines(path: Path, start_iteration: int, images_before: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _is_before(line, start_iteration)]
+    kept = [line for line in lines if _is_before(line, start_iteration, images_before)]
     if len(kept) < len(lines):
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(path)
 
 
-def _is_before(line: str, start_iteration: int) -> bool:
+def _is_before(line: str, start_iteration: int, images_before: int) -> bool:
     with suppress(ValueError, KeyError, TypeError):
-        return line.endswith("\n") and json.loads(line)["iteration"] < start_iteration
+        if not line.endswith("\n"):
+            return False
+        content = json.loads(line)
+        if "images_seen" in content:
+            # Steps of another total batch had other numbers.
+            return content["images_seen"] <= images_before
+        return content["iteration"] < start_iteration
     return False
 
 

@@ -75,9 +75,9 @@ def test_evaluation_comes_in_between_and_not_at_the_end():
     evaluate = Evaluate(lambda: {"bbox/AP": 1.0}, reporter, period=4, max_iter=8)
     for iteration in range(8):
         evaluate(step(iteration))
-    assert told.lines == [(3, {"bbox/AP": 1.0})]
+    assert told.lines == [(3, {"bbox/AP": 1.0, "images_seen": 16})]
     assert evaluate.now(7) == {"bbox/AP": 1.0}
-    assert told.lines[1:] == [(7, {"bbox/AP": 1.0})]
+    assert told.lines[1:] == [(7, {"bbox/AP": 1.0, "images_seen": 32})]
 
 
 def test_no_evaluation_without_a_period_or_results():

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from d2scale.engine import checkpoint as module
-from d2scale.engine.checkpoint import FORMAT, RunCheckpointer, read_checkpoint
-from d2scale.errors import CheckpointError
+from d2scale.engine.checkpoint import RunCheckpointer
+from d2scale.engine.checkpoint_files import read_checkpoint
+from d2scale.errors import CheckpointError, Fault
+from d2scale.progress import FORMAT
 from standins import StandIn
 
 
@@ -17,7 +19,9 @@ def run(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
-    saver = RunCheckpointer(model, str(tmp_path), facts={"batch": 4}, optimizer=optimizer)
+    saver = RunCheckpointer(
+        model, str(tmp_path), facts={"format": FORMAT, "batch": 4}, optimizer=optimizer
+    )
     saver.save("model_0000004", iteration=4, images_seen=20, sampler={})
     return saver
 
@@ -114,13 +118,86 @@ def test_not_a_checkpoint(tmp_path):
         read_checkpoint(path)
 
 
-def test_checkpoint_of_another_engine(tmp_path):
-    model = StandIn()
-    torch.save({"model": model.state_dict(), "iteration": 4}, tmp_path / "model_final.pth")
-    (tmp_path / "last_checkpoint").write_text("model_final.pth")
-    with pytest.raises(CheckpointError, match=r"set MODEL\.WEIGHTS to it") as caught:
+def foreign(run, folder, **more):
+    """What detectron2 writes: no record, no images seen."""
+    state = {"model": run.model.state_dict(), **more}
+    torch.save(state, folder / "model_final.pth")
+    (folder / "last_checkpoint").write_text("model_final.pth")
+
+
+def test_weights_alone_are_no_training(run, tmp_path):
+    foreign(run, tmp_path)
+    with pytest.raises(CheckpointError, match=r"without iteration.*set MODEL\.WEIGHTS to it") as e:
+        resumer(tmp_path).resume()
+    one_line(e)
+
+
+def test_checkpoint_without_a_record_keeps_an_optimizer_that_fits(run, tmp_path):
+    optimizer = run.checkpointables["optimizer"].state_dict()
+    foreign(run, tmp_path, iteration=9, optimizer=optimizer, scheduler={"last_epoch": 10})
+    other = resumer(tmp_path)
+    assert other.resume()["iteration"] == 9
+    state = other.checkpointables["optimizer"].state_dict()
+    assert torch.equal(
+        state["state"][0]["momentum_buffer"], optimizer["state"][0]["momentum_buffer"]
+    )
+
+
+def test_checkpoint_without_a_record_drops_an_optimizer_of_another_order(run, tmp_path, caplog):
+    optimizer = run.checkpointables["optimizer"].state_dict()
+    optimizer["state"] = {key: optimizer["state"][7 - key] for key in range(8)}
+    foreign(run, tmp_path, iteration=9, optimizer=optimizer)
+    other = resumer(tmp_path)
+    other.resume()
+    assert other.checkpointables["optimizer"].state_dict()["state"] == {}
+    assert "does not fit" in caplog.text
+    assert "it starts anew" in caplog.text
+
+
+def test_settings_of_the_optimizer_are_the_configs(run, tmp_path):
+    other = resumer(tmp_path)
+    other.resume()
+    assert other.checkpointables["optimizer"].param_groups[0]["lr"] == 0.5
+
+
+def test_the_one_before_a_truncated_one_is_used(run, tmp_path, caplog):
+    for iteration in (2, 9):
+        images = 4 * (iteration + 1)
+        run.save(f"model_000000{iteration}", iteration=iteration, images_seen=images, sampler={})
+    path = tmp_path / "model_0000009.pth"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert resumer(tmp_path).resume()["iteration"] == 4
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "model_0000009.pth is 'unreadable'" in line
+    assert line.endswith("going on from model_0000004.pth")
+
+
+def test_the_first_checkpoint_counts_although_a_kill_kept_its_name_from_being_noted(run, tmp_path):
+    (tmp_path / "last_checkpoint").unlink()
+    assert resumer(tmp_path).resume()["iteration"] == 4
+
+
+def test_all_truncated(run, tmp_path):
+    run.save("model_0000009", iteration=9, images_seen=40, sampler={})
+    for path in tmp_path.glob("*.pth"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"model_0000009\.pth is 'unreadable'") as caught:
         resumer(tmp_path).resume()
     one_line(caught)
+    (tmp_path / "last_checkpoint").unlink()
+    with pytest.raises(CheckpointError, match=r"model_0000009\.pth is 'unreadable'"):
+        resumer(tmp_path).resume()
+
+
+def test_a_refused_checkpoint_changes_nothing(run, tmp_path):
+    other = resumer(tmp_path)
+    before = {name: value.clone() for name, value in other.model.state_dict().items()}
+    fault = Fault("key", 1, "2", "mend it")
+    with pytest.raises(CheckpointError, match="mend it"):
+        other.resume(lambda content: [fault])
+    for name, value in other.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert other.checkpointables["optimizer"].state_dict()["state"] == {}
 
 
 def test_newer_format(run, tmp_path):

@@ -1,0 +1,132 @@
+"""Checkpoint files: written whole or not at all, read safely, found when the last is broken."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from d2scale.errors import CheckpointError, Fault
+
+logger = logging.getLogger(__name__)
+
+LAST_CHECKPOINT = "last_checkpoint"
+_CHECKPOINTS = "model_*.pth"
+
+
+def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Read the checkpoint that ``last_checkpoint`` names or, if it is broken, the one before.
+
+    The one before is the whole one that has seen the most images. What is broken is named in
+    the log. Without ``last_checkpoint``, as after a kill at the first checkpoint, the search
+    begins there.
+
+    Returns:
+        The path and its content; None if the folder has no checkpoint at all.
+
+    Raises:
+        CheckpointError: if the one that is named is missing, or none is whole.
+    """
+    named = _named_checkpoint(folder)
+    broken: list[CheckpointError] = []
+    candidates = [named] if named is not None else []
+    candidates += [path for path in _by_images_seen(folder) if path != named]
+    for path in candidates:
+        try:
+            content = read_checkpoint(path)
+        except CheckpointError as error:
+            if path == named and not path.exists():
+                raise
+            broken.append(error)
+            continue
+        for each in broken:
+            logger.warning("%s; going on from %s", each, path.name)
+        return path, content
+    if broken:
+        raise broken[0]
+    unreadable = sorted(folder.glob(_CHECKPOINTS))
+    if unreadable:
+        read_checkpoint(unreadable[-1])
+    return None
+
+
+def _named_checkpoint(folder: Path) -> Path | None:
+    try:
+        name = (folder / LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return folder / name if name else None
+
+
+def _by_images_seen(folder: Path) -> list[Path]:
+    """Readable checkpoints of d2scale in ``folder``, the most advanced first."""
+    found = []
+    for path in folder.glob(_CHECKPOINTS):
+        # Only a directory of the file's parts is read, not the weights.
+        with suppress(Exception):
+            content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+            found.append((int(content["images_seen"]), int(content["iteration"]), path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file under a temporary name, bring it to the disk, and only then rename it.
+
+    Raises:
+        CheckpointError: if the system refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its zip writer.
+        with suppress(OSError):
+            partial.unlink()
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        fault = Fault("checkpoint", str(path), "a file that can be written", f"check it: {reason}")
+        raise CheckpointError([fault]) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a rename to the disk, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a ``.pth`` file onto the CPU, with tensors and plain values only.
+
+    Raises:
+        CheckpointError: if it is missing, truncated, asks for other Python objects, or does
+            not hold a dict with ``model``.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        advice = f"restore it, or write the name of another one into {LAST_CHECKPOINT}"
+        raise _unreadable(path, "not there", advice) from error
+    except Exception as error:  # torch.load raises many types for broken files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        advice = f"it is truncated or foreign; use another one ({reason})"
+        raise _unreadable(path, "unreadable", advice) from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise _unreadable(path, "without a model", "use a checkpoint of a training")
+    return content
+
+
+def _unreadable(path: Path, found: str, advice: str) -> CheckpointError:
+    return CheckpointError([Fault(f"checkpoint {path}", found, "a whole checkpoint", advice)])
