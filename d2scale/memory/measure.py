@@ -10,6 +10,7 @@ from d2scale.engine.launch import launch
 from d2scale.engine.models import device_of
 from d2scale.engine.parallel import world_size
 from d2scale.errors import ConfigError, Fault
+from d2scale.memory.agreement import of_first_rank
 from d2scale.memory.devices import Device, SimulatedDevice, device_at_hand
 from d2scale.memory.predict import predict
 from d2scale.memory.probe import Probe, measured_profile
@@ -64,7 +65,8 @@ def measure_on_rank(cfg: Any) -> MemoryProfile:
     dataset = load_training_dataset(cfg)
     worst = worst_case_of(cfg, dataset.records, dataset.name)
     workload = workload_of(cfg, worst)
-    predicted = predict(workload).profile(workload)
+    # Where values decide, as in sampling, the ranks may have counted differently.
+    predicted = of_first_rank(predict(workload).profile(workload))
     most = cfg.D2SCALE.MAX_IMS_PER_BATCH or len(dataset)
     step = workload.build_step(device.device)
     assert workload.make_batches is not None

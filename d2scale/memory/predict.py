@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -37,6 +38,7 @@ WORKSPACE_FACTOR = 0.0
 
 # Images at which the allocator is played. Its losses rise and fall with the number of images.
 _PLAYED = (1, 2, 3, 5, 8, 13)
+_CPU = torch.device("cpu")
 _NOT_FAKEABLE = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -164,10 +166,14 @@ def predict(workload: Workload, *, fake: bool | None = None) -> Prediction:
 
 def _predict(workload: Workload, fake: bool) -> Prediction:
     with ExitStack() as stack:
-        if fake:
-            stack.enter_context(FakeTensorMode())
         stack.enter_context(CudaLike())
-        step = workload.build_step(torch.device("cpu"))
+        if fake:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            step = _fake_step(workload, mode)
+            stack.enter_context(mode)
+        else:
+            step = workload.build_step(_CPU)
+        _choose_as_on_cuda(step.optimizer)
         tracker = StorageTracker()
         with tracker:
             tracker.count(*step.model.parameters(), *step.model.buffers())
@@ -175,6 +181,35 @@ def _predict(workload: Workload, fake: bool) -> Prediction:
         traces = [record_step(step, workload.make_batch(m), tracker) for m in (1, 2)]
         gradient_bytes = sum(p.numel() * p.element_size() for p in step.parameters())
     return Prediction(Stream.from_traces(*traces), gradient_bytes, fake)
+
+
+def _fake_step(workload: Workload, mode: FakeTensorMode) -> TrainingStep:
+    """Build with fake tensors; or in earnest, and then replace them."""
+    try:
+        with mode:
+            return workload.build_step(_CPU)
+    except RuntimeError:
+        # Fake parameters cannot be moved to a device, not even to their own.
+        step = workload.build_step(_CPU)
+    fakes = {
+        p: nn.Parameter(mode.from_tensor(p.detach()), p.requires_grad)
+        for p in step.model.parameters()
+    }
+    for module in step.model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, fakes[parameter])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, mode.from_tensor(buffer))
+    for group in step.optimizer.param_groups:
+        group["params"] = [fakes[parameter] for parameter in group["params"]]
+    return step
+
+
+def _choose_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
+    """Take the form that torch takes on CUDA where nobody has chosen: all tensors at once."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = True
 
 
 def record_step(step: TrainingStep, batch: Any, tracker: StorageTracker) -> Trace:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from d2scale.errors import ConfigError, Fault
+from d2scale.memory.agreement import largest_of_ranks, raise_failure, ranks
 from d2scale.memory.devices import Device
 from d2scale.memory.oom import is_out_of_memory
 from d2scale.memory.preserve import free_gradients, learning_rates_zero, training_state_kept
@@ -22,10 +22,6 @@ from d2scale.memory.steps import TrainingStep
 logger = logging.getLogger(__name__)
 
 _FITS, _OUT_OF_MEMORY, _FAILED = 0, 1, 2
-
-
-class AnotherRankFailed(RuntimeError):  # noqa: N818 - names what happened
-    """A trial of another rank failed for another reason than memory."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +91,10 @@ class Probe:
             AnotherRankFailed: if a trial of another rank fails for another reason than memory.
             Exception: what this rank's own trial fails with, untouched.
         """
-        context_bytes = _agreed([self.device.context_bytes])[0]
+        context_bytes = largest_of_ranks([self.device.context_bytes])[0]
         tensor_bytes = budget_bytes - context_bytes
         expected = replace(predicted, context_bytes=context_bytes)
-        guess = expected.largest_ims_per_gpu(budget_bytes, world_size=_world_size())
+        guess = expected.largest_ims_per_gpu(budget_bytes, world_size=ranks())
         search = SizeSearch(max(1, guess), limit)
         trials: list[Trial] = []
         error = ""
@@ -133,9 +129,9 @@ class Probe:
                 # The traceback's frames hold the failed step's tensors.
                 error.with_traceback(None)
             free_gradients(self.step.model)
-        worst, live, reserved = _agreed([outcome, live, reserved])
+        worst, live, reserved = largest_of_ranks([outcome, live, reserved])
         if worst == _FAILED:
-            _tell_failure(error if outcome == _FAILED else None)
+            raise_failure(error if outcome == _FAILED else None)
         return Trial(size, worst == _FITS, live, reserved), text
 
     def _take_steps(self, batches: Sequence[Any]) -> None:
@@ -146,7 +142,7 @@ class Probe:
 
     def _buckets(self) -> list[torch.Tensor]:
         """What DistributedDataParallel adds: flat copies of the gradients."""
-        if _world_size() == 1:
+        if ranks() == 1:
             return []
         return [torch.empty_like(parameter) for parameter in self.step.parameters()]
 
@@ -161,7 +157,7 @@ def measured_profile(
     """
     if measurement.largest == 0:
         raise ConfigError([_nothing_fits(measurement, budget_bytes)])
-    world_size = _world_size()
+    world_size = ranks()
     base = replace(predicted, context_bytes=measurement.context_bytes)
     border = any(t.ims_per_gpu == measurement.largest + 1 for t in measurement.trials)
     # Halfway between what fits and what does not, or right at what fits.
@@ -196,29 +192,3 @@ def _nothing_fits(measurement: Measurement, budget_bytes: int) -> Fault:
         f"for tensors: try SOLVER.AMP.ENABLED, D2SCALE.ACTIVATION_CHECKPOINTING or a smaller "
         f"INPUT.MIN_SIZE_TRAIN (it said: {measurement.error.splitlines()[0][:200]})",
     )
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _agreed(values: Sequence[int]) -> list[int]:
-    """Return the largest of each value over all ranks."""
-    if _world_size() == 1:
-        return list(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(values, dtype=torch.int64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return [int(value) for value in tensor.tolist()]
-
-
-def _tell_failure(error: BaseException | None) -> None:
-    """Raise this rank's error, or that of the first rank that has one."""
-    texts: list[str] = [""] * _world_size()
-    if _world_size() > 1:
-        own = "" if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(texts, own)
-    if error is not None:
-        raise error
-    rank, text = next((rank, text) for rank, text in enumerate(texts) if text)
-    raise AnotherRankFailed(f"rank {rank} failed while memory was measured: {text}")

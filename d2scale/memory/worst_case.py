@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from d2scale.engine.data.records import Records
-from d2scale.engine.data.transforms import ResizeAndFlip, output_size
+from d2scale.engine.data.transforms import output_size
 from d2scale.errors import ConfigError, DataError, Fault
 from d2scale.sampling import aspect_ratio_groups
 
@@ -65,15 +66,19 @@ class WorstCase:
             for index in range(count)
         ]
 
-    def trial_batches(self, count: int) -> list[list[dict[str, Any]]]:
-        """Return batches for a few steps: each group's largest, a smaller one, the largest again.
+    @property
+    def trial_sizes(self) -> tuple[Size, ...]:
+        """Sizes for a few steps: each group's largest, a smaller one, the largest again.
 
         Steps of other sizes leave the allocator's cache in pieces that the largest must still
         find room in.
         """
         smaller = (round(0.8 * self.size[0]), round(0.8 * self.size[1]))
-        sizes = (*self.sizes, smaller, self.size)
-        return [self.samples(count, size) for size in sizes]
+        return (*self.sizes, smaller, self.size)
+
+    def trial_batches(self, count: int) -> list[list[dict[str, Any]]]:
+        """Return a batch of ``count`` images of each of the ``trial_sizes``."""
+        return [self.samples(count, size) for size in self.trial_sizes]
 
 
 def assumed_worst_case(cfg: Any) -> WorstCase:
@@ -105,31 +110,45 @@ def worst_case_of(cfg: Any, records: Records, name: str = "") -> WorstCase:
         DataError: if there are no images, or none has a box.
     """
     most_boxes = int(records.box_counts.max(initial=0))
+    return worst_case_of_images(
+        cfg, records.heights.tolist(), records.widths.tolist(), most_boxes, name
+    )
+
+
+def worst_case_of_images(
+    cfg: Any, heights: Sequence[int], widths: Sequence[int], most_boxes: int, name: str = ""
+) -> WorstCase:
+    """Return what resizing by the shortest edge can make of images.
+
+    Args:
+        cfg: any engine's; its ``INPUT`` and ``DATALOADER`` are read.
+        heights, widths: of the images, in pixels.
+        most_boxes: that one of them has.
+        name: of their dataset.
+
+    Raises:
+        DataError: if none has a box.
+    """
     if most_boxes == 0:
         advice = "training would learn nothing: give a dataset with annotations"
         raise DataError([Fault("DATASETS.TRAIN", name, "images with boxes", advice)])
-    sizes = _largest_sizes(cfg, records.heights.tolist(), records.widths.tolist())
-    return WorstCase(sizes, most_boxes, f"{len(records)} images of {name}")
+    sizes = _largest_sizes(cfg, heights, widths)
+    return WorstCase(sizes, most_boxes, f"{len(heights)} images of {name}")
 
 
-def _largest_sizes(cfg: Any, heights: list[int], widths: list[int]) -> tuple[Size, ...]:
-    augmentation = ResizeAndFlip.for_training(cfg)
+def _largest_sizes(cfg: Any, heights: Sequence[int], widths: Sequence[int]) -> tuple[Size, ...]:
     groups = [0] * len(heights)
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        groups = aspect_ratio_groups(widths, heights).tolist()  # type: ignore[arg-type]
+        groups = aspect_ratio_groups(np.array(widths), np.array(heights)).tolist()
     largest: dict[int, Size] = {}
     shapes = set(zip(groups, heights, widths, strict=True))
     for group, height, width in shapes:
-        for size in _sizes(augmentation, height, width):
+        for short_edge in cfg.INPUT.MIN_SIZE_TRAIN:
+            size = output_size(height, width, short_edge, cfg.INPUT.MAX_SIZE_TRAIN)
             # One image of a batch may be the highest and another the widest.
             before = largest.get(group, (0, 0))
             largest[group] = (max(before[0], size[0]), max(before[1], size[1]))
     return tuple(sorted(largest.values(), key=lambda size: (-size[0] * size[1], size)))
-
-
-def _sizes(augmentation: ResizeAndFlip, height: int, width: int) -> Iterator[Size]:
-    for short_edge in augmentation.short_edges:
-        yield output_size(height, width, short_edge, augmentation.max_size)
 
 
 def _spread_boxes(count: int, height: int, width: int) -> torch.Tensor:

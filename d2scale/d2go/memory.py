@@ -1,0 +1,136 @@
+"""The memory of a d2go training: its own model, optimizer and worst-case batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import detectron2.utils.comm as comm
+import torch
+from d2go.modeling.api import build_d2go_model
+from d2go.optimizer.build import build_optimizer_mapper
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from d2scale.errors import ConfigError, Fault
+from d2scale.memory.agreement import of_first_rank
+from d2scale.memory.coverage import coverage
+from d2scale.memory.devices import CudaDevice
+from d2scale.memory.predict import Workload, predict
+from d2scale.memory.probe import Probe, measured_profile
+from d2scale.memory.profile import GIB, MemoryProfile
+from d2scale.memory.steps import TrainingStep, detector_losses
+from d2scale.memory.worst_case import Size, WorstCase, worst_case_of_images
+
+logger = logging.getLogger(__name__)
+
+ENGINE = "d2go"
+
+
+def memory_profile(cfg: Any) -> MemoryProfile:
+    """Tell the memory of training ``cfg``, on every rank of a launched d2go run.
+
+    Measured where the model trains on a GPU and ``D2SCALE.MEMORY.PROBE`` is set, otherwise
+    predicted: with fake tensors, or with real steps on the CPU if the model needs values.
+
+    Raises:
+        ConfigError: for a dataset without annotations, or a GPU too small for one image.
+    """
+    worst, images = _worst_case(cfg)
+    workload = workload_of(cfg, worst)
+    # Where values decide, as in sampling, the ranks may have counted differently.
+    predicted = of_first_rank(predict(workload).profile(workload))
+    if not (_on_cuda(cfg) and cfg.D2SCALE.MEMORY.PROBE):
+        return predicted
+    device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+    budget_bytes = round(_budget_gib(cfg, device) * cfg.D2SCALE.MEMORY.FRACTION * GIB)
+    assert workload.make_batches is not None
+    most = cfg.D2SCALE.MAX_IMS_PER_BATCH or images
+    probe = Probe(device, workload.build_step(device.device), workload.make_batches)
+    measurement = probe.measure(
+        predicted, budget_bytes, limit=max(1, min(most, images) // comm.get_world_size())
+    )
+    name = torch.cuda.get_device_name(device.device)
+    description = f"{workload.description}; measured on {name}"
+    return measured_profile(predicted, measurement, budget_bytes, description)
+
+
+def workload_of(cfg: Any, worst: WorstCase) -> Workload:
+    """Return what d2go does with ``cfg``, on batches of the worst case, with random weights."""
+
+    def build_step(device: torch.device) -> TrainingStep:
+        own = cfg.clone()
+        own.defrost()
+        own.MODEL.DEVICE = str(device)
+        model = build_d2go_model(own).model.train()
+        half = cfg.SOLVER.AMP.ENABLED
+        return TrainingStep(
+            model,
+            build_optimizer_mapper(own, model),
+            _losses,
+            torch.float16 if half else None,
+            scaler=GradScaler("cuda") if half and device.type == "cuda" else None,
+        )
+
+    height, width = worst.size
+    numbers = "AMP float16" if cfg.SOLVER.AMP.ENABLED else "float32"
+    return Workload(
+        build_step,
+        lambda count: _batch(worst, count, worst.size),
+        lambda count: [_batch(worst, count, size) for size in worst.trial_sizes],
+        f"{cfg.MODEL.META_ARCHITECTURE} in d2go, images of {height}x{width} pixels with "
+        f"{worst.boxes} boxes ({worst.origin}), {numbers}, {cfg.SOLVER.OPTIMIZER}",
+        coverage(cfg, engine=ENGINE),
+    )
+
+
+def _losses(model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+    with EventStorage():
+        return detector_losses(model, batch)
+
+
+def _batch(worst: WorstCase, count: int, size: Size) -> list[dict[str, Any]]:
+    """detectron2's form of the worst samples."""
+    samples = worst.samples(count, size)
+    for sample in samples:
+        boxes, classes = Boxes(sample.pop("boxes")), sample.pop("classes")
+        sample["instances"] = Instances(size, gt_boxes=boxes, gt_classes=classes)
+    return samples
+
+
+def _worst_case(cfg: Any) -> tuple[WorstCase, int]:
+    """The worst case, and how many images there are."""
+    entries = get_detection_dataset_dicts(
+        list(cfg.DATASETS.TRAIN), filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    worst = worst_case_of_images(
+        cfg,
+        [entry["height"] for entry in entries],
+        [entry["width"] for entry in entries],
+        max((len(entry.get("annotations", ())) for entry in entries), default=0),
+        ",".join(cfg.DATASETS.TRAIN),
+    )
+    return worst, len(entries)
+
+
+def device_gib(cfg: Any) -> float | None:
+    """Return the memory of this rank's GPU, None on a CPU."""
+    if not _on_cuda(cfg):
+        return None
+    return CudaDevice(torch.device("cuda", torch.cuda.current_device())).total_bytes / GIB
+
+
+def _on_cuda(cfg: Any) -> bool:
+    return cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
+
+
+def _budget_gib(cfg: Any, device: CudaDevice) -> float:
+    asked, total_gib = cfg.D2SCALE.MEMORY.BUDGET_GIB, device.total_bytes / GIB
+    if not 0 <= asked <= total_gib:
+        allowed = f"0 (all of the device), or up to its {total_gib:.2f} GiB"
+        raise ConfigError([Fault("D2SCALE.MEMORY.BUDGET_GIB", asked, allowed, "correct it")])
+    return float(asked or total_gib)
