@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from d2scale.engine.abnormal import NotFiniteLossError, SkippedSteps, check_finite, write_down
 from d2scale.engine.parallel import rank
 from d2scale.engine.solver import GradientClipper, LearningRateSchedule
 from d2scale.engine.writers import StepMetrics
-from d2scale.errors import D2ScaleError
 from d2scale.microbatch import MicroBatch, MicroBatchStep, StepLosses, cut
 from d2scale.oom_guard import OomGuard
 
@@ -36,6 +36,7 @@ class Trainer:
         clip: applied to the gradients of the whole step.
         scaler: the one that ``step`` scales with.
         guard: takes the steps in place of ``step``, and decides on the micro-batches.
+        folder: where a step whose loss is not finite is written down; None: nowhere.
         images_before: images that earlier runs have shown, with ``start_iteration``.
         start_iteration: first step.
     """
@@ -52,6 +53,7 @@ class Trainer:
         clip: GradientClipper | None = None,
         scaler: GradScaler | None = None,
         guard: OomGuard | None = None,
+        folder: Path | None = None,
         start_iteration: int = 0,
         images_before: int = 0,
     ) -> None:
@@ -63,7 +65,9 @@ class Trainer:
         self._seed = seed
         self._clip = clip
         self._scaler = scaler
+        self._skipped = None if scaler is None else SkippedSteps(scaler)
         self._guard = guard
+        self._folder = folder
         self.next_iteration = start_iteration
         self._images_seen = images_before
 
@@ -71,8 +75,8 @@ class Trainer:
         """Take steps until ``max_iter`` are done, and tell each to every ``after_step``.
 
         Raises:
-            D2ScaleError: if the loss is not finite, or a step does not fit into memory; the
-                weights are those before that step.
+            D2ScaleError: if the loss is not finite, or a step does not fit into memory (the
+                weights are those before that step), or a scaler skips step after step.
         """
         actions = tuple(after_step)
         while self.next_iteration < max_iter:
@@ -86,14 +90,21 @@ class Trainer:
         start = time.perf_counter()
         share = next(self._data)
         data_seconds = time.perf_counter() - start
+        if self._skipped is not None:
+            self._skipped.check(iteration)
         lr = self._schedule.set(iteration)
         seed_step(self._seed, iteration)
 
         def finish(losses: StepLosses) -> None:
-            _check_finite(losses, iteration, lr)
+            check_finite(losses.losses, iteration, lr)
             self._update()
 
-        result = self._take(share, finish)
+        try:
+            result = self._take(share, finish)
+        except NotFiniteLossError as error:
+            if self._folder is not None:
+                write_down(error, share, self._folder)
+            raise
         self.next_iteration = iteration + 1
         self._images_seen += result.images
         return StepMetrics(
@@ -135,14 +146,3 @@ def seed_step(seed: int, iteration: int) -> None:
     """Seed torch for one step of this rank, so that a resumed run draws what it would have."""
     words = np.random.SeedSequence(seed, spawn_key=(iteration, rank())).generate_state(1)
     torch.manual_seed(int(words[0]))
-
-
-def _check_finite(result: StepLosses, iteration: int, lr: float) -> None:
-    # The losses are those of the whole step, so every rank stops here, or none.
-    if not math.isfinite(result.total):
-        losses = ", ".join(f"{name} {value:g}" for name, value in result.losses.items())
-        raise D2ScaleError(
-            f"the loss is not finite at iteration {iteration} (learning rate {lr:g}): {losses}; "
-            "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip with "
-            "SOLVER.CLIP_GRADIENTS, and use --resume to go on from the last checkpoint"
-        )

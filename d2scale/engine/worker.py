@@ -159,6 +159,7 @@ def _train(job: Job, plan: Plan) -> Results:
             clip=build_gradient_clipper(cfg),
             scaler=scaler,
             guard=guard,
+            folder=Path(cfg.OUTPUT_DIR),
             start_iteration=position.next_iteration,
             images_before=position.images_seen,
         )

@@ -168,6 +168,13 @@ def test_loss_that_is_not_finite_ends_all_ranks_with_one_line(recipe, tmp_path):
     with pytest.raises(D2ScaleError, match="not finite") as caught:
         train(cfg, num_processes=2)
     assert "\n" not in str(caught.value)
+    (path,) = (tmp_path / "run").glob("not_finite_*.json")
+    told = json.loads(path.read_text())
+    assert f"at iteration {told['iteration']} " in str(caught.value)
+    assert told["lr"] == 1e15
+    assert {"nan", "inf"} & {str(value) for value in told["losses"].values()}
+    assert [image["rank"] for image in told["images"]] == [0, 0, 0, 1, 1]
+    assert len({image["image_id"] for image in told["images"]}) == 5
     for value in torch.load(tmp_path / "run" / "model_0000000.pth", weights_only=True)[
         "model"
     ].values():
