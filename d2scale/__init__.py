@@ -13,7 +13,15 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "Runner":
-        from d2scale.d2go.runner import Runner
+        try:
+            from d2scale.d2go.runner import Runner
+        except ModuleNotFoundError as error:
+            from d2scale.errors import MissingPackageError
+
+            if error.name not in ("d2go", "detectron2", "mobile_cv"):
+                raise
+            advice = "it is not on the package index: see 'With d2go' in README.md"
+            raise MissingPackageError(error.name, "d2scale.Runner", advice) from error
 
         return Runner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

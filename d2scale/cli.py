@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from d2scale import __version__
-from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fault
+from d2scale.errors import (
+    EXIT_STATUS_USER_ERROR,
+    ConfigError,
+    D2ScaleError,
+    Fault,
+    MissingPackageError,
+)
 
 if TYPE_CHECKING:
     from d2scale.hardware import Hardware
@@ -37,6 +43,10 @@ example, two processes on the small form:
 """
 
 
+# What the extra "train" brings: planning works without.
+TRAINING_PACKAGES = ("torch", "torchvision", "pycocotools", "tensorboard", "tqdm", "PIL", "numpy")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, or 2 for a user's mistake."""
     arguments = _parse(argv)
@@ -47,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"d2scale: error: {line}", file=sys.stderr)
         return EXIT_STATUS_USER_ERROR
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING_PACKAGES:
+            raise
+        print(f"d2scale: error: {_missing(error.name)}", file=sys.stderr)
+        return EXIT_STATUS_USER_ERROR
     except KeyboardInterrupt:
         print("d2scale: interrupted", file=sys.stderr)
         return 130
@@ -54,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe left; Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _missing(package: str) -> MissingPackageError:
+    return MissingPackageError(package, "this command", "pip install 'd2scale[train]'")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
