@@ -1,0 +1,51 @@
+import builtins
+import importlib.util
+import pickle
+
+import pytest
+
+import d2scale
+from d2scale.cli import main
+from d2scale.errors import ConfigError, DataError, Fault, MissingPackageError
+
+FAULT = Fault("SOLVER.MAX_ITER", 0, "1 or more", "set it")
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError([FAULT]), DataError([FAULT]), MissingPackageError("torch", "this", "do")]
+)
+def test_an_error_survives_the_way_from_a_rank_to_its_parent(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+
+
+def test_a_fault_says_what_is_allowed_and_what_to_do():
+    assert str(FAULT) == "SOLVER.MAX_ITER is 0; allowed: 1 or more; set it"
+
+
+def test_the_runner_says_what_it_needs():
+    if importlib.util.find_spec("d2go"):
+        assert d2scale.Runner.__name__ == "Runner"
+        return
+    with pytest.raises(MissingPackageError, match=r"d2scale\.Runner needs .*see 'With d2go'"):
+        _ = d2scale.Runner
+    with pytest.raises(AttributeError):
+        _ = d2scale.Nothing
+
+
+def test_training_without_torch_is_told_in_one_line(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without_torch(name, *arguments, **keywords):
+        if name == "d2scale.engine.run":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    assert main(["train", "--config-file", "d2scale://MetaFCOS/small-cpu.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "d2scale: error: this command needs torch, which is not installed; "
+        "pip install 'd2scale[train]'"
+    )
