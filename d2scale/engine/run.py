@@ -27,8 +27,10 @@ from d2scale.engine.models import check_model
 from d2scale.engine.weights import find_weights
 from d2scale.engine.worker import Job, Results, run_rank
 from d2scale.errors import ConfigError, Fault
-from d2scale.memory.profile import GIB
-from d2scale.plan import Hardware, Plan, make_plan
+from d2scale.memory.filling import hardware_for_training, refuse_more_than_all
+from d2scale.memory.measure import measure_profile
+from d2scale.memory.profile import MemoryProfile
+from d2scale.plan import Plan, make_plan
 from d2scale.progress import recipe_of
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,14 @@ def train(
         resume=resume,
         eval_only=eval_only,
         method=method,
+        measure=partial(
+            measure_profile,
+            cfg,
+            num_processes=num_processes,
+            num_machines=num_machines,
+            machine_rank=machine_rank,
+            dist_url=dist_url,
+        ),
     )
     job = Job(_planned(cfg, plan), recipe_of(cfg), plan, resume, notes)
     _make_folder(Path(cfg.OUTPUT_DIR))
@@ -120,26 +130,36 @@ def _check(
     resume: bool,
     eval_only: bool,
     method: str | None,
+    measure: Callable[[], MemoryProfile],
 ) -> Plan | None:
     """Return the plan, or raise every fault there is. Writes nothing."""
     faults = [*value_faults(cfg), *input_faults(cfg), *processes]
     plan: Plan | None = None
+    images = 0
 
     def make() -> None:
         nonlocal plan
-        plan = make_plan(cfg, _hardware(cfg, world_size), method=method)
+        hardware = hardware_for_training(
+            cfg, world_size, method=method, measure=None if faults else measure
+        )
+        plan = make_plan(cfg, hardware, method=method)
+        refuse_more_than_all(plan, images)
+
+    def read_datasets() -> None:
+        nonlocal images
+        images = check_datasets(cfg, eval_only=eval_only)
 
     checks: list[Callable[[], object]] = [partial(check_model, cfg)]
-    # A broken number of processes would only lead to more faults.
-    if not eval_only and not processes:
-        checks.append(make)
     checks.append(partial(_check_folder, cfg.OUTPUT_DIR, may_hold_run=resume or eval_only))
     # Under torchrun a sister rank may hold the lock already: the first rank itself takes it.
     if not eval_only and not under_torchrun():
         checks.append(partial(refuse_locked, Path(cfg.OUTPUT_DIR)))
     if not (resume and _holds_run(Path(cfg.OUTPUT_DIR))):
         checks.append(partial(_check_weights, cfg, eval_only))
-    checks.append(partial(check_datasets, cfg, eval_only=eval_only))
+    checks.append(read_datasets)
+    # A broken number of processes would only lead to more faults. Last, for it may measure.
+    if not eval_only and not processes:
+        checks.append(make)
     for check in checks:
         try:
             check()
@@ -148,13 +168,6 @@ def _check(
     if faults:
         raise ConfigError(faults)
     return plan
-
-
-def _hardware(cfg: CfgNode, world_size: int) -> Hardware:
-    budget_gib = None
-    if cfg.MODEL.DEVICE == "cuda" and not cfg.D2SCALE.MEMORY.BUDGET_GIB:
-        budget_gib = torch.cuda.get_device_properties(0).total_memory / GIB
-    return Hardware.from_cfg(cfg, world_size, budget_gib=budget_gib)
 
 
 def _process_faults(cfg: CfgNode, num_processes: int, num_machines: int) -> list[Fault]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from d2scale.engine.data.coco import load_training_dataset
+from d2scale.errors import DataError, Fault
 from d2scale.hardware import Hardware
 from d2scale.memory.profile import GIB, MemoryProfile
 from d2scale.memory.profiling import predict_profile
 from d2scale.memory.worst_case import worst_case_of
-from d2scale.plan import method_of
+from d2scale.plan import Plan, method_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def hardware_for_training(
     world_size: int,
     *,
     method: str | None,
-    measure: Callable[[], MemoryProfile],
+    measure: Callable[[], MemoryProfile] | None,
 ) -> Hardware:
     """Return the hardware to plan for, with a memory profile where the plan needs one.
 
@@ -36,7 +37,8 @@ def hardware_for_training(
         cfg: of the default engine, for this machine.
         world_size: ranks.
         method: see :func:`d2scale.plan.make_plan`.
-        measure: measures ``cfg`` on the ranks.
+        measure: measures ``cfg`` on the ranks; None: it shall not be run, because the config
+            has faults that end the run anyhow.
 
     Raises:
         ConfigError: see :meth:`Hardware.from_cfg`, and what measuring raises.
@@ -47,6 +49,8 @@ def hardware_for_training(
     fills = (method or method_of(cfg.SOLVER.AUTO_SCALING_METHODS)) == "max_memory"
     if not fills or hardware.ims_per_gpu or cfg.D2SCALE.MEMORY.PROFILE:
         return hardware
+    if measure is None:
+        return replace(hardware, ims_per_gpu=1)
     if on_cuda and cfg.D2SCALE.MEMORY.PROBE:
         return replace(hardware, profile=measure(), alternatives=())
     if hardware.profile is None and hardware.budget_gib is not None:
@@ -55,3 +59,15 @@ def hardware_for_training(
         logger.info("No memory profile of this recipe is at hand: predicting it")
         return replace(hardware, profile=predict_profile(cfg, worst))
     return hardware
+
+
+def refuse_more_than_all(plan: Plan, images: int) -> None:
+    """Refuse a total batch that was chosen to fill the memory and exceeds the dataset.
+
+    Raises:
+        DataError: if there are fewer images.
+    """
+    if plan.method == "max_memory" and 0 < images < plan.ims_per_batch:
+        advice = f"set D2SCALE.MAX_IMS_PER_BATCH to at most {images}, or train on more images"
+        allowed = f"at least the {plan.ims_per_batch} images of the chosen total batch"
+        raise DataError([Fault("images in DATASETS.TRAIN", images, allowed, advice)])

@@ -8,7 +8,6 @@ from d2scale.engine.data.records import CocoDataset, Records, starts_from_counts
 from d2scale.errors import ConfigError, DataError
 from d2scale.memory import filling, measure
 from d2scale.memory.profile import GIB, MemoryProfile, Phase
-from d2scale.memory.tracker import StorageTracker
 from d2scale.plan import make_plan
 
 MEASURED = MemoryProfile((Phase("backward", GIB, GIB),), "measured")
@@ -129,11 +128,3 @@ def test_measuring_without_a_gpu_is_a_mistake(recipes, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["memory", str(recipes / "small-cpu.yaml"), "--device", "cuda"]) == 2
     assert "--device cpu, which predicts" in capsys.readouterr().err
-
-
-def test_the_tracker_is_gone_after_measuring(recipes):
-    measure.measure_profile(config(recipes, budget="0.1"))
-    tracker = StorageTracker()
-    with tracker:
-        kept = torch.zeros(1000)
-    assert tracker.live_bytes == kept.untyped_storage().nbytes()

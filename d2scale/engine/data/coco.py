@@ -148,12 +148,15 @@ def _class_fault(key: str, dataset: CocoDataset, trained: CocoDataset) -> Fault:
     )
 
 
-def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
+def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> int:
     """Read every dataset that a run will use, before any rank starts.
 
     Args:
         cfg: its ``DATASETS`` and ``DATALOADER``.
         eval_only: the run does not train, so only ``DATASETS.TEST`` must be there.
+
+    Returns:
+        The number of training images; 0 if the run does not train.
 
     Raises:
         DataError: every fault of every dataset.
@@ -180,3 +183,4 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
             faults[str(fault)] = fault
     if faults:
         raise DataError(list(faults.values()))
+    return len(trained) if trained else 0
