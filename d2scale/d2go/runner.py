@@ -15,9 +15,11 @@ from d2go.trainer.api import TestNetOutput, TrainNetOutput
 from d2scale.config.defaults import add_d2scale_config
 from d2scale.d2go.config import CfgNode, exit_on_user_error
 from d2scale.d2go.datasets import register_datasets
+from d2scale.d2go.progress import ProgressRecord, resume_by_images
 from d2scale.d2go.scaling_methods import applied_plan, names_own_method, scale_in_place
 from d2scale.errors import ConfigError
 from d2scale.plan import method_of
+from d2scale.progress import RECORD, recipe_of
 from d2scale.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -28,8 +30,10 @@ class Runner(GeneralizedRCNNRunner):
 
     ``SOLVER.AUTO_SCALING_METHODS: [d2scale_keep_total]`` (or another method) in a config chooses
     how it is scaled. The method takes effect on any world size, the recipe's own included, and
-    once.
+    once. A training resumes at the image where it stopped, whatever the world size.
     """
+
+    _recipe: dict[str, Any] | None = None
 
     @classmethod
     def get_default_cfg(cls) -> CfgNode:
@@ -56,10 +60,25 @@ class Runner(GeneralizedRCNNRunner):
     def register(self, cfg: Any) -> None:
         """Register what a config may name: datasets and the projects' models."""
         super().register(cfg)
+        # d2go registers before it scales the config in place.
+        self._recipe = recipe_of(cfg)
         with exit_on_user_error():
             register_datasets(cfg)
         for entry in entry_points(group="d2scale.detectron2"):
             entry.load()()
+
+    def build_checkpointer(self, cfg: Any, model: Any, save_dir: str, **kwargs: Any) -> Any:
+        """Return d2go's checkpointer; in training it also keeps, and resumes by, a record."""
+        if "optimizer" not in kwargs or "scheduler" not in kwargs:
+            return super().build_checkpointer(cfg, model, save_dir, **kwargs)
+        progress = ProgressRecord(cfg, self._recipe)
+        checkpointer = super().build_checkpointer(
+            cfg, model, save_dir, **{RECORD: progress}, **kwargs
+        )
+        resume_by_images(
+            checkpointer, progress, kwargs["optimizer"], kwargs["scheduler"], cfg.SOLVER.MAX_ITER
+        )
+        return checkpointer
 
     def build_model(self, cfg: Any, eval_only: bool = False) -> torch.nn.Module:
         """Build the model that the config names; a config it cannot have is a user's mistake."""

@@ -42,6 +42,9 @@ DATASETS: {TRAIN: [coco_2017_train], TEST: [coco_2017_val]}
 """
 
 
+ALLOWED = ("D2SCALE.ALLOW_CHANGED_RECIPE", "True")
+
+
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
     root = tmp_path_factory.mktemp("datasets")
@@ -89,7 +92,7 @@ def test_trains_and_evaluates(train, tmp_path, config, processes):
 
 def test_resumes_where_it_stopped(train, tmp_path):
     train(META_FCOS, 1)
-    done = train(META_FCOS, 1, "--resume", "SOLVER.MAX_ITER", "6")
+    done = train(META_FCOS, 1, "--resume", "SOLVER.MAX_ITER", "6", *ALLOWED)
     assert "Starting training from iteration 4" in done.stdout + done.stderr
     assert metrics(tmp_path / "out")[-1]["iteration"] == 5
 

@@ -1,0 +1,131 @@
+"""d2go's own command resumes by images seen: another world size, another method, old files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from d2scale.synthetic import write_shapes_dataset
+
+pytestmark = pytest.mark.timeout(900)
+
+RECIPE = """
+_BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml
+MODEL:
+  DEVICE: cpu
+  WEIGHTS: ""
+  BACKBONE: {FREEZE_AT: 0}
+  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: GN}
+  FPN: {OUT_CHANNELS: 64}
+  FCOS: {NUM_CLS_CONVS: 1, NUM_BOX_CONVS: 1}
+DATALOADER: {NUM_WORKERS: 0}
+INPUT: {MIN_SIZE_TRAIN: [96], MAX_SIZE_TRAIN: 128, MIN_SIZE_TEST: 96, MAX_SIZE_TEST: 128}
+SOLVER: {REFERENCE_WORLD_SIZE: 2, IMS_PER_BATCH: 4, MAX_ITER: 4, STEPS: [3], WARMUP_ITERS: 1,
+         BASE_LR: 0.001, CHECKPOINT_PERIOD: 2, AUTO_SCALING_METHODS: [d2scale_per_gpu]}
+TEST: {FINAL_EVAL: false}
+WRITER_PERIOD: 1
+SEED: 3
+"""
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    write_shapes_dataset(root, train_images=8, val_images=2, seed=0)
+    return root
+
+
+@pytest.fixture
+def train(tmp_path, datasets):
+    """Run ``d2go.train_net`` as a user does and return all that it says."""
+
+    def run(processes, *arguments, status=0):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(RECIPE)
+        command = [
+            os.path.join(os.path.dirname(sys.executable), "d2go.train_net"),
+            *("--runner", "d2scale.Runner", "--config-file", str(path)),
+            *("--output-dir", str(tmp_path / "out"), "--num-processes", str(processes)),
+            *("--disable-post-mortem", *arguments),
+        ]
+        environment = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture
+def halfway(train, tmp_path):
+    """A folder as two processes leave it that were killed after iteration 1 of 4."""
+    train(2)
+    out = tmp_path / "out"
+    for name in ("model_0000003.pth", "model_final.pth"):
+        (out / name).unlink()
+    (out / "last_checkpoint").write_text("model_0000001.pth")
+    lines = (out / "metrics.json").read_text().splitlines(keepends=True)
+    (out / "metrics.json").write_text("".join(lines[:2]))
+    return out
+
+
+def rates(out):
+    lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    return {line["iteration"]: line["lr"] for line in lines}
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def test_two_processes_then_one(train, halfway):
+    output = train(1, "--resume")
+    assert "8 images seen in 2 iterations: going on with iteration 4 of 8" in output
+    assert "Starting training from iteration 4" in output
+    assert "sampler begins its order anew" in output
+    assert "| total batch" in output
+    # Half the batch at half the rate, which drops at 12 images, in iteration 6.
+    found = rates(halfway)
+    assert list(found) == [0, 1, 4, 5, 6, 7]
+    assert list(found.values()) == pytest.approx(
+        [found[0], 0.001, 0.0005, 0.0005, 0.00005, 0.00005]
+    )
+    record = load(halfway / "model_final.pth")["d2scale"]
+    assert (record["start_iteration"], record["images_before"]) == (4, 8)
+    # And back: 16 images are seen, nothing is left.
+    assert "16 images seen in 8 iterations: going on with iteration 4 of 4" in train(2, "--resume")
+
+
+def test_another_method_keeps_the_total_batch(train, halfway):
+    method = ("SOLVER.AUTO_SCALING_METHODS", "('d2scale_keep_total',)")
+    output = train(1, "--resume", *method)
+    assert "going on with iteration 2 of 4" in output
+    assert list(rates(halfway)) == [0, 1, 2, 3]
+    assert rates(halfway)[3] == pytest.approx(0.0001)
+
+
+def test_old_checkpoint(train, halfway):
+    path = halfway / "model_0000001.pth"
+    content = load(path)
+    del content["d2scale"]
+    torch.save(content, path)
+    output = train(1, "--resume")
+    assert "assuming this recipe, run at its own total batch, so 2 iterations of 4" in output
+    assert "going on with iteration 4 of 8" in output
+
+
+def test_changed_recipe(train, halfway):
+    before = {path.name for path in halfway.glob("*.pth")}
+    output = train(1, "--resume", "SOLVER.BASE_LR", "0.01", status=2)
+    errors = [line for line in output.splitlines() if line.startswith("d2scale: error")]
+    assert len(errors) == 1
+    assert "SOLVER.BASE_LR is 0.01; allowed: 0.001, as in the training to resume" in errors[0]
+    assert {path.name for path in halfway.glob("*.pth")} == before
+    allowed = ("D2SCALE.ALLOW_CHANGED_RECIPE", "True")
+    train(1, "--resume", "SOLVER.BASE_LR", "0.01", *allowed)
+    assert rates(halfway)[4] == pytest.approx(0.005)
