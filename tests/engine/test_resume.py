@@ -129,6 +129,18 @@ def test_goes_on_with_another_number_of_images_per_gpu(recipe, tmp_path, monkeyp
     assert json.loads((run / "plan.json").read_text())["ims_per_gpu"] == 1
 
 
+def test_is_exact_in_float64(recipe, tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(recipe("whole"))
+        train_until(monkeypatch, recipe("run", "D2SCALE.IMS_PER_GPU", 3), 5)
+        train(recipe("run", "D2SCALE.IMS_PER_GPU", 1), resume=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert content(tmp_path / "run")["model"]["backbone.fpn_output3.weight"].dtype == torch.float64
+    assert_same_weights(tmp_path / "run", tmp_path / "whole", 1e-8)
+
+
 def test_goes_on_with_another_total_batch_at_the_same_image(
     recipe, tmp_path, monkeypatch, shown, undisturbed
 ):
