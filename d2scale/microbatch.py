@@ -168,7 +168,9 @@ class MicroBatchStep:
         with torch.autocast(device_type, dtype=self._precision, enabled=enabled):
             if self._exact:
                 return self._model(micro_batch, normalizers=normalizers)
-            return self._model(micro_batch)
+            losses = self._model(micro_batch)
+        # As detectron2's trainer has it.
+        return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
     def _backward(self, losses: Mapping[str, Tensor], weight: float) -> None:
         objective = torch.stack(list(losses.values())).sum() * weight

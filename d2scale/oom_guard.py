@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from d2scale.agreement import AgreedOutOfMemoryError, Agreement
 from d2scale.errors import D2ScaleError
 from d2scale.microbatch import MicroBatch, MicroBatchStep, StepLosses, cut
+from d2scale.plan import Plan
 from d2scale.rules import micro_batch_sizes
 from d2scale.undo import StepUndo
 
@@ -71,7 +75,7 @@ class OomGuard:
         self._world_size, self._rank = 1, 0
         if dist.is_available() and dist.is_initialized():
             self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
-        self._ims_per_batch = ims_per_batch
+        self.ims_per_batch = ims_per_batch
         self.ims_per_gpu = ims_per_gpu
         self._retries = AllocatorRetries(next(bare.parameters()).device)
 
@@ -110,7 +114,7 @@ class OomGuard:
         return losses
 
     def _sizes(self) -> tuple[tuple[int, ...], ...]:
-        return micro_batch_sizes(self._ims_per_batch, self._world_size, self.ims_per_gpu)
+        return micro_batch_sizes(self.ims_per_batch, self._world_size, self.ims_per_gpu)
 
     def _split(self, failure: AgreedOutOfMemoryError) -> None:
         # What ran: 6 images, 5 at a time, are 3 and 3.
@@ -164,6 +168,30 @@ class AllocatorRetries:
         if self._device.type != "cuda":
             return 0
         return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
+
+
+def split_plan(plan: Plan, ims_per_gpu: int) -> Plan:
+    """Return ``plan`` with smaller micro-batches and a note that says why."""
+    sizes = micro_batch_sizes(plan.ims_per_batch, plan.world_size, ims_per_gpu)
+    note = (
+        f"images per GPU cut from {plan.ims_per_gpu} to {ims_per_gpu} during the run, by an "
+        "out-of-memory error"
+    )
+    return dataclasses.replace(
+        plan,
+        ims_per_gpu=max(map(max, sizes)),
+        accumulation_steps=max(map(len, sizes)),
+        # It was too low, or other programs have taken memory.
+        predicted_peak_gib=None,
+        notes=(*plan.notes, note),
+    )
+
+
+def write_plan(plan: Plan, folder: Path) -> None:
+    """Write ``plan.json`` anew, whole or not at all."""
+    partial = folder / ".plan.json.partial"
+    partial.write_text(json.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "plan.json")
 
 
 def _free_memory() -> None:

@@ -15,6 +15,7 @@ from d2go.trainer.api import TestNetOutput, TrainNetOutput
 from d2scale.config.defaults import add_d2scale_config
 from d2scale.d2go.config import CfgNode, exit_on_user_error
 from d2scale.d2go.datasets import register_datasets
+from d2scale.d2go.micro_batches import MicroBatches
 from d2scale.d2go.progress import ProgressRecord, resume_by_images
 from d2scale.d2go.scaling_methods import applied_plan, names_own_method, scale_in_place
 from d2scale.errors import ConfigError
@@ -84,6 +85,21 @@ class Runner(GeneralizedRCNNRunner):
         """Build the model that the config names; a config it cannot have is a user's mistake."""
         with exit_on_user_error():
             return super().build_model(cfg, eval_only)
+
+    def _get_trainer_hooks(
+        self,
+        cfg: Any,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        periodic_checkpointer: Any,
+        trainer: Any,
+    ) -> list[Any]:
+        """Return d2go's hooks, and the one that takes steps in micro-batches."""
+        hooks = super()._get_trainer_hooks(
+            cfg, model, optimizer, scheduler, periodic_checkpointer, trainer
+        )
+        return [*hooks, MicroBatches(cfg, periodic_checkpointer.checkpointer)]
 
     def do_train(self, cfg: Any, model: torch.nn.Module, resume: bool) -> Any:
         """Scale the config if d2go has not had to, then train as d2go does."""

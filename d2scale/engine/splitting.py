@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -16,9 +13,8 @@ from torch.amp.grad_scaler import GradScaler
 from d2scale.engine.checkpoint import RunCheckpointer
 from d2scale.engine.parallel import rank, world_size
 from d2scale.microbatch import synchronised_norms
-from d2scale.oom_guard import OnSplit, OomGuard
+from d2scale.oom_guard import OnSplit, OomGuard, split_plan, write_plan
 from d2scale.plan import Plan
-from d2scale.rules import micro_batch_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -62,30 +58,6 @@ class RecordSplit:
 
     def __call__(self, ims_per_gpu: int) -> None:
         self._plan = split_plan(self._plan, ims_per_gpu)
-        content = self._plan.to_json()
-        self._checkpointer.facts["plan"] = content
+        self._checkpointer.facts["plan"] = self._plan.to_json()
         if rank() == 0:
-            _replace_json(Path(self._checkpointer.save_dir) / "plan.json", content)
-
-
-def split_plan(plan: Plan, ims_per_gpu: int) -> Plan:
-    """Return ``plan`` with smaller micro-batches and a note that says why."""
-    sizes = micro_batch_sizes(plan.ims_per_batch, plan.world_size, ims_per_gpu)
-    note = (
-        f"images per GPU cut from {plan.ims_per_gpu} to {ims_per_gpu} during the run, by an "
-        "out-of-memory error"
-    )
-    return dataclasses.replace(
-        plan,
-        ims_per_gpu=max(map(max, sizes)),
-        accumulation_steps=max(map(len, sizes)),
-        # It was too low, or other programs have taken memory.
-        predicted_peak_gib=None,
-        notes=(*plan.notes, note),
-    )
-
-
-def _replace_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+            write_plan(self._plan, Path(self._checkpointer.save_dir))

@@ -9,8 +9,7 @@ import torch
 
 from d2scale.config import load_cfg
 from d2scale.engine.run import train
-from d2scale.engine.splitting import split_plan
-from d2scale.oom_guard import StepDoesNotFitError
+from d2scale.oom_guard import StepDoesNotFitError, split_plan
 from d2scale.plan import Hardware, make_plan
 from d2scale.synthetic import write_shapes_dataset
 from meta_fcos.detector import OneStageDetector
