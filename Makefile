@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint benchmarks clean
 
 demo: $(VENV)/.train
 	$(BIN)/d2scale demo
@@ -16,6 +16,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# About half an hour on two cores. The rows that need a GPU are not among them.
+benchmarks: $(VENV)/.train
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/exactness.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/memory_prediction.py
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "d2scale needs Python 3.10 or later: make PYTHON=python3.11 ...")'
