@@ -13,7 +13,7 @@ from d2scale.synthetic import write_shapes_dataset
 def tiny(monkeypatch, tmp_path):
     """The demo on a few images and steps, without touching this process's environment."""
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "nowhere"))
-    monkeypatch.setattr(demo, "TRAIN_IMAGES", 16)
+    monkeypatch.setattr(demo, "TRAIN_IMAGES", 24)
     monkeypatch.setattr(demo, "VAL_IMAGES", 2)
     short = ("SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(3,)", "SOLVER.WARMUP_ITERS", "1")
     monkeypatch.setattr(
@@ -46,12 +46,12 @@ def test_the_demo_trains_all_three_and_compares_them(tmp_path, capsys):
 
 
 def test_coco_is_cut_to_a_few_images_and_not_copied(tmp_path, monkeypatch):
-    write_shapes_dataset(tmp_path / "real", train_images=20, val_images=4)
+    write_shapes_dataset(tmp_path / "real", train_images=30, val_images=4)
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "real"))
     assert "COCO found" in demo._data_at_hand(tmp_path / "demo")
     subset = tmp_path / "demo" / "coco-subset" / "coco"
     content = json.loads((subset / "annotations" / "instances_train2017.json").read_text())
-    assert len(content["images"]) == 16
+    assert len(content["images"]) == 24
     assert {a["image_id"] for a in content["annotations"]} <= {i["id"] for i in content["images"]}
     assert (subset / "train2017").is_symlink()
     assert all((subset / "train2017" / i["file_name"]).exists() for i in content["images"])
