@@ -122,8 +122,9 @@ class StorageTracker(TorchDispatchMode):
 
     def _check_budget(self, nbytes: int) -> None:
         if self.budget_bytes is not None and self.live_bytes + nbytes > self.budget_bytes:
+            # In torch's own words, by which other tools recognise it.
             raise OutOfMemoryError(
-                f"Out of memory on a simulated device: tried to allocate {nbytes} bytes, "
+                f"CUDA out of memory. Tried to allocate {nbytes} bytes on a simulated device: "
                 f"{self.live_bytes} of {self.budget_bytes} are in use"
             )
 
