@@ -1,0 +1,80 @@
+"""``d2scale plan``: show how a recipe runs on other GPUs. Without torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from d2scale.commands.common import add_command, emit
+
+if TYPE_CHECKING:
+    from d2scale.commands.common import Commands
+    from d2scale.hardware import Hardware
+
+_EPILOG = """\
+example:
+  $ d2scale plan d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml --gpus 1 --method per_gpu
+  | config key     |   old value |   new value |
+  | SOLVER.BASE_LR |        0.01 |  0.00015625 |
+  ...
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``d2scale plan``."""
+    parser = add_command(commands, "plan", "show how a recipe runs on other GPUs", _EPILOG, True)
+    parser.add_argument("config", help="the recipe: a file or d2scale://NAME.yaml")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs to run on (1)")
+    parser.add_argument("--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU")
+    parser.add_argument("--method", help="per_gpu, keep_total or max_memory")
+    parser.add_argument("--lr-rule", help="auto, linear, sqrt or none")
+    parser.add_argument("--ims-per-gpu", type=int, metavar="M", help="images in one forward")
+    parser.add_argument("--profile", metavar="FILE", help="memory profile")
+    parser.add_argument(
+        "--explore",
+        action="store_true",
+        help="list float32, AMP, activation checkpointing and both, instead of one plan",
+    )
+    parser.add_argument("--format", choices=("table", "json", "yaml"), default="table")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write there, not to the terminal")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``d2scale plan``."""
+    from d2scale import plan_formats
+    from d2scale.config.loading import load_recipe, resolve_config_path
+    from d2scale.plan import Hardware, make_plan
+
+    cfg, settings = load_recipe(arguments.config, arguments.opts)
+    hardware = Hardware.from_cfg(
+        cfg,
+        arguments.gpus,
+        budget_gib=arguments.gpu_memory_gib,
+        profile_path=arguments.profile,
+        ims_per_gpu=arguments.ims_per_gpu,
+        settings=settings,
+    )
+    if arguments.explore:
+        return _explore(arguments, cfg, hardware)
+    plan = make_plan(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
+    if arguments.format == "yaml":
+        folder = os.path.dirname(os.path.abspath(arguments.output or "plan.yaml"))
+        recipe = os.path.abspath(resolve_config_path(arguments.config))
+        text = plan_formats.to_yaml(plan, recipe, settings, folder)
+    elif arguments.format == "json":
+        text = plan_formats.to_json(plan)
+    else:
+        text = plan_formats.to_table(plan)
+    emit(text.rstrip("\n") + "\n", arguments.output)
+    return 0
+
+
+def _explore(arguments: argparse.Namespace, cfg: Any, hardware: Hardware) -> int:
+    from d2scale.explore import explore, to_json, to_table
+
+    choices = explore(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
+    text = to_json(choices) if arguments.format == "json" else to_table(choices)
+    emit(text + "\n", arguments.output)
+    return 0

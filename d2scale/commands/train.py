@@ -1,0 +1,65 @@
+"""``d2scale train``: train and evaluate a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from d2scale.commands.common import add_command
+
+if TYPE_CHECKING:
+    from d2scale.commands.common import Commands
+
+_EPILOG = """\
+example, two processes on the small form:
+  $ d2scale train --config-file d2scale://MetaFCOS/small-cpu.yaml --num-gpus 2 \\
+        OUTPUT_DIR output/small
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``d2scale train``."""
+    parser = add_command(commands, "train", "train and evaluate a recipe", _EPILOG, True)
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument(
+        "--num-gpus",
+        "--num-processes",
+        dest="num_processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on this machine, one to a GPU (1)",
+    )
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N")
+    parser.add_argument("--machine-rank", type=int, default=0, metavar="N")
+    parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
+    parser.add_argument("--method", help="per_gpu, keep_total or max_memory")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--allow-changed-recipe",
+        action="store_true",
+        help="resume with another recipe than the training was started with",
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``d2scale train``."""
+    from d2scale.config import load_cfg
+    from d2scale.engine.run import train
+
+    cfg = load_cfg(arguments.config_file, arguments.opts)
+    if arguments.allow_changed_recipe:
+        cfg.D2SCALE.ALLOW_CHANGED_RECIPE = True
+    train(
+        cfg,
+        num_processes=arguments.num_processes,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        resume=arguments.resume,
+        eval_only=arguments.eval_only,
+        method=arguments.method,
+    )
+    return 0
