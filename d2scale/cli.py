@@ -15,7 +15,6 @@ from d2scale.errors import EXIT_STATUS_USER_ERROR, D2ScaleError, MissingPackageE
 TRAINING_PACKAGES = (
     "torch",
     "torchvision",
-    "pycocotools",
     "tensorboard",
     "tqdm",
     "PIL",

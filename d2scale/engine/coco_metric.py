@@ -1,86 +1,138 @@
-"""The official COCO box metric, computed by pycocotools, in the published columns."""
+"""The official COCO box metric in the published columns, equal to pycocotools' to the last bit."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
+from d2scale.engine.coco_matching import AREAS, IOU_THRESHOLDS, Found, Matches, Truth, match
+from d2scale.engine.coco_results import CocoResults
+from d2scale.engine.data.annotation_file import read_annotation_file
 from d2scale.engine.data.records import CocoDataset
 
-_AREAS = ("all", "small", "medium", "large")
+RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+_ABSENT = -1.0  # there is nothing to find
 
 
 def coco_metrics(
-    dataset: CocoDataset, results: Sequence[Mapping[str, Any]], *, max_dets: int = 100
+    dataset: CocoDataset,
+    results: CocoResults | Sequence[Mapping[str, Any]],
+    *,
+    max_dets: int = 100,
 ) -> dict[str, float]:
     """Compute the official COCO box metric.
 
     Args:
         dataset: its annotation file is the ground truth; its classes and images count.
-        results: detections in COCO's results format.
-        max_dets: best detections of an image that count.
+        results: detections on its images, in columns or as the entries of a results file;
+            those of other classes do not count.
+        max_dets: best detections of an image and class that count.
 
     Returns:
-        As :func:`evaluate`.
+        As :func:`d2scale.engine.evaluation.evaluate`.
+
+    Raises:
+        DataError: if the annotation file is no longer readable.
     """
-    limits = (1, 10, max_dets)
-    # pycocotools reports its progress on standard output.
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = _ground_truth(dataset)
-        evaluator = COCOeval(truth, _as_coco(truth, results), "bbox")
-        evaluator.params.catIds = list(dataset.category_ids)
-        evaluator.params.imgIds = dataset.records.image_ids.tolist()
-        evaluator.params.maxDets = list(limits)
-        evaluator.evaluate()
-        evaluator.accumulate()
-    return _derive_metrics(evaluator, dataset.class_names)
+    if not isinstance(results, CocoResults):
+        results = CocoResults.from_entries(results)
+    matches = match(_truth(dataset), _found(dataset, results), len(dataset.category_ids), max_dets)
+    curves = _curves(matches, (1, min(10, max_dets), max_dets))
+    # pycocotools has the classes by ascending id.
+    places = _numbers(np.array(dataset.category_ids), np.array(dataset.category_ids))
+    return _derive_metrics(curves, dict(zip(dataset.class_names, places.tolist(), strict=True)))
 
 
-def _ground_truth(dataset: CocoDataset) -> COCO:
-    truth = COCO(dataset.json_file)
-    for annotation in truth.dataset["annotations"]:
-        # COCO's files always have them, other people's may not.
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    return truth
+def _truth(dataset: CocoDataset) -> Truth:
+    file = read_annotation_file(Path(dataset.json_file))
+    classes = _numbers(file.category_ids, np.array(dataset.category_ids))
+    images = _numbers(file.image_ids[file.image_numbers], dataset.records.image_ids)
+    truth = Truth(file.annotation_ids, images, classes, file.boxes, file.areas, file.crowds)
+    return truth.take(np.flatnonzero((classes >= 0) & (images >= 0) & (file.image_numbers >= 0)))
 
 
-def _as_coco(truth: COCO, results: Sequence[Mapping[str, Any]]) -> COCO:
-    if results:
-        return truth.loadRes([dict(result) for result in results])
-    nothing = COCO()
-    nothing.dataset = {**truth.dataset, "annotations": []}
-    nothing.createIndex()
-    return nothing
+def _found(dataset: CocoDataset, results: CocoResults) -> Found:
+    images = _numbers(results.image_ids, dataset.records.image_ids)
+    classes = _numbers(results.category_ids, np.array(dataset.category_ids))
+    assert (images >= 0).all(), "detections on images that the dataset does not have"
+    found = Found(images, classes, results.boxes, results.scores)
+    return found.take(np.flatnonzero(classes >= 0))
 
 
-def _derive_metrics(evaluator: COCOeval, class_names: Sequence[str]) -> dict[str, float]:
-    # (IoU, recall, class, area, max_dets) and (IoU, class, area, max_dets); -1: no ground truth.
-    precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
-    thresholds = evaluator.params.iouThrs.round(2).tolist()
-    at50, at75 = thresholds.index(0.5), thresholds.index(0.75)
+def _numbers(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return the place of every id among the sorted ``known`` ones, -1 where it is not there."""
+    known = np.sort(known)
+    places = np.searchsorted(known, ids).clip(max=len(known) - 1)
+    return np.where(known[places] == ids, places, -1)
+
+
+class _Curves(NamedTuple):
+    """Precision and recall; -1 where there is nothing to find.
+
+    Attributes:
+        precision: at (area, IoU threshold, recall threshold, class), of ``max_dets`` detections.
+        recall: reached at (limit of detections, area, IoU threshold, class).
+    """
+
+    precision: np.ndarray
+    recall: np.ndarray
+
+
+def _curves(matches: Matches, limits: tuple[int, ...]) -> _Curves:
+    areas, classes = matches.positives.shape
+    precision = np.full((areas, len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), classes), _ABSENT)
+    recall = np.full((len(limits), areas, len(IOU_THRESHOLDS), classes), _ABSENT)
+    starts = np.searchsorted(matches.found.classes, np.arange(classes + 1))
+    for number in range(classes):
+        rows = slice(starts[number], starts[number + 1])
+        hits, misses = matches.hits[..., rows], matches.misses[..., rows]
+        ranks = matches.ranks[rows]
+        for area in np.flatnonzero(matches.positives[:, number]).tolist():
+            positives = matches.positives[area, number]
+            precision[area, :, :, number] = _precision(hits[area], misses[area], positives)
+            for place, limit in enumerate(limits):
+                found = np.count_nonzero(hits[area][:, ranks < limit], axis=1)
+                recall[place, area, :, number] = found / positives
+    return _Curves(precision, recall)
+
+
+def _precision(hits: np.ndarray, misses: np.ndarray, positives: int) -> np.ndarray:
+    """Return the best precision at or beyond every recall threshold: (IoU threshold, recall).
+
+    Args:
+        hits, misses: (IoU threshold, n), by descending score.
+        positives: boxes to be found, at least one.
+    """
+    hit_sums = np.cumsum(hits, axis=1).astype(np.float64)
+    miss_sums = np.cumsum(misses, axis=1).astype(np.float64)
+    # The order of these operations decides the last bit.
+    precision = hit_sums / (miss_sums + hit_sums + np.spacing(1))
+    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
+    places = [row.searchsorted(RECALL_THRESHOLDS, "left") for row in hit_sums / positives]
+    return np.take_along_axis(best, np.stack(places), axis=1)
+
+
+def _derive_metrics(curves: _Curves, classes: Mapping[str, int]) -> dict[str, float]:
+    precision, recall = curves
+    thresholds = IOU_THRESHOLDS.round(2).tolist()
     metrics = {
-        "AP": _percent(precision[..., 0, -1]),
-        "AP50": _percent(precision[at50, ..., 0, -1]),
-        "AP75": _percent(precision[at75, ..., 0, -1]),
+        "AP": _percent(precision[0]),
+        "AP50": _percent(precision[0, thresholds.index(0.5)]),
+        "AP75": _percent(precision[0, thresholds.index(0.75)]),
     }
-    for area, name in enumerate(_AREAS[1:], start=1):
-        metrics[f"AP{name[0]}"] = _percent(precision[..., area, -1])
-    for number, limit in enumerate((1, 10, 100)):
-        metrics[f"ARdet{limit}"] = _percent(recall[..., 0, number])
-    for area, name in enumerate(_AREAS[1:], start=1):
-        metrics[f"AR{name[0]}"] = _percent(recall[..., area, -1])
-    for number, class_name in enumerate(class_names):
-        metrics[f"AP-{class_name}"] = _percent(precision[:, :, number, 0, -1])
+    sizes = list(enumerate(AREAS))[1:]
+    metrics.update({f"AP{name[0]}": _percent(precision[area]) for area, name in sizes})
+    metrics.update({f"ARdet{n}": _percent(recall[i, 0]) for i, n in enumerate((1, 10, 100))})
+    metrics.update({f"AR{name[0]}": _percent(recall[-1, area]) for area, name in sizes})
+    for name, place in classes.items():
+        metrics[f"AP-{name}"] = _percent(precision[0, ..., place])
     return metrics
 
 
 def _percent(values: np.ndarray) -> float:
-    present = values[values > -1]
+    present = values[values > _ABSENT]
     return float(present.mean()) * 100 if present.size else float("nan")

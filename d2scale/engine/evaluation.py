@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from tabulate import tabulate
 from torch import nn
 
 from d2scale.engine.coco_metric import coco_metrics
+from d2scale.engine.coco_results import CocoResults
 from d2scale.engine.data.chunks import Sample
 from d2scale.engine.data.records import CocoDataset
 from d2scale.errors import DataError, Fault
@@ -98,7 +98,7 @@ def evaluate(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RESULTS_FILE
-    path.write_text(json.dumps(results))
+    path.write_text(results.to_json())
     logger.info("%d detections on %s written to %s", len(results), dataset.name, path)
     return coco_metrics(dataset, results, max_dets=max_dets)
 
@@ -183,8 +183,8 @@ def _host_group(world: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
-def _to_coco_results(detections: Detections, dataset: CocoDataset) -> list[dict[str, Any]]:
-    """Return COCO's results: original category ids, boxes as x, y, width, height."""
+def _to_coco_results(detections: Detections, dataset: CocoDataset) -> CocoResults:
+    """Return original category ids, and boxes as x, y, width, height."""
     highest = int(detections.classes.max(initial=-1))
     if highest >= len(dataset.category_ids):
         raise DataError(
@@ -197,16 +197,14 @@ def _to_coco_results(detections: Detections, dataset: CocoDataset) -> list[dict[
                 )
             ]
         )
-    category_ids = np.array(dataset.category_ids)[detections.classes]
     boxes = detections.boxes.astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]
-    columns = (detections.image_ids, category_ids, boxes, detections.scores)
-    return [
-        {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-        for image_id, category_id, box, score in zip(
-            *(column.tolist() for column in columns), strict=True
-        )
-    ]
+    return CocoResults(
+        detections.image_ids,
+        np.array(dataset.category_ids)[detections.classes],
+        boxes,
+        detections.scores.astype(np.float64),
+    )
 
 
 def format_results(results: Mapping[str, float]) -> str:

@@ -35,6 +35,8 @@ class AnnotationFile:
         image_numbers: each annotation's image as a row of ``image_ids``, shape (annotations,);
             -1 where no image has that id.
         boxes: x, y, width, height as written, shape (annotations, 4), float64.
+        areas: of the objects, square pixels, shape (annotations,), float64; the box's where
+            the file does not say.
         crowds: shape (annotations,), bool.
     """
 
@@ -48,6 +50,7 @@ class AnnotationFile:
     category_ids: np.ndarray
     image_numbers: np.ndarray
     boxes: np.ndarray
+    areas: np.ndarray
     crowds: np.ndarray
 
 
@@ -83,12 +86,20 @@ def read_annotation_file(path: Path) -> AnnotationFile:
         category_ids=_integers(annotations, "category_id"),
         image_numbers=np.array([rows.get(a["image_id"], -1) for a in annotations], dtype=np.int64),
         boxes=np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4),
+        areas=np.array([_area(a) for a in annotations], dtype=np.float64),
         crowds=np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool),
     )
 
 
 def _by_id(entries: Iterable[Any]) -> list[Any]:
     return sorted(entries, key=lambda entry: entry["id"])
+
+
+def _area(annotation: Mapping[str, Any]) -> float:
+    # COCO's files always have it, other people's may not.
+    area = annotation.get("area")
+    _, _, width, height = annotation["bbox"]
+    return area if isinstance(area, int | float) else width * height
 
 
 def _integers(entries: Sequence[Any], field: str) -> np.ndarray:
