@@ -1,0 +1,53 @@
+"""``d2scale report``: compare runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2scale.commands.common import add_command
+
+if TYPE_CHECKING:
+    from d2scale.commands.common import Commands
+
+_EPILOG = """\
+example:
+  $ d2scale report output/baseline output/same-batch --published -o report.html
+  report.html
+  report.md
+  report_files: 22 pictures
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``d2scale report``."""
+    parser = add_command(
+        commands, "report", "compare runs: settings, results, curves, time and memory", _EPILOG
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a d2scale, detectron2 or d2go run"
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="compare with the published runs as well"
+    )
+    parser.add_argument(
+        "-o", "--output", default="report.html", metavar="FILE", help="the page (report.html)"
+    )
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``d2scale report``."""
+    from d2scale.report import write_report
+
+    folders = [Path(folder) for folder in arguments.runs]
+    files = write_report(folders, Path(arguments.output), published=arguments.published)
+    for note in files.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(files.html)
+    print(files.markdown)
+    if files.pictures:
+        print(f"{files.pictures[0].parent}: {len(files.pictures)} pictures")
+    return 0

@@ -1,0 +1,106 @@
+"""Boxes with class names and scores, drawn on images."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+
+# Neighbouring classes get hues that are far apart.
+_GOLDEN_RATIO = 0.618033988749895
+_PADDING = 2
+
+
+def class_colour(number: int) -> Colour:
+    """Return red, green and blue for a class: always the same, whatever else is drawn."""
+    hue = (0.58 + number * _GOLDEN_RATIO) % 1.0
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, 0.95)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    classes: np.ndarray,
+    class_names: Sequence[str],
+    scores: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw boxes with their labels on a copy of an image.
+
+    What has the highest score is drawn last, so it is on top. Boxes that are not finite or lie
+    outside the image are left out.
+
+    Args:
+        image: RGB, shape (height, width, 3), uint8.
+        boxes: x0 y0 x1 y1 in pixels of the image, shape (n, 4).
+        classes: class numbers, shape (n,).
+        class_names: by class number; a number beyond them is shown itself.
+        scores: shape (n,), from 0 to 1; None draws none.
+
+    Returns:
+        The same shape, uint8.
+
+    Raises:
+        ValueError: if the image is no RGB image, or the arrays disagree in length.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"need an RGB image in uint8, got {image.shape} in {image.dtype}")
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    counts = {len(boxes), len(classes), len(boxes) if scores is None else len(scores)}
+    if len(counts) > 1:
+        raise ValueError(f"need as many boxes as classes and scores, got {sorted(counts)}")
+    height, width = image.shape[:2]
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    size = max(11, min(height, width) // 32)
+    line = max(1, round(min(height, width) / 240))
+    font = ImageFont.load_default(size=size)
+    order = range(len(boxes)) if scores is None else np.argsort(scores, kind="stable").tolist()
+    for number in order:
+        box = _inside(boxes[number], width, height)
+        if box is None:
+            continue
+        label = _name(int(classes[number]), class_names)
+        if scores is not None:
+            label += f" {float(scores[number]):.2f}"
+        colour = class_colour(int(classes[number]))
+        draw.rectangle(box, outline=colour, width=line)
+        _draw_label(draw, label, box, colour, font, width)
+    return np.asarray(picture)
+
+
+def _inside(box: np.ndarray, width: int, height: int) -> tuple[float, float, float, float] | None:
+    if not np.isfinite(box).all():
+        return None
+    x0, y0, x1, y1 = box.tolist()
+    x0, x1 = max(x0, 0.0), min(x1, width - 1.0)
+    y0, y1 = max(y0, 0.0), min(y1, height - 1.0)
+    return (x0, y0, x1, y1) if x1 >= x0 and y1 >= y0 else None
+
+
+def _name(number: int, class_names: Sequence[str]) -> str:
+    return class_names[number] if 0 <= number < len(class_names) else str(number)
+
+
+def _draw_label(
+    draw: ImageDraw.ImageDraw,
+    label: str,
+    box: tuple[float, float, float, float],
+    colour: Colour,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    width: int,
+) -> None:
+    """Write above the box, or inside it at the top edge of the image."""
+    left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
+    label_width = right - left + 2 * _PADDING
+    label_height = bottom - top + 2 * _PADDING
+    x = max(0.0, min(box[0], width - label_width))
+    y = box[1] - label_height if box[1] >= label_height else box[1]
+    draw.rectangle((x, y, x + label_width, y + label_height), fill=colour)
+    dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+    ink = (0, 0, 0) if dark else (255, 255, 255)
+    draw.text((x + _PADDING - left, y + _PADDING - top), label, fill=ink, font=font)

@@ -1,0 +1,231 @@
+"""What a training told about itself, line by line: ``metrics.json`` or TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+METRICS_FILE = "metrics.json"
+EVENT_FILES = "events.out.tfevents.*"
+
+Axis = Literal["images", "iterations", "hours"]
+
+# Not curves, but places on the axes.
+_PLACES = ("iteration", "images_seen", "elapsed_seconds", "wall_time")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was told about one moment of a training.
+
+    Attributes:
+        iteration: the last one done, from 0.
+        images_seen: images since the training began.
+        seconds: of training until then; nan if nothing tells.
+        values: scalars by name; nan where the file has null or a value that is not finite.
+    """
+
+    iteration: int
+    images_seen: float
+    seconds: float
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class History:
+    """The moments of a training, in order.
+
+    Attributes:
+        rows: by ascending images seen.
+        notes: what is wrong with the files, or had to be computed.
+    """
+
+    rows: tuple[Row, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        """Return every scalar's name, in order of appearance."""
+        return tuple(dict.fromkeys(name for row in self.rows for name in row.values))
+
+    def curve(self, name: str, axis: Axis = "images") -> tuple[np.ndarray, np.ndarray]:
+        """Return places on the axis and values, each shape (points,), float64."""
+        points = [
+            (_place(row, axis), row.values[name])
+            for row in self.rows
+            if math.isfinite(row.values.get(name, math.nan)) and math.isfinite(_place(row, axis))
+        ]
+        array = np.array(points, dtype=np.float64).reshape(-1, 2)
+        return array[:, 0], array[:, 1]
+
+    def last(self, name: str) -> float | None:
+        """Return the last value of a scalar, None if it was never told."""
+        values = self.curve(name, "iterations")[1]
+        return float(values[-1]) if len(values) else None
+
+    def largest(self, name: str) -> float | None:
+        """Return the largest value of a scalar, None if it was never told."""
+        values = self.curve(name, "iterations")[1]
+        return float(values.max()) if len(values) else None
+
+
+def _place(row: Row, axis: Axis) -> float:
+    if axis == "images":
+        return row.images_seen
+    return row.iteration + 1.0 if axis == "iterations" else row.seconds / 3600
+
+
+def read_history(folder: Path, ims_per_batch: int | None) -> History:
+    """Read ``metrics.json``, or TensorBoard events where there is none.
+
+    Args:
+        folder: of the run.
+        ims_per_batch: total batch, for files that do not tell the images seen.
+
+    Returns:
+        The history; without rows if the folder tells none.
+    """
+    path = folder / METRICS_FILE
+    notes: list[str] = []
+    lines: list[dict[str, float]] = []
+    if path.is_file():
+        lines = _read_json_lines(path, notes)
+    if not lines and any(folder.glob(EVENT_FILES)):
+        notes.append(f"{METRICS_FILE} tells nothing; TensorBoard events are read instead")
+        lines = _read_events(folder, notes)
+    return _to_history(lines, ims_per_batch, notes)
+
+
+def _read_json_lines(path: Path, notes: list[str]) -> list[dict[str, float]]:
+    found, broken = [], []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read ({error.strerror})")
+        return []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+            found.append({**_scalars(content), "iteration": int(content["iteration"])})
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            broken.append(str(number))
+    if broken:
+        shown = ", ".join(broken[:5]) + (" and more" if len(broken) > 5 else "")
+        what = "line" if len(broken) == 1 else "lines"
+        notes.append(f"{path.name}: {what} {shown} cannot be read and left out")
+    return found
+
+
+def _scalars(content: Mapping[str, Any]) -> dict[str, float]:
+    places = {
+        name: float(value)
+        for name, value in content.items()
+        if name in _PLACES and isinstance(value, (int, float)) and math.isfinite(value)
+    }
+    values = {
+        name: math.nan if value is None else float(value)
+        for name, value in content.items()
+        if name not in _PLACES and (value is None or isinstance(value, (int, float)))
+    }
+    return {**places, **values}
+
+
+def _read_events(folder: Path, notes: list[str]) -> list[dict[str, float]]:
+    """Read TensorBoard's scalars, one line a step, with the clock as ``wall_time``."""
+    from tensorboard.backend.event_processing.event_accumulator import (
+        SCALARS,
+        EventAccumulator,
+    )
+
+    accumulator = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
+    try:
+        accumulator.Reload()
+    except Exception as error:  # a foreign format has no errors of its own
+        notes.append(f"TensorBoard events cannot be read ({type(error).__name__})")
+        return []
+    lines: dict[int, dict[str, float]] = {}
+    for tag in accumulator.Tags().get("scalars", []):
+        for event in accumulator.Scalars(tag):
+            line = lines.setdefault(event.step, {"iteration": event.step})
+            if math.isfinite(event.value):
+                line[tag] = float(event.value)
+                line["wall_time"] = float(event.wall_time)
+    return [lines[step] for step in sorted(lines)]
+
+
+def _to_history(
+    lines: Iterable[Mapping[str, float]], ims_per_batch: int | None, notes: list[str]
+) -> History:
+    rows: list[dict[str, float]] = []
+    repeated = 0
+    counted = True
+    for line in lines:
+        row = dict(line)
+        if "images_seen" not in row:
+            counted = False
+            row["images_seen"] = (row["iteration"] + 1) * (ims_per_batch or math.nan)
+        repeated += _drop_repeated(rows, row)
+        if rows and _key(rows[-1]) == _key(row):
+            rows[-1].update(row)
+        else:
+            rows.append(row)
+    if rows and not counted:
+        notes.append(
+            "the images seen are not told; they are iterations times IMS_PER_BATCH"
+            if ims_per_batch
+            else "neither the images seen nor IMS_PER_BATCH are told: no axis of images"
+        )
+    if repeated:
+        notes.append(f"{repeated} lines of steps that a resumed run repeated are left out")
+    seconds = _seconds(rows, notes)
+    return History(
+        tuple(
+            Row(
+                int(row["iteration"]),
+                row["images_seen"],
+                second,
+                {name: value for name, value in row.items() if name not in _PLACES},
+            )
+            for row, second in zip(rows, seconds, strict=True)
+        ),
+        tuple(notes),
+    )
+
+
+def _key(row: Mapping[str, float]) -> float:
+    """What grows as a training goes on: steps of another batch have numbers of their own."""
+    images = row["images_seen"]
+    return images if math.isfinite(images) else row["iteration"]
+
+
+def _drop_repeated(rows: list[dict[str, float]], row: Mapping[str, float]) -> int:
+    """Take back later steps than ``row``: a resumed run has gone through them again."""
+    before = len(rows)
+    while rows and _key(rows[-1]) > _key(row):
+        rows.pop()
+    return before - len(rows)
+
+
+def _seconds(rows: list[dict[str, float]], notes: list[str]) -> list[float]:
+    """Return seconds of training until each row."""
+    if rows and all("elapsed_seconds" in row for row in rows):
+        return [row["elapsed_seconds"] for row in rows]
+    if rows:
+        notes.append("wall time is not told; it is the sum of the step times, without evaluations")
+    seconds, total, before = [], 0.0, -1.0
+    last = math.nan
+    for row in rows:
+        last = row.get("time", last)
+        steps = max(row["iteration"] - before, 0.0)
+        if math.isfinite(last):
+            total += last * steps
+        before = row["iteration"]
+        seconds.append(total if math.isfinite(last) else math.nan)
+    return seconds

@@ -1,0 +1,123 @@
+"""What only ``log.txt`` tells: results after the last evaluation, times, ranks, scaled keys."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2scale.report.columns import METRICS
+
+LOG_FILE = "log.txt"
+
+_TOTAL_TIME = re.compile(r"Total training time: (?:(\d+) days?, )?(\d+):(\d\d):(\d\d)")
+_SPEED = re.compile(r"Overall training speed: .*\(([\d.]+) s / it\)")
+_WORLD_SIZE = re.compile(r"World size: (\d+)|processes: (\d+), device: ")
+_IMAGES = re.compile(r"training on (\d+) images of ")
+_MEMORY = re.compile(r"\bmax_mem: (\d+)M\b")
+
+
+@dataclass
+class LogFacts:
+    """What a log says, the last word on each matter.
+
+    Attributes:
+        results: overall metrics, percent, by published column; nan where the log says so.
+        class_results: AP of each class, percent.
+        total_seconds: of training, as detectron2 sums them up; None if the log does not end.
+        seconds_per_iteration: the same.
+        world_size: ranks.
+        training_images: images that the training set holds.
+        max_memory_mib: largest ``max_mem`` of rank 0.
+        scaled: config keys as d2go scaled them, by dotted key.
+    """
+
+    results: dict[str, float] = field(default_factory=dict)
+    class_results: dict[str, float] = field(default_factory=dict)
+    total_seconds: float | None = None
+    seconds_per_iteration: float | None = None
+    world_size: int | None = None
+    training_images: int | None = None
+    max_memory_mib: float | None = None
+    scaled: dict[str, Any] = field(default_factory=dict)
+
+
+def read_log(folder: Path) -> LogFacts:
+    """Read ``log.txt``; what it does not tell stays empty."""
+    facts = LogFacts()
+    try:
+        lines = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return facts
+    for line in lines:
+        _read_line(line, facts)
+    for table in _tables(lines):
+        _read_table(table, facts)
+    return facts
+
+
+def _read_line(line: str, facts: LogFacts) -> None:
+    if match := _TOTAL_TIME.search(line):
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        facts.total_seconds = float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    elif match := _SPEED.search(line):
+        facts.seconds_per_iteration = float(match[1])
+    elif match := _WORLD_SIZE.search(line):
+        facts.world_size = int(match[1] or match[2])
+    elif match := _IMAGES.search(line):
+        facts.training_images = int(match[1])
+    elif match := _MEMORY.search(line):
+        facts.max_memory_mib = max(float(match[1]), facts.max_memory_mib or 0.0)
+
+
+def _tables(lines: Sequence[str]) -> Iterator[list[list[str]]]:
+    """Yield the cells of each pipe table, without the line under its head."""
+    table: list[list[str]] = []
+    for line in [*lines, ""]:
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+            if not all(set(cell) <= set(":-") for cell in cells):
+                table.append(cells)
+        elif table:
+            yield table
+            table = []
+
+
+def _read_table(table: list[list[str]], facts: LogFacts) -> None:
+    head, *rows = table
+    if head[:2] == list(METRICS[:2]) and len(rows) == 1:
+        facts.results = {
+            name: value
+            for name, cell in zip(head, rows[0], strict=False)
+            if name in METRICS and (value := _number(cell)) is not None
+        }
+    elif head[:2] == ["category", "AP"]:
+        facts.class_results = {
+            name: value
+            for row in rows
+            for name, cell in zip(row[::2], row[1::2], strict=False)
+            if name and (value := _number(cell)) is not None
+        }
+    elif head == ["config key", "old value", "new value"]:
+        _read_scaled(rows, facts)
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan if cell == "nan" else None
+
+
+def _read_scaled(rows: list[list[str]], facts: LogFacts) -> None:
+    """Take over d2go's table; the one that it prints after training tells the same."""
+    for row in rows:
+        if len(row) == 3 and "." in row[0]:
+            try:
+                facts.scaled[row[0]] = ast.literal_eval(row[2])
+            except (ValueError, SyntaxError):
+                facts.scaled[row[0]] = row[2]

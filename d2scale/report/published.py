@@ -1,0 +1,116 @@
+"""Published runs to compare with: data that installed projects bring."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
+from typing import Any
+
+from d2scale.errors import DataError, Fault
+from d2scale.report.runs import Run
+
+# An entry point names a package; every JSON file in it is one publication.
+ENTRY_POINTS = "d2scale.published"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Runs that somebody published together.
+
+    Attributes:
+        title: what they are.
+        source: where they were published.
+        machine: what they ran on.
+        test_set: the dataset that the results are on.
+        test_images: how many images it has.
+        notes: what a reader must know about the numbers.
+        runs: the runs, with ``engine`` published.
+    """
+
+    title: str
+    source: str
+    machine: str
+    test_set: str
+    test_images: int
+    notes: tuple[str, ...]
+    runs: tuple[Run, ...]
+
+
+def read_published() -> tuple[Publication, ...]:
+    """Read the publications of all installed projects.
+
+    Raises:
+        DataError: if there is none, or a file is broken.
+    """
+    found: list[Publication] = []
+    faults: list[Fault] = []
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            found += _of_package(entry)
+        except DataError as error:
+            faults += error.faults
+    if not found and not faults:
+        advice = "install a project that brings them, or leave --published out"
+        allowed = f"published numbers, by an entry point {ENTRY_POINTS}"
+        faults.append(Fault("--published", "none installed", allowed, advice))
+    if faults:
+        raise DataError(faults)
+    return tuple(found)
+
+
+def _of_package(entry: EntryPoint) -> list[Publication]:
+    try:
+        folder = files(entry.module)
+        names = sorted(each.name for each in folder.iterdir() if each.name.endswith(".json"))
+    except (ImportError, OSError, TypeError) as error:
+        raise DataError([_fault(entry.module, "a package that is installed", error)]) from error
+    if not names:
+        raise DataError([_fault(entry.module, "a package with JSON files", "it has none")])
+    return [_read(name, (folder / name).read_text(encoding="utf-8")) for name in names]
+
+
+def _read(name: str, text: str) -> Publication:
+    try:
+        return parse_publication(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        advice = f"{type(error).__name__}: {error}"
+        raise DataError([_fault(name, "a publication as the shipped ones", advice)]) from error
+
+
+def _fault(value: str, allowed: str, reason: object) -> Fault:
+    return Fault("published numbers", value, allowed, f"install the project anew ({reason})")
+
+
+def parse_publication(content: Mapping[str, Any]) -> Publication:
+    """Turn the content of a file into a publication.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: if it is of another form.
+    """
+    common = dict(content["settings"])
+    return Publication(
+        title=str(content["title"]),
+        source=str(content["source"]),
+        machine=str(content["machine"]),
+        test_set=str(content["test_set"]),
+        test_images=int(content["test_images"]),
+        notes=tuple(map(str, content["notes"])),
+        runs=tuple(_parse_run(run, common) for run in content["runs"]),
+    )
+
+
+def _parse_run(content: Mapping[str, Any], common: Mapping[str, Any]) -> Run:
+    return Run(
+        name=f"published {content['name']}",
+        folder=None,
+        engine="published",
+        settings={**common, **content["settings"]},
+        world_size=int(content["world_size"]),
+        results={name: float(value) for name, value in content["results"].items()},
+        class_results={name: float(value) for name, value in content["class_results"].items()},
+        total_seconds=float(content["total_seconds"]),
+        seconds_per_iteration=float(content["seconds_per_iteration"]),
+    )

@@ -1,0 +1,1 @@
+"""The published runs as data: one JSON file a source."""
