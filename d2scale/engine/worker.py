@@ -26,6 +26,7 @@ from d2scale.engine.data.loader import TrainLoader, build_test_loader, build_tra
 from d2scale.engine.evaluation import evaluate, format_results
 from d2scale.engine.lock import run_lock
 from d2scale.engine.logs import logging_to
+from d2scale.engine.machine import MACHINE_FILE, describe_machine
 from d2scale.engine.models import build_model, device_of, load_initial_weights
 from d2scale.engine.parallel import data_parallel, rank, world_size
 from d2scale.engine.resume import Position, Resumer, record
@@ -148,7 +149,7 @@ def _train(job: Job, plan: Plan) -> Results:
         on_split=RecordSplit(plan, checkpointer),
     )
     with _build_loader(cfg, position) as data:
-        _write_plan(job, plan)
+        _write_facts(job, plan, describe_machine(device))
         trainer = Trainer(
             MicroBatchStep(wrapped, precision=precision, scaler=scaler),
             data,
@@ -179,13 +180,17 @@ def _position(job: Job, plan: Plan, checkpointer: RunCheckpointer, seed: int) ->
     return position
 
 
-def _write_plan(job: Job, plan: Plan) -> None:
-    """Write ``config.yaml`` and ``plan.json``: only now is it sure that the run may go on."""
+def _write_facts(job: Job, plan: Plan, machine: Mapping[str, Any]) -> None:
+    """Write ``config.yaml`` and facts: only now is it sure that the run may go on."""
     if rank() != 0:
         return
     folder = Path(job.cfg.OUTPUT_DIR)
-    plan_text = json.dumps(plan.to_json(), indent=2) + "\n"
-    for name, text in (("config.yaml", job.cfg.dump()), ("plan.json", plan_text)):
+    files = {
+        "config.yaml": job.cfg.dump(),
+        "plan.json": json.dumps(plan.to_json(), indent=2) + "\n",
+        MACHINE_FILE: json.dumps(machine, indent=2) + "\n",
+    }
+    for name, text in files.items():
         content = text.encode()
         write_atomically(folder / name, partial(_write, content=content))
 

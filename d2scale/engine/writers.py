@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -121,8 +122,11 @@ class Writer(Protocol):
 class JsonWriter:
     """Appends one JSON object to ``metrics.json`` for each call, as detectron2 does.
 
+    Each holds ``elapsed_seconds``: how long the training has been running, evaluations included;
+    a resumed run goes on from its last line, so the time between two runs does not count.
+
     Args:
-        folder: the run's.
+        folder: the run's. The clock starts now.
         start_iteration: first step of this run.
         images_before: images that the training has seen. Lines of later ones are of steps that
             a resumed run repeats: they go, and so does a line that a kill has cut. A line that
@@ -131,12 +135,14 @@ class JsonWriter:
 
     def __init__(self, folder: Path, start_iteration: int = 0, images_before: int = 0) -> None:
         path = folder / METRICS_FILE
-        _forget_later_lines(path, start_iteration, images_before)
+        elapsed = _forget_later_lines(path, start_iteration, images_before)
+        self._started = time.monotonic() - elapsed
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         # JSON has no word for what is not a number, such as AP of a class without ground truth.
         values = {k: value if math.isfinite(value) else None for k, value in scalars.items()}
+        values["elapsed_seconds"] = round(time.monotonic() - self._started, 3)
         line = json.dumps({**values, "iteration": iteration}, sort_keys=True)
         self._file.write(line + "\n")
         self._file.flush()
@@ -146,15 +152,18 @@ class JsonWriter:
         self._file.close()
 
 
-def _forget_later_lines(path: Path, start_iteration: int, images_before: int) -> None:
+def _forget_later_lines(path: Path, start_iteration: int, images_before: int) -> float:
+    """Return the seconds of training until the last line that stays."""
     if not path.exists():
-        return
+        return 0.0
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _is_before(line, start_iteration, images_before)]
     if len(kept) < len(lines):
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(path)
+    seconds = json.loads(kept[-1]).get("elapsed_seconds") if kept else None
+    return float(seconds) if isinstance(seconds, (int, float)) else 0.0
 
 
 def _is_before(line: str, start_iteration: int, images_before: int) -> bool:

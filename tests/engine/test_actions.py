@@ -96,3 +96,16 @@ def test_reports_every_period_and_at_the_end():
         report(step(iteration))
     assert [iteration for iteration, _ in told.lines] == [2, 5, 7]
     assert told.lines[0][1]["images_seen"] == 12
+
+
+def test_memory_of_the_device_is_reported_and_none_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**20)
+    found = []
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        writer = Told()
+        with Reporter([writer], period=1, start_iteration=0, max_iter=1, bar=False) as reporter:
+            Report(reporter, device, period=1, max_iter=1)(step(0))
+        ((_, scalars),) = writer.lines
+        found.append({name: value for name, value in scalars.items() if name.startswith("max_")})
+    assert found == [{"max_mem_mb": 3.0, "max_reserved_mb": 5.0}, {}]

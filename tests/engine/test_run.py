@@ -105,6 +105,7 @@ def test_folder_of_a_run(recipe, tmp_path):
         "inference",
         "last_checkpoint",
         "log",
+        "machine",
         "metrics",
         "model_0000001",
         "model_0000003",
@@ -131,7 +132,11 @@ def test_folder_of_a_run(recipe, tmp_path):
         "data_time",
         "eta_seconds",
         "images_seen",
+        "elapsed_seconds",
     }
+    machine = json.loads((folder / "machine.json").read_text())
+    assert (machine["device"], machine["processes"]) == ("cpu", 1)
+    assert "device_memory_mb" not in machine
     assert [line["iteration"] for line in told if "bbox/AP" in line] == [3, 5]
     assert (folder / "inference" / "coco_instances_results.json").exists()
 
