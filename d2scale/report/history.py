@@ -170,12 +170,13 @@ def _to_history(
         row = dict(line)
         if "images_seen" not in row:
             counted = False
+            if rows and not _is_step(row):
+                # detectron2 numbers the evaluation after the last step as one more.
+                row["iteration"] = min(row["iteration"], rows[-1]["iteration"])
             row["images_seen"] = (row["iteration"] + 1) * (ims_per_batch or math.nan)
-        repeated += _drop_repeated(rows, row)
-        if rows and _key(rows[-1]) == _key(row):
-            rows[-1].update(row)
-        else:
-            rows.append(row)
+        if _is_step(row):
+            repeated += _drop_repeated(rows, row)
+        _insert(rows, row)
     if rows and not counted:
         notes.append(
             "the images seen are not told; they are iterations times IMS_PER_BATCH"
@@ -203,6 +204,22 @@ def _key(row: Mapping[str, float]) -> float:
     """What grows as a training goes on: steps of another batch have numbers of their own."""
     images = row["images_seen"]
     return images if math.isfinite(images) else row["iteration"]
+
+
+def _is_step(row: Mapping[str, float]) -> bool:
+    """Tell a line about training from one that only holds results of an evaluation."""
+    return "total_loss" in row or "lr" in row
+
+
+def _insert(rows: list[dict[str, float]], row: dict[str, float]) -> None:
+    """Put a line in its place: detectron2 writes evaluations after the steps that follow."""
+    place = len(rows)
+    while place and _key(rows[place - 1]) > _key(row):
+        place -= 1
+    if place and _key(rows[place - 1]) == _key(row):
+        rows[place - 1].update(row)
+    else:
+        rows.insert(place, row)
 
 
 def _drop_repeated(rows: list[dict[str, float]], row: Mapping[str, float]) -> int:

@@ -1,0 +1,176 @@
+"""A run's own detections, and the boxes that they should have found."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from d2scale.engine.coco_matching import Found, Truth
+from d2scale.engine.coco_results import CocoResults
+from d2scale.engine.data.annotation_file import AnnotationFile, read_annotation_file
+from d2scale.engine.data.catalog import ROOT_VARIABLE, dataset_names, dataset_spec, datasets_root
+from d2scale.errors import DataError, Fault
+from d2scale.report.runs import Run, whole_number
+
+RESULTS_FILE = "coco_instances_results.json"
+_OFFICIAL_MAX_DETS = 100
+# d2go evaluates a part of a dataset under a name of its own.
+_PART = re.compile(r"^(?P<name>.+)_(?:frontmost|random)\d+$")
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """A test set as its annotation file has it. Needs no images.
+
+    Attributes:
+        name: as in ``DATASETS.TEST``.
+        file: the annotations.
+        image_root: where the images lie.
+        category_ids: of the classes that count, ascending.
+    """
+
+    name: str
+    file: AnnotationFile
+    image_root: Path
+    category_ids: tuple[int, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names, in the order of ``category_ids``."""
+        return tuple(self.file.categories[each] for each in self.category_ids)
+
+    @property
+    def images(self) -> int:
+        """How many images there are."""
+        return len(self.file.image_ids)
+
+    def truth(self) -> Truth:
+        """Return the boxes of the classes that count, images and classes by number."""
+        file = self.file
+        classes = _numbers(file.category_ids, np.array(self.category_ids))
+        truth = Truth(
+            file.annotation_ids, file.image_numbers, classes, file.boxes, file.areas, file.crowds
+        )
+        return truth.take(np.flatnonzero((classes >= 0) & (file.image_numbers >= 0)))
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a run detected on its test set.
+
+    Attributes:
+        truth: the test set.
+        found: detections of its classes, images and classes by number as in ``truth``.
+        max_dets: best detections of an image that count.
+    """
+
+    truth: GroundTruth
+    found: Found
+    max_dets: int
+
+
+class GroundTruths:
+    """Reads each test set once.
+
+    Raises:
+        DataError: from its method, if a test set is not known or not there.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[str, GroundTruth] = {}
+
+    def of(self, name: str) -> GroundTruth:
+        """Return the ground truth of a dataset's name."""
+        if name not in self._read:
+            self._read[name] = _read_truth(name)
+        return self._read[name]
+
+
+def _read_truth(name: str) -> GroundTruth:
+    if name not in dataset_names():
+        raise _fault(name, "a test set that d2scale knows", "its ground truth is not known here")
+    spec = dataset_spec(name)
+    if not spec.json_file.is_file():
+        advice = (
+            f"{spec.json_file} not found; set {ROOT_VARIABLE} to the folder that the run used "
+            f"(now {datasets_root()})"
+        )
+        raise _fault(name, "a test set that is on this machine", advice)
+    file = read_annotation_file(spec.json_file)
+    wanted = spec.category_ids or tuple(file.categories)
+    lacking = [str(each) for each in wanted if each not in file.categories]
+    if lacking:
+        advice = f"{spec.json_file} lacks the categories {', '.join(lacking)}"
+        raise _fault(name, "an annotation file with all of its classes", advice)
+    return GroundTruth(name, file, spec.image_root, tuple(sorted(wanted)))
+
+
+def read_detected(run: Run, truths: GroundTruths) -> Detected:
+    """Read the detections of a run's last evaluation on its first test set.
+
+    Raises:
+        DataError: if they or the ground truth are missing, broken, or do not belong together.
+    """
+    if run.folder is None or not run.test_sets:
+        raise _fault(run.name, "a run with DATASETS.TEST", "its test set is not known")
+    name = run.test_sets[0]
+    path = _results_file(run.folder, name)
+    truth = truths.of(name)
+    results = _read_results(path)
+    images = _numbers(results.image_ids, truth.file.image_ids)
+    if (images < 0).any():
+        strange = int(results.image_ids[images < 0][0])
+        advice = f"image {strange} is not in {truth.file.path}; set {ROOT_VARIABLE} as the run had"
+        raise _fault(str(path), f"detections on images of {name}", advice)
+    classes = _numbers(results.category_ids, np.array(truth.category_ids))
+    found = Found(images, classes, results.boxes, results.scores)
+    limit = _OFFICIAL_MAX_DETS
+    if run.engine == "d2scale":
+        # The only engine whose metric follows this key.
+        limit = whole_number(run.settings.get("TEST.DETECTIONS_PER_IMAGE")) or limit
+    return Detected(truth, found.take(np.flatnonzero(classes >= 0)), limit)
+
+
+def _results_file(folder: Path, dataset: str) -> Path:
+    """Return the file of the last evaluation, where any of the engines puts it."""
+    inference = folder / "inference"
+    for path in (
+        inference / RESULTS_FILE,
+        inference / dataset / RESULTS_FILE,
+        inference / "default" / "final" / dataset / RESULTS_FILE,
+    ):
+        if path.is_file():
+            return path
+    parts = sorted(inference.glob(f"default/final/*/{RESULTS_FILE}"))
+    if any((match := _PART.match(p.parent.name)) and match["name"] == dataset for p in parts):
+        advice = "d2go evaluated a part of the test set, whose ground truth is not known here"
+        raise _fault(str(inference), f"detections on the whole of {dataset}", advice)
+    raise _fault(str(inference), f"a folder with {RESULTS_FILE}", "evaluate the run")
+
+
+def _read_results(path: Path) -> CocoResults:
+    try:
+        results = CocoResults.from_entries(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise _fault(str(path), "a readable file", f"{error.strerror}") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise _fault(str(path), "detections in COCO's results format", "evaluate anew") from error
+    if not (np.isfinite(results.boxes).all() and np.isfinite(results.scores).all()):
+        raise _fault(str(path), "detections that are finite numbers", "evaluate anew")
+    return results
+
+
+def _numbers(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return the place of every id among the ascending ``known`` ones, -1 where it is not."""
+    if not len(known):
+        return np.full(len(ids), -1, dtype=np.int64)
+    places = np.searchsorted(known, ids).clip(max=len(known) - 1)
+    return np.where(known[places] == ids, places, -1)
+
+
+def _fault(value: str, allowed: str, advice: str) -> DataError:
+    return DataError([Fault("detections", value, allowed, advice)])
