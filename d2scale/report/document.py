@@ -12,12 +12,12 @@ class Cell:
     Attributes:
         text: the value.
         detail: what belongs to it and is less important, such as its noise.
-        weak: whether the value is of less weight, such as one for reference only.
+        strong: whether it stands out.
     """
 
     text: str
     detail: str = ""
-    weak: bool = False
+    strong: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,11 @@ class Document:
         summary: what a reader should know first.
         sections: in order.
         notes: what was skipped, missing or computed.
+        overview: the picture for where there is room for one only; the page has it in parts.
     """
 
     title: str
     summary: tuple[str, ...]
     sections: tuple[Section, ...]
     notes: tuple[str, ...] = ()
+    overview: Picture | None = None

@@ -14,7 +14,7 @@ import numpy as np
 METRICS_FILE = "metrics.json"
 EVENT_FILES = "events.out.tfevents.*"
 
-Axis = Literal["images", "iterations", "hours"]
+Axis = Literal["images", "iterations", "time"]
 
 # Not curves, but places on the axes.
 _PLACES = ("iteration", "images_seen", "elapsed_seconds", "wall_time")
@@ -54,7 +54,10 @@ class History:
         return tuple(dict.fromkeys(name for row in self.rows for name in row.values))
 
     def curve(self, name: str, axis: Axis = "images") -> tuple[np.ndarray, np.ndarray]:
-        """Return places on the axis and values, each shape (points,), float64."""
+        """Return places on the axis and values, each shape (points,), float64.
+
+        The axis of time is in seconds. Values that are not finite are left out.
+        """
         points = [
             (_place(row, axis), row.values[name])
             for row in self.rows
@@ -77,7 +80,7 @@ class History:
 def _place(row: Row, axis: Axis) -> float:
     if axis == "images":
         return row.images_seen
-    return row.iteration + 1.0 if axis == "iterations" else row.seconds / 3600
+    return row.iteration + 1.0 if axis == "iterations" else row.seconds
 
 
 def read_history(folder: Path, ims_per_batch: int | None) -> History:

@@ -77,7 +77,10 @@ class Run:
 
     @property
     def images_seen(self) -> float | None:
-        """Images since the training began."""
+        """Images since the training began; of a published run by its settings."""
+        if self.engine == "published":
+            iterations = whole_number(self.settings.get("SOLVER.MAX_ITER"))
+            return iterations * (self.ims_per_batch or math.nan) if iterations else None
         if not self.history.rows:
             return None
         images = self.history.rows[-1].images_seen

@@ -1,0 +1,245 @@
+"""The curves of the published comparison, against images seen, iterations and time."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from d2scale.report.columns import CURVES
+from d2scale.report.document import Picture
+from d2scale.report.history import Axis
+from d2scale.report.runs import Run
+from d2scale.report.styles import DARK, LIGHT, Theme, line_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AXES: tuple[Axis, ...] = get_args(Axis)
+AXIS_TITLES = {"images": "images seen", "iterations": "iterations", "time": "time"}
+_TITLES = {
+    "total_loss": "total loss",
+    "lr": "learning rate",
+    "time": "seconds a step",
+    "data_time": "seconds a step waits for data",
+}
+# Known exactly: smoothing would only blur it.
+_EXACT = ("lr",)
+# The part of the axis over which a smoothed point is the mean.
+_WINDOW = 1 / 20
+_FEWEST_IN_WINDOW = 5
+_FEWEST_TO_SMOOTH = 10
+_SIZE = (6.4, 3.6)  # inches
+_DOTS_PER_INCH = 150
+_COLOURS_IN_FILE = 128
+
+
+def draw_curves(runs: Sequence[Run]) -> tuple[Picture, ...]:
+    """Draw every curve against every axis; empty if no run tells any."""
+    return tuple(
+        Picture(
+            name=f"{_slug(name)}-{axis}.png",
+            title=f"{title_of(name)}, against {AXIS_TITLES[axis]}",
+            light=_draw_one(runs, name, axis, LIGHT),
+            dark=_draw_one(runs, name, axis, DARK),
+            axis=axis,
+        )
+        for name in curve_names(runs)
+        for axis in AXES
+        if any(len(run.history.curve(name, axis)[0]) for run in runs)
+    )
+
+
+def draw_overview(runs: Sequence[Run]) -> tuple[Picture, ...]:
+    """Draw all curves against images seen in one picture; nothing if there are none."""
+    names = [n for n in curve_names(runs) if any(len(run.history.curve(n)[0]) for run in runs)]
+    if not names:
+        return ()
+    title = "all curves, against images seen"
+    light, dark = (_draw_all(runs, names, theme) for theme in (LIGHT, DARK))
+    return (Picture("curves.png", title, light, dark, axis="images"),)
+
+
+def curve_names(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Return the published curves, then any other losses that a run tells."""
+    told = dict.fromkeys(name for run in runs for name in run.history.names())
+    others = [name for name in told if name.startswith("loss") and name not in CURVES]
+    published = [name for name in CURVES if name in told]
+    place = 1 + max((i for i, name in enumerate(published) if "loss" in name), default=-1)
+    return (*published[:place], *others, *published[place:])
+
+
+def title_of(name: str) -> str:
+    """Return what a curve shows, with the name that metrics.json has for it."""
+    return f"{_TITLES[name]} ({name})" if name in _TITLES else name
+
+
+def smooth(places: np.ndarray, values: np.ndarray, width: float) -> np.ndarray:
+    """Return the mean of the values that lie within ``width`` around each place.
+
+    Runs of different batch sizes are smoothed alike where the places are images.
+
+    Args:
+        places: ascending, shape (points,).
+        values: shape (points,).
+        width: in units of the places.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first = np.searchsorted(places, places - width / 2, "left")
+    last = np.searchsorted(places, places + width / 2, "right")
+    means: np.ndarray = (sums[last] - sums[first]) / (last - first)
+    return means
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+def _draw_one(runs: Sequence[Run], name: str, axis: Axis, theme: Theme) -> bytes:
+    figure = _figure(_SIZE, theme)
+    axes = figure.add_subplot()
+    handles = _plot(axes, runs, name, axis, theme)
+    _legend(axes, handles, theme)
+    return _to_png(figure)
+
+
+def _draw_all(runs: Sequence[Run], names: Sequence[str], theme: Theme) -> bytes:
+    rows = (len(names) + 1) // 2
+    figure = _figure((2 * _SIZE[0], rows * _SIZE[1]), theme)
+    for number, name in enumerate(names):
+        axes = figure.add_subplot(rows, 2, number + 1)
+        handles = _plot(axes, runs, name, "images", theme)
+        if not number:
+            _legend(axes, handles, theme)
+    return _to_png(figure)
+
+
+def _figure(size: tuple[float, float], theme: Theme) -> Figure:
+    # Without pyplot there is no global state, and no window system is asked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, facecolor=theme.paper)
+    FigureCanvasAgg(figure)
+    # Laying out by the size of the labels would draw everything twice.
+    columns, rows = (round(length / one) for length, one in zip(size, _SIZE, strict=True))
+    figure.subplots_adjust(
+        left=0.12 / columns,
+        right=1 - 0.03 / columns,
+        bottom=0.17 / rows,
+        top=1 - 0.1 / rows,
+        wspace=0.18,
+        hspace=0.38,
+    )
+    return figure
+
+
+def _plot(
+    axes: Axes, runs: Sequence[Run], name: str, axis: Axis, theme: Theme
+) -> list[tuple[Any, str]]:
+    """Draw the runs' lines and return what a legend needs."""
+    curves = [(number, *run.history.curve(name, axis)) for number, run in enumerate(runs)]
+    curves = [curve for curve in curves if len(curve[1])]
+    end = max((places[-1] for _, places, _ in curves), default=0.0)
+    scale, unit = _unit(axis, end)
+    width = _width([places for _, places, _ in curves], end)
+    handles = []
+    smoothed = []
+    for number, places, values in curves:
+        colour, dashes = line_of(theme, number)
+        style: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 2.0}
+        main = values
+        if name not in _EXACT and len(values) >= _FEWEST_TO_SMOOTH:
+            axes.plot(places / scale, values, color=colour, linewidth=0.7, alpha=0.4)
+            main = smooth(places, values, width)
+        marker = "o" if len(values) == 1 else None
+        (line,) = axes.plot(places / scale, main, marker=marker, **style)
+        handles.append((line, runs[number].name))
+        smoothed.append(main)
+    _style(axes, name, unit, theme)
+    _limit(axes, [values for _, _, values in curves], smoothed)
+    return handles
+
+
+def _width(places: Sequence[np.ndarray], end: float) -> float:
+    """Return the width over which all runs are smoothed, wide enough for the sparsest."""
+    gaps = [float(np.median(np.diff(each))) for each in places if len(each) > 1]
+    return max([end * _WINDOW, *(_FEWEST_IN_WINDOW * gap for gap in gaps)])
+
+
+def _unit(axis: Axis, end: float) -> tuple[float, str]:
+    """Return how many of an axis's numbers make one of its unit, and the title."""
+    if axis != "time":
+        return 1.0, AXIS_TITLES[axis]
+    for seconds, unit in ((3600.0, "hours"), (60.0, "minutes")):
+        if end >= 2 * seconds:
+            return seconds, f"{unit} of training"
+    return 1.0, "seconds of training"
+
+
+def _limit(axes: Axes, raw: list[np.ndarray], smoothed: list[np.ndarray]) -> None:
+    """Let a few outliers, such as the first step's time, leave the picture."""
+    if not raw:
+        return
+    values = np.concatenate(raw)
+    low, high = np.quantile(values, (0.005, 0.995))
+    low = min([low, *(line.min() for line in smoothed)])
+    high = max([high, *(np.quantile(line, 0.98) for line in smoothed)])
+    if high > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def _style(axes: Axes, name: str, unit: str, theme: Theme) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_facecolor(theme.paper)
+    axes.set_title(_plain(title_of(name)), color=theme.ink, fontsize=13, loc="left")
+    axes.set_xlabel(unit, color=theme.ink, fontsize=12)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.tick_params(colors=theme.ink, labelsize=11)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_color(theme.grid)
+
+
+def _legend(axes: Axes, handles: list[tuple[Any, str]], theme: Theme) -> None:
+    if not handles:
+        return
+    legend = axes.legend(
+        [handle for handle, _ in handles],
+        [_plain(name) for _, name in handles],
+        fontsize=11,
+        facecolor=theme.paper,
+        edgecolor=theme.grid,
+        labelcolor=theme.ink,
+        handlelength=3,
+    )
+    legend.set_zorder(5)
+
+
+def _plain(text: str) -> str:
+    """Keep matplotlib from reading formulas, or names that it shall hide, into a run's name."""
+    escaped = text.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
+def _to_png(figure: Figure) -> bytes:
+    """Return the picture with few colours: a third of the size, and the eye sees no difference."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        # A name may hold characters that the font lacks; they become boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(content, format="png", facecolor=figure.get_facecolor())
+    small = io.BytesIO()
+    with Image.open(content) as picture:
+        few = picture.convert("RGB").quantize(_COLOURS_IN_FILE)
+        few.save(small, format="png")
+    return small.getvalue()

@@ -1,0 +1,150 @@
+"""A few test images: what there is to find beside what each run found."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2scale.drawing import draw_boxes
+from d2scale.errors import DataError
+from d2scale.report.comparison import Judged
+from d2scale.report.detections import Detected, GroundTruth
+from d2scale.report.document import Picture, Section
+
+IMAGES = 4
+SCORE_THRESHOLD = 0.3
+# Of a run that is never as sure as that.
+_BEST = 3
+_LONGEST_EDGE = 640  # pixels
+_JPEG_QUALITY = 82
+_FEW_BOXES = range(2, 9)
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """What is drawn on one image: x0 y0 x1 y1, classes, scores (None for ground truth)."""
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray | None = None
+
+
+def examples_section(group: Sequence[Judged], notes: list[str]) -> Section | None:
+    """Draw examples of runs that were tested on the same images.
+
+    Images that cannot be read are named in ``notes`` and left out.
+
+    Returns:
+        None if no run's detections are known or no image can be read.
+    """
+    known = {each.run.name: each.detected for each in group if each.detected is not None}
+    if not known:
+        return None
+    truth = next(iter(known.values())).truth
+    unread: list[str] = []
+    images = _readable(truth, unread)
+    if unread:
+        notes.append(f"example images of {truth.name} that cannot be read: {', '.join(unread)}")
+    if not images:
+        return None
+    limits = {name: _threshold(detected, images) for name, detected in known.items()}
+    pictures = []
+    for number, image in images.items():
+        boxes = {"ground truth": _truth_of(truth, number)}
+        boxes.update(
+            {name: _detections_of(each, number, limits[name]) for name, each in known.items()}
+        )
+        for place, (title, own) in enumerate(boxes.items()):
+            image_id = int(truth.file.image_ids[number])
+            content = _draw(image, truth.class_names, own)
+            name = f"example-{image_id}-{place}.jpg"
+            pictures.append(Picture(name, f"{title}, image {image_id}", content))
+    texts = tuple(_legend(name, limit) for name, limit in limits.items())
+    return Section(f"Examples from {truth.name}", texts, pictures=tuple(pictures))
+
+
+def _readable(truth: GroundTruth, unread: list[str]) -> dict[int, np.ndarray]:
+    """Return a few images by number; what cannot be read goes into ``unread``."""
+    images: dict[int, np.ndarray] = {}
+    for number in _candidates(truth):
+        if len(images) == IMAGES or len(unread) > IMAGES:
+            break
+        image = _read(truth, number, unread)
+        if image is not None:
+            images[number] = image
+    return images
+
+
+def _candidates(truth: GroundTruth) -> list[int]:
+    """Return images with a few boxes, spread over the test set, then all others."""
+    boxes = truth.truth()
+    counts = np.bincount(boxes.images[~boxes.crowds], minlength=truth.images)
+    good = [number for number in range(truth.images) if int(counts[number]) in _FEW_BOXES]
+    spread = [good[len(good) * part // IMAGES] for part in range(IMAGES)] if good else []
+    return list(dict.fromkeys([*spread, *good, *range(truth.images)]))
+
+
+def _read(truth: GroundTruth, number: int, unread: list[str]) -> np.ndarray | None:
+    """Return an RGB image, shape (height, width, 3), None if it cannot be read."""
+    from d2scale.engine.data.images import read_image
+
+    path = str(truth.image_root / truth.file.file_names[number])
+    try:
+        image: np.ndarray = read_image(path).permute(1, 2, 0).numpy()
+    except DataError:
+        unread.append(path)
+        return None
+    return image
+
+
+def _truth_of(truth: GroundTruth, number: int) -> _Boxes:
+    boxes = truth.truth()
+    own = boxes.take(np.flatnonzero((boxes.images == number) & ~boxes.crowds))
+    return _Boxes(_corners(own.boxes), own.classes)
+
+
+def _threshold(detected: Detected, images: Iterable[int]) -> float | None:
+    """Return the score from which detections are drawn, None for the best of each image."""
+    shown = np.isin(detected.found.images, list(images))
+    sure = (detected.found.scores[shown] >= SCORE_THRESHOLD).any()
+    return SCORE_THRESHOLD if sure else None
+
+
+def _detections_of(detected: Detected, number: int, limit: float | None) -> _Boxes:
+    own = detected.found.take(np.flatnonzero(detected.found.images == number))
+    if limit is None:
+        kept = np.argsort(-own.scores, kind="stable")[:_BEST]
+    else:
+        kept = np.flatnonzero(own.scores >= limit)
+    own = own.take(kept)
+    return _Boxes(_corners(own.boxes), own.classes, own.scores)
+
+
+def _legend(name: str, limit: float | None) -> str:
+    if limit is None:
+        return (
+            f"{name}: the {_BEST} best detections of each image, whatever their score, for none "
+            f"of them reaches {SCORE_THRESHOLD:.2f}."
+        )
+    return f"{name}: detections with a score of {limit:.2f} and above."
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    """Turn x, y, width, height into x0 y0 x1 y1."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def _draw(image: np.ndarray, class_names: Sequence[str], boxes: _Boxes) -> bytes:
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    scale = min(1.0, _LONGEST_EDGE / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = np.asarray(Image.fromarray(image).resize(size))
+    drawn = draw_boxes(small, boxes.boxes * scale, boxes.classes, class_names, boxes.scores)
+    content = io.BytesIO()
+    Image.fromarray(drawn).save(content, format="jpeg", quality=_JPEG_QUALITY)
+    return content.getvalue()
