@@ -1,0 +1,66 @@
+"""What the losses of two trainings say about each other, given their noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Differences up to so many standard errors are noise: 19 in 20 of those without a cause.
+NOISE_ERRORS = 2.0
+# The window begins after the last learning-rate drop of the published schedule.
+_WINDOW_BEGINS = 5 / 6
+_FEWEST = 3
+
+
+@dataclass(frozen=True)
+class FinalLoss:
+    """The loss at the end of a training.
+
+    Attributes:
+        mean: of ``points`` values, over the last sixth of the images.
+        error: standard error of the mean; nan for too few points.
+        points: rows of ``metrics.json``.
+    """
+
+    mean: float
+    error: float
+    points: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + ("" if math.isnan(self.error) else f" ± {self.error:.4f}")
+
+
+def final_loss(images_seen: Sequence[float], losses: Sequence[float]) -> FinalLoss | None:
+    """Return the mean of the losses over the last sixth of the images, and its standard error.
+
+    The rate is constant there, so the values scatter about one level: their standard deviation
+    over the root of their number is the noise that the choice of images leaves in the mean.
+
+    Args:
+        images_seen: ascending, at each value.
+        losses: as many, each of its own steps.
+
+    Returns:
+        None without any value.
+    """
+    if not losses:
+        return None
+    first = _WINDOW_BEGINS * images_seen[-1]
+    window = [loss for seen, loss in zip(images_seen, losses, strict=True) if seen > first]
+    mean = sum(window) / len(window)
+    if len(window) < _FEWEST:
+        return FinalLoss(mean, math.nan, len(window))
+    variance = sum((loss - mean) ** 2 for loss in window) / (len(window) - 1)
+    return FinalLoss(mean, math.sqrt(variance / len(window)), len(window))
+
+
+def compare(loss: FinalLoss, baseline: FinalLoss) -> str:
+    """Say in one clause whether a loss agrees with the baseline's, within the noise of both."""
+    difference = loss.mean - baseline.mean
+    noise = math.hypot(loss.error, baseline.error)
+    if math.isnan(noise):
+        return f"{difference:+.4f}; the training is too short to tell its noise"
+    agrees = abs(difference) <= NOISE_ERRORS * noise
+    share = f", {abs(difference) / noise:.1f} standard errors" if noise else ""
+    return f"{difference:+.4f}{share}: {'within noise' if agrees else 'more than noise'}"
