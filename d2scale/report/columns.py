@@ -49,6 +49,8 @@ def show_number(value: Any, digits: int = 4) -> str:
     """Return a number in a few digits, any other value as it is."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
     if isinstance(value, (list, tuple)):

@@ -38,7 +38,7 @@ class Judged:
     @property
     def test_set(self) -> str:
         """Name of the test set; empty if it is not known."""
-        return self.run.test_sets[0] if self.run.test_sets else ""
+        return self.run.test_set
 
     @property
     def classes(self) -> frozenset[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from d2scale.report.runs import Run, whole_number
 
 RESULTS_FILE = "coco_instances_results.json"
 _OFFICIAL_MAX_DETS = 100
-# d2go evaluates a part of a dataset under a name of its own.
-_PART = re.compile(r"^(?P<name>.+)_(?:frontmost|random)\d+$")
 
 
 @dataclass(frozen=True)
@@ -110,14 +107,14 @@ def _read_truth(name: str) -> GroundTruth:
 
 
 def read_detected(run: Run, truths: GroundTruths) -> Detected:
-    """Read the detections of a run's last evaluation on its first test set.
+    """Read the detections of a run's last evaluation.
 
     Raises:
         DataError: if they or the ground truth are missing, broken, or do not belong together.
     """
-    if run.folder is None or not run.test_sets:
+    name = run.test_set
+    if run.folder is None or not name:
         raise _fault(run.name, "a run with DATASETS.TEST", "its test set is not known")
-    name = run.test_sets[0]
     path = _results_file(run.folder, name)
     truth = truths.of(name)
     results = _read_results(path)
@@ -145,10 +142,6 @@ def _results_file(folder: Path, dataset: str) -> Path:
     ):
         if path.is_file():
             return path
-    parts = sorted(inference.glob(f"default/final/*/{RESULTS_FILE}"))
-    if any((match := _PART.match(p.parent.name)) and match["name"] == dataset for p in parts):
-        advice = "d2go evaluated a part of the test set, whose ground truth is not known here"
-        raise _fault(str(inference), f"detections on the whole of {dataset}", advice)
     raise _fault(str(inference), f"a folder with {RESULTS_FILE}", "evaluate the run")
 
 

@@ -31,6 +31,7 @@ class Table:
         notes: sentences under it.
         folded: whether a page shows it only when asked.
         in_markdown: whether a pull request shows it.
+        wraps: whether its cells are text that may take several lines.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Table:
     notes: tuple[str, ...] = ()
     folded: bool = False
     in_markdown: bool = True
+    wraps: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Picture:
         light: the file's content, for a light background.
         dark: the same for a dark one; empty where ``light`` does for both.
         axis: what a curve is drawn against; empty for other pictures.
+        group: pictures of one group stand side by side.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Picture:
     light: bytes
     dark: bytes = b""
     axis: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +61,9 @@ def examples_section(group: Sequence[Judged], notes: list[str]) -> Section | Non
             image_id = int(truth.file.image_ids[number])
             content = _draw(image, truth.class_names, own)
             name = f"example-{image_id}-{place}.jpg"
-            pictures.append(Picture(name, f"{title}, image {image_id}", content))
-    texts = tuple(_legend(name, limit) for name, limit in limits.items())
+            text = f"{title}, image {image_id}"
+            pictures.append(Picture(name, text, content, group=str(image_id)))
+    texts = _legends(limits)
     return Section(f"Examples from {truth.name}", texts, pictures=tuple(pictures))
 
 
@@ -123,13 +124,16 @@ def _detections_of(detected: Detected, number: int, limit: float | None) -> _Box
     return _Boxes(_corners(own.boxes), own.classes, own.scores)
 
 
-def _legend(name: str, limit: float | None) -> str:
-    if limit is None:
-        return (
-            f"{name}: the {_BEST} best detections of each image, whatever their score, for none "
-            f"of them reaches {SCORE_THRESHOLD:.2f}."
-        )
-    return f"{name}: detections with a score of {limit:.2f} and above."
+def _legends(limits: Mapping[str, float | None]) -> tuple[str, ...]:
+    names: dict[float | None, list[str]] = {}
+    for name, limit in limits.items():
+        names.setdefault(limit, []).append(name)
+    texts = {
+        SCORE_THRESHOLD: f"detections with a score of {SCORE_THRESHOLD:.2f} and above",
+        None: f"the {_BEST} best detections of each image, none of which reaches "
+        f"{SCORE_THRESHOLD:.2f}",
+    }
+    return tuple(f"{', '.join(each)}: {texts[limit]}." for limit, each in names.items())
 
 
 def _corners(boxes: np.ndarray) -> np.ndarray:

@@ -220,7 +220,10 @@ def _insert(rows: list[dict[str, float]], row: dict[str, float]) -> None:
     while place and _key(rows[place - 1]) > _key(row):
         place -= 1
     if place and _key(rows[place - 1]) == _key(row):
-        rows[place - 1].update(row)
+        there = rows[place - 1]
+        # A step ends before it is evaluated.
+        kept = {name: there[name] for name in _PLACES if _is_step(there) and name in there}
+        there.update({**row, **kept})
     else:
         rows.insert(place, row)
 

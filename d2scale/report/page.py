@@ -49,19 +49,30 @@ def _section(section: Section) -> str:
     parts += [_table(table) for table in section.tables]
     if any(picture.axis for picture in section.pictures):
         parts.append(_curves(section.pictures))
-    elif section.pictures:
-        figures = "".join(_figure(picture) for picture in section.pictures)
-        parts.append(f'<div class="pictures">{figures}</div>')
+    else:
+        parts += _groups(section.pictures)
     return "<section>" + "\n".join(parts) + "</section>"
+
+
+def _groups(pictures: Sequence[Picture]) -> list[str]:
+    """Return pictures in rows, one a group."""
+    groups: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(picture.group, []).append(picture)
+    return [
+        f'<div class="pictures">{"".join(_figure(picture) for picture in group)}</div>'
+        for group in groups.values()
+    ]
 
 
 def _table(table: Table) -> str:
     title = escape(table.title)
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.head)
     rows = "\n".join(_row(row) for row in table.rows)
+    kind = "wide wraps" if table.wraps else "wide"
     inner = (
-        f'<div class="wide" role="region" aria-label="{title}" tabindex="0"><table><thead><tr>'
-        f"{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
+        f'<div class="{kind}" role="region" aria-label="{title}" tabindex="0">'
+        f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
     )
     inner += "".join(_paragraphs(table.notes, "note"))
     if table.folded:

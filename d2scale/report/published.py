@@ -91,24 +91,26 @@ def parse_publication(content: Mapping[str, Any]) -> Publication:
         KeyError, TypeError, ValueError, AttributeError: if it is of another form.
     """
     common = dict(content["settings"])
+    test_set = str(content["test_set"])
     return Publication(
         title=str(content["title"]),
         source=str(content["source"]),
         machine=str(content["machine"]),
-        test_set=str(content["test_set"]),
+        test_set=test_set,
         test_images=int(content["test_images"]),
         notes=tuple(map(str, content["notes"])),
-        runs=tuple(_parse_run(run, common) for run in content["runs"]),
+        runs=tuple(_parse_run(run, common, test_set) for run in content["runs"]),
     )
 
 
-def _parse_run(content: Mapping[str, Any], common: Mapping[str, Any]) -> Run:
+def _parse_run(content: Mapping[str, Any], common: Mapping[str, Any], test_set: str) -> Run:
     return Run(
         name=f"published {content['name']}",
         folder=None,
         engine="published",
         settings={**common, **content["settings"]},
         world_size=int(content["world_size"]),
+        test_set=test_set,
         results={name: float(value) for name, value in content["results"].items()},
         class_results={name: float(value) for name, value in content["class_results"].items()},
         total_seconds=float(content["total_seconds"]),

@@ -82,8 +82,11 @@ def _results_table(judged: Sequence[Judged], publications: Sequence[Publication]
     notes = ["Percent, by the official COCO metric."]
     if any(each.noise is not None for each in judged):
         notes.append(_NOISE)
-    notes += [f"{each.run.name}: {_test(each)}." for each in judged]
-    return Table("Published columns", ("", *METRICS), tuple(rows), tuple(notes))
+    tests: dict[str, list[str]] = {}
+    for each in judged:
+        tests.setdefault(_test(each), []).append(each.run.name)
+    notes += [f"{', '.join(names)}: {test}." for test, names in tests.items()]
+    return Table("Results in the published columns", ("", *METRICS), tuple(rows), tuple(notes))
 
 
 def _metric(judged: Judged, name: str) -> Cell:

@@ -36,6 +36,7 @@ class Run:
         plan: ``plan.json``; empty without one.
         machine: ``machine.json``; empty without one.
         history: metrics over the training.
+        test_set: the dataset that the results are on; empty if it is not known.
         results: overall metrics in percent, by published column.
         class_results: AP of each class in percent.
         total_seconds: of training, evaluations in between included, the last excluded.
@@ -52,6 +53,7 @@ class Run:
     plan: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     history: History = field(default_factory=History)
+    test_set: str = ""
     results: Mapping[str, float] = field(default_factory=dict)
     class_results: Mapping[str, float] = field(default_factory=dict)
     total_seconds: float | None = None
@@ -63,17 +65,6 @@ class Run:
     def ims_per_batch(self) -> int | None:
         """Total batch."""
         return whole_number(self.settings.get("SOLVER.IMS_PER_BATCH"))
-
-    @property
-    def test_sets(self) -> tuple[str, ...]:
-        """Names in ``DATASETS.TEST``."""
-        names = self.settings.get("DATASETS.TEST") or ()
-        return tuple(map(str, names)) if isinstance(names, (list, tuple)) else (str(names),)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes that were evaluated, sorted; empty if they are not known."""
-        return tuple(sorted(self.class_results))
 
     @property
     def images_seen(self) -> float | None:
@@ -117,7 +108,7 @@ def read_run(folder: Path, name: str) -> Run:
     plan = _read_json(folder / PLAN_FILE, notes)
     ims_per_batch = whole_number(settings.get("SOLVER.IMS_PER_BATCH"))
     history = read_history(folder, ims_per_batch)
-    results, class_results = _results(history, log, notes)
+    results, class_results, dataset = _results(history, log, notes)
     speed = log.seconds_per_iteration or _seconds_per_iteration(history)
     return Run(
         name=name,
@@ -128,6 +119,7 @@ def read_run(folder: Path, name: str) -> Run:
         plan=plan,
         machine=_read_json(folder / MACHINE_FILE, notes),
         history=history,
+        test_set=dataset or _evaluated(folder) or _first_test_set(settings),
         results=results,
         class_results=class_results,
         total_seconds=log.total_seconds or _total_seconds(history),
@@ -188,15 +180,29 @@ def _world_size(
     return None
 
 
+def _evaluated(folder: Path) -> str:
+    """Return the dataset that d2go evaluated at the end: a part of one has a name of its own."""
+    found = sorted(path.name for path in folder.glob("inference/default/final/*/"))
+    return found[0] if len(found) == 1 else ""
+
+
+def _first_test_set(settings: Mapping[str, Any]) -> str:
+    names = settings.get("DATASETS.TEST") or ()
+    return str(names[0]) if isinstance(names, (list, tuple)) and names else ""
+
+
 def _results(
     history: History, log: LogFacts, notes: list[str]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the results of the last evaluation: d2go tells the very last in the log alone."""
+) -> tuple[dict[str, float], dict[str, float], str]:
+    """Return the results of the last evaluation, and its dataset where its line names it.
+
+    d2go tells the very last evaluation in the log alone.
+    """
     told = [row for row in history.rows if any(_RESULT.match(name) for name in row.values)]
     if told and told[-1] is history.rows[-1]:
         return _results_of(told[-1], notes)
     if log.results:
-        return log.results, log.class_results
+        return log.results, log.class_results, ""
     if told:
         notes.append(
             f"the results are those of iteration {told[-1].iteration + 1}: "
@@ -204,10 +210,10 @@ def _results(
         )
         return _results_of(told[-1], notes)
     notes.append("there are no results of an evaluation")
-    return {}, {}
+    return {}, {}, ""
 
 
-def _results_of(row: Row, notes: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+def _results_of(row: Row, notes: list[str]) -> tuple[dict[str, float], dict[str, float], str]:
     found: dict[str, dict[str, float]] = {}
     for name, value in row.values.items():
         if match := _RESULT.match(name):
@@ -217,7 +223,8 @@ def _results_of(row: Row, notes: list[str]) -> tuple[dict[str, float], dict[str,
         notes.append(f"of several test sets the results are those of {prefix}")
     overall = {name: values[name] for name in METRICS if name in values}
     by_class = {n.removeprefix("AP-"): v for n, v in values.items() if n.startswith("AP-")}
-    return overall, by_class
+    # d2go's prefix is default/NAME, that of several test sets NAME.
+    return overall, by_class, prefix.rpartition("/")[2]
 
 
 def _seconds_per_iteration(history: History) -> float | None:

@@ -62,6 +62,7 @@ def _by_run(
         ("", *(run.name for run in runs)),
         tuple((Cell(name), *map(Cell, values)) for name, values in told),
         tuple(notes),
+        wraps=True,
     )
 
 
@@ -103,7 +104,7 @@ def throughput_section(runs: Sequence[Run], publications: Sequence[Publication])
     planned = [run for run in runs if run.plan]
     if planned:
         tables.append(_plan_table(planned))
-    return Section("Time and memory", tables=tuple(tables))
+    return Section("Throughput", tables=tuple(tables))
 
 
 def _saved(run: Run, first: Run) -> str:
@@ -111,7 +112,8 @@ def _saved(run: Run, first: Run) -> str:
         return NOTHING
     if run.images_seen and first.images_seen and run.images_seen < _SAME_LENGTH * first.images_seen:
         return f"{NOTHING} (fewer images seen)"
-    return f"{1 - run.total_seconds / first.total_seconds:.1%}"
+    saved = 1 - run.total_seconds / first.total_seconds
+    return f"{saved:.1%}" if saved >= 0 else f"none, {-saved:.1%} more"
 
 
 def _reserved(run: Run) -> float | None:
