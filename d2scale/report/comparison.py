@@ -79,6 +79,8 @@ def _judge(run: Run, truths: GroundTruths, notes: list[str]) -> Judged:
                 "no noise and no example detections"
             )
             return told
+    if not run.results:
+        notes.append(f"{run.name}: it told no results; they are computed from its detections")
     by_class = {n.removeprefix("AP-"): v for n, v in noise.exact.items() if n.startswith("AP-")}
     return Judged(run, detected, noise, {**noise.exact, **_finite(run.results)}, by_class)
 

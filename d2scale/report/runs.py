@@ -209,7 +209,6 @@ def _results(
             "the end of the training has no evaluation"
         )
         return _results_of(told[-1], notes)
-    notes.append("there are no results of an evaluation")
     return {}, {}, ""
 
 

@@ -68,7 +68,8 @@ def _by_run(
 
 def _setting(run: Run, key: str) -> str:
     value = run.settings.get(key)
-    return "none" if value == "" else show_number(value)
+    # All digits: a planned learning rate has many.
+    return "none" if value == "" else show_number(value, 12)
 
 
 def _images_per_gpu(run: Run) -> str:

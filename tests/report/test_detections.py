@@ -29,7 +29,9 @@ def test_the_limit_of_detections_follows_the_key_in_d2scale_alone(make_run, shap
     assert read(d2go).max_dets == 100
 
 
-@pytest.mark.parametrize("place", ["coco_pretrain_val_base", "default/final/coco_pretrain_val_base"])
+@pytest.mark.parametrize(
+    "place", ["coco_pretrain_val_base", "default/final/coco_pretrain_val_base"]
+)
 def test_other_engines_put_the_file_elsewhere(make_run, shapes, place):
     folder = make_run(found=detections(shapes))
     target = folder / "inference" / place
