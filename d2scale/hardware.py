@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -31,6 +31,7 @@ class Hardware:
         alternatives: profiles of the same recipe in float32 and with AMP, without and with
             activation checkpointing, as far as they are known; ``profile`` is one of them.
         short_edge: largest ``INPUT.MIN_SIZE_TRAIN`` in pixels, 0 if unknown.
+        fraction: part of the budget that a prediction may fill.
     """
 
     world_size: int
@@ -39,6 +40,7 @@ class Hardware:
     ims_per_gpu: int = 0
     alternatives: tuple[MemoryProfile, ...] = ()
     short_edge: int = 0
+    fraction: float = 1.0
 
     @classmethod
     def from_cfg(
@@ -99,12 +101,20 @@ class Hardware:
                 profile = find_profile(known, covers)
         return cls(
             world_size,
-            None if budget is None else budget * fraction,
+            budget,
             profile,
             ims_per_gpu,
             _alternatives(known, profile),
             max(get_key(cfg, "INPUT.MIN_SIZE_TRAIN", (0,))),
+            fraction,
         )
+
+    @property
+    def room_gib(self) -> float | None:
+        """What a plan may fill: all of the budget if it was measured, else ``fraction`` of it."""
+        if self.budget_gib is None or self.profile is None:
+            return self.budget_gib
+        return self.budget_gib * self.profile.share_to_fill(self.fraction)
 
     def largest_fit(self, *, accumulates: bool = False) -> int | None:
         """Return the most images per GPU that fit, None if that cannot be said.
@@ -117,14 +127,20 @@ class Hardware:
         """
         if self.ims_per_gpu:
             return self.ims_per_gpu
-        if self.profile is None or self.budget_gib is None:
+        if self.profile is None or self.room_gib is None:
             return None
         largest = self.profile.largest_ims_per_gpu(
-            self.budget_gib * GIB, world_size=self.world_size, accumulates=accumulates
+            self.room_gib * GIB, world_size=self.world_size, accumulates=accumulates
         )
         if largest == 0:
             raise ConfigError([self._nothing_fits()])
         return largest
+
+    def holds_one_image(self) -> bool:
+        """Tell whether one image per GPU fits; there must be a profile and a budget."""
+        assert self.profile is not None
+        assert self.room_gib is not None
+        return self._peak(self.profile, 1) <= self.room_gib * GIB
 
     def peak_gib(self, ims_per_gpu: int, *, accumulates: bool) -> float | None:
         """Return the device memory of one rank's step in GiB, None if unknown."""
@@ -136,27 +152,34 @@ class Hardware:
         return profile.peak_bytes(ims_per_gpu, world_size=self.world_size, accumulates=accumulates)
 
     def _nothing_fits(self) -> Fault:
+        """Say by how much one image is too large, and what would make it fit."""
         assert self.profile is not None
         assert self.budget_gib is not None
-        needed_gib = self._peak(self.profile, 1) / GIB
+        share = self.profile.share_to_fill(self.fraction)
+        image_gib = self._peak(self.profile, 1) / GIB
+        needed_gib = image_gib / share
+        allowed = f"at least the {image_gib:.2f} GiB of one image"
+        if share < 1:
+            allowed = (
+                f"at least {needed_gib:.2f}, for D2SCALE.MEMORY.FRACTION of it, {share:g}, has to "
+                f"hold the {image_gib:.2f} GiB of one image"
+            )
         return Fault(
             "D2SCALE.MEMORY.BUDGET_GIB",
             round(self.budget_gib, 2),
-            f"at least the {needed_gib:.2f} GiB of one image, once D2SCALE.MEMORY.FRACTION is off",
+            allowed,
             f"{needed_gib - self.budget_gib:.2f} GiB are missing; {self._ways_to_fit()}",
         )
 
     def _ways_to_fit(self) -> str:
         """Say which other choice would make one image fit."""
-        assert self.profile is not None
-        assert self.budget_gib is not None
-        budget = self.budget_gib * GIB
+        others = [replace(self, profile=other) for other in self.alternatives]
         ways = [
-            f"{name_of_variant(other)} ({self._peak(other, 1) / GIB:.2f} GiB)"
-            for other in self.alternatives
-            if self._peak(other, 1) <= budget
+            f"{name_of_variant(other.profile)} ({other._peak(other.profile, 1) / GIB:.2f} GiB)"
+            for other in others
+            if other.profile is not None and other.holds_one_image()
         ]
-        smaller = self._smaller_short_edge(budget)
+        smaller = self._smaller_short_edge()
         if smaller:
             ways.append(f"INPUT.MIN_SIZE_TRAIN of about {smaller}, MAX_SIZE_TRAIN in proportion")
         if ways:
@@ -168,12 +191,13 @@ class Hardware:
             "configuration's profile"
         )
 
-    def _smaller_short_edge(self, budget: float) -> int:
+    def _smaller_short_edge(self) -> int:
         """The short edge at which one image fits, its bytes going with its area; 0: none."""
         assert self.profile is not None
+        assert self.room_gib is not None
         for edge in range(self.short_edge - _SIZE_STEP, _SIZE_STEP, -_SIZE_STEP):
             area = math.pow(edge / self.short_edge, 2)
-            if self._peak(self.profile, area) <= budget:
+            if self._peak(self.profile, area) <= self.room_gib * GIB:
                 return edge // _SIZE_STEP * _SIZE_STEP
         return 0
 

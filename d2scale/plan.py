@@ -244,11 +244,11 @@ def _fit_share(cfg: Any, total: int, hardware: Hardware) -> _Decision:
 def _reason_for_largest(hardware: Hardware, largest: int) -> str:
     if hardware.ims_per_gpu:
         return f"at most {largest} images per GPU, as asked"
-    assert hardware.budget_gib is not None
+    assert hardware.room_gib is not None
     assert hardware.profile is not None
     more = hardware.peak_gib(largest + 1, accumulates=False)
     return (
-        f"at most {largest} images per GPU fit in {hardware.budget_gib:.2f} GiB, as "
+        f"at most {largest} images per GPU fit in {hardware.room_gib:.2f} GiB, as "
         f"{hardware.profile.source}; {largest + 1} would take {more:.2f} GiB"
     )
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from d2scale.config import load_recipe
@@ -61,7 +63,15 @@ def test_budgets_that_cannot_be(recipe, budget, device, message):
 
 
 def test_without_a_budget_the_device_is_filled(recipe):
-    assert Hardware.from_cfg(recipe[0], 1, device_gib=10.0).budget_gib == 9.5
+    assert Hardware.from_cfg(recipe[0], 1, device_gib=10.0).budget_gib == 10.0
+
+
+@pytest.mark.parametrize(("source", "room"), [("predicted", 9.5), ("measured", 10.0)])
+def test_a_prediction_keeps_a_margin_and_a_measurement_needs_none(recipe, source, room):
+    made = replace(profile(1, 1), source=source)
+    hardware = Hardware.from_cfg(recipe[0], 1, device_gib=10.0, profile=made)
+    assert hardware.room_gib == room
+    assert hardware.largest_fit() == int(room) - 1
 
 
 def test_ranks_and_accumulation_leave_less_room():

@@ -43,7 +43,7 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     cfg.D2SCALE.MEMORY = node()
     # Device memory to plan for, in GiB. 0: what the device has.
     cfg.D2SCALE.MEMORY.BUDGET_GIB = 0.0
-    # Share of the budget that a plan may fill.
+    # Share of the budget that a prediction may fill. What was measured may fill all of it.
     cfg.D2SCALE.MEMORY.FRACTION = 0.95
     # Memory profile file. Empty: none.
     cfg.D2SCALE.MEMORY.PROFILE = ""

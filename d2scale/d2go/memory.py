@@ -47,7 +47,7 @@ def memory_profile(cfg: Any) -> MemoryProfile:
     if not (_on_cuda(cfg) and cfg.D2SCALE.MEMORY.PROBE):
         return predicted
     device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
-    budget_bytes = round(_budget_gib(cfg, device) * cfg.D2SCALE.MEMORY.FRACTION * GIB)
+    budget_bytes = round(_budget_gib(cfg, device) * GIB)
     assert workload.make_batches is not None
     most = cfg.D2SCALE.MAX_IMS_PER_BATCH or images
     probe = Probe(device, workload.build_step(device.device), workload.make_batches)

@@ -34,12 +34,27 @@ class CudaLike(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is Tensor.backward:
+            return self._backward(*args)
         if kwargs.get("memory_format") is torch.channels_last:
             del kwargs["memory_format"]
         name = getattr(func, "__name__", "")
         if name in _FLOAT32_FUNCTIONS and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _to_float32, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Go backward from a scalar with the mode on, for activation checkpointing.
+
+        A mode is off in what it calls, and torch's functions around its engine would call the
+        mode again.
+        """
+        engine = torch.autograd.Variable._execution_engine
+        ones = (torch.ones_like(loss),)
+        with self:
+            engine.run_backward(
+                (loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
 
 
 def _to_float32(tensor: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from d2scale.memory.tracker import StorageTracker
 
 
 class Device(Protocol):
-    """What a trial needs to know of a device, and to do with it."""
+    """What a trial needs to know of a device, and to do with it.
+
+    Attributes:
+        caches: whether torch's caching allocator stands before its memory: it rounds requests up
+            and loses room between them.
+    """
+
+    caches: bool
 
     @property
     def device(self) -> torch.device:
@@ -39,6 +46,8 @@ class Device(Protocol):
 
 class CudaDevice:
     """A CUDA device, with torch's caching allocator."""
+
+    caches = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -86,6 +95,8 @@ class SimulatedDevice:
         total_bytes: what the device would have.
         context_bytes: what its runtime would take.
     """
+
+    caches = False
 
     def __init__(self, total_bytes: int, context_bytes: int = 0) -> None:
         self.device = torch.device("cpu")

@@ -12,8 +12,8 @@ import torch
 from d2scale.engine.data.coco import load_training_dataset
 from d2scale.errors import DataError, Fault
 from d2scale.hardware import Hardware
+from d2scale.memory.predictions import predict_profile, predict_variants
 from d2scale.memory.profile import GIB, MemoryProfile
-from d2scale.memory.profiling import predict_profile
 from d2scale.memory.worst_case import worst_case_of
 from d2scale.plan import Plan, method_of
 
@@ -57,7 +57,10 @@ def hardware_for_training(
         dataset = load_training_dataset(cfg)
         worst = worst_case_of(cfg, dataset.records, dataset.name)
         logger.info("No memory profile of this recipe is at hand: predicting it")
-        return replace(hardware, profile=predict_profile(cfg, worst))
+        predicted = replace(hardware, profile=predict_profile(cfg, worst))
+        if predicted.holds_one_image():
+            return predicted
+        return replace(predicted, alternatives=predict_variants(cfg, worst))
     return hardware
 
 

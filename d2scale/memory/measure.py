@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from d2scale.engine.data.coco import load_training_dataset
@@ -10,13 +11,15 @@ from d2scale.engine.launch import launch
 from d2scale.engine.models import device_of
 from d2scale.engine.parallel import world_size
 from d2scale.errors import ConfigError, Fault
+from d2scale.hardware import Hardware
 from d2scale.memory.agreement import of_first_rank
 from d2scale.memory.devices import Device, SimulatedDevice, device_at_hand
 from d2scale.memory.predict import predict
-from d2scale.memory.probe import Probe, measured_profile
+from d2scale.memory.predictions import predict_variants
+from d2scale.memory.probe import Measurement, Probe, measured_profile
 from d2scale.memory.profile import GIB, MemoryProfile
 from d2scale.memory.workload import workload_of
-from d2scale.memory.worst_case import worst_case_of
+from d2scale.memory.worst_case import WorstCase, worst_case_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ def measure_profile(
     The batches are made from the training dataset: the largest padded size that the augmentation
     can give its images, each with the most boxes that one of them has. At most a few sizes are
     tried, beginning at the prediction. The budget is ``D2SCALE.MEMORY.BUDGET_GIB``, or all of
-    the device, times ``FRACTION``. On a CPU the budget is simulated.
+    the device. On a CPU the budget is simulated.
 
     Args:
         cfg: as ``d2scale.config.load_cfg`` reads it.
@@ -61,18 +64,20 @@ def measure_profile(
 def measure_on_rank(cfg: Any) -> MemoryProfile:
     """Do one rank's part of :func:`measure_profile`; all ranks return the same."""
     device = device_at_hand(device_of(cfg), cfg.D2SCALE.MEMORY.BUDGET_GIB)
-    budget_bytes = round(_budget_gib(cfg, device) * cfg.D2SCALE.MEMORY.FRACTION * GIB)
+    budget_bytes = round(_budget_gib(cfg, device) * GIB)
     dataset = load_training_dataset(cfg)
     worst = worst_case_of(cfg, dataset.records, dataset.name)
     workload = workload_of(cfg, worst)
     # Where values decide, as in sampling, the ranks may have counted differently.
-    predicted = of_first_rank(predict(workload).profile(workload))
-    most = cfg.D2SCALE.MAX_IMS_PER_BATCH or len(dataset)
+    predicted = of_first_rank(predict(workload).profile(workload, caching=device.caches))
+    most = min(cfg.D2SCALE.MAX_IMS_PER_BATCH or len(dataset), len(dataset))
     step = workload.build_step(device.device)
     assert workload.make_batches is not None
     measurement = Probe(device, step, workload.make_batches).measure(
-        predicted, budget_bytes, limit=max(1, min(most, len(dataset)) // world_size())
+        predicted, budget_bytes, limit=max(1, most // world_size())
     )
+    if not measurement.largest:
+        _refuse_too_small(cfg, worst, predicted, measurement, device)
     return measured_profile(
         predicted,
         measurement,
@@ -80,6 +85,23 @@ def measure_on_rank(cfg: Any) -> MemoryProfile:
         f"{workload.description}; measured on {_name(device)}, {world_size()} ranks, with "
         f"{', '.join(str(trial.ims_per_gpu) for trial in measurement.trials)} images",
     )
+
+
+def _refuse_too_small(
+    cfg: Any, worst: WorstCase, predicted: MemoryProfile, found: Measurement, device: Device
+) -> None:
+    """Say what one image would take, if the prediction agrees that it is too much."""
+
+    def on_device(profile: MemoryProfile) -> MemoryProfile:
+        return replace(profile, context_bytes=found.context_bytes)
+
+    Hardware(
+        world_size(),
+        _budget_gib(cfg, device),
+        on_device(predicted),
+        alternatives=tuple(map(on_device, predict_variants(cfg, worst, caching=device.caches))),
+        short_edge=max(cfg.INPUT.MIN_SIZE_TRAIN),
+    ).largest_fit()
 
 
 def _budget_gib(cfg: Any, device: Device) -> float:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 
 from d2scale.memory.allocator import MIB
 from d2scale.memory.cuda_like import CudaLike
-from d2scale.memory.profile import MemoryProfile, Phase, Point
+from d2scale.memory.profile import PREDICTED, MemoryProfile, Phase, Point
 from d2scale.memory.replay import needed_bytes, replay
 from d2scale.memory.steps import TrainingStep
 from d2scale.memory.stream import Stream, Trace
@@ -101,12 +101,15 @@ class Prediction:
         held = self._held(world_size)
         return needed_bytes(self.stream, ims_per_gpu, held=held, workspace_factor=WORKSPACE_FACTOR)
 
-    def profile(self, workload: Workload) -> MemoryProfile:
-        """Return the memory profile of ``workload``, which this was made from."""
-        points = tuple(
-            Point(m, self.live_bytes(m), self.reserved_bytes(m), self.needed_bytes(m))
-            for m in _PLAYED
-        )
+    def profile(self, workload: Workload, *, caching: bool = True) -> MemoryProfile:
+        """Return the memory profile of ``workload``, which this was made from.
+
+        Args:
+            workload: the training.
+            caching: for a CUDA device, whose caching allocator and runtime take memory besides;
+                False: for one where tensors take their bytes and nothing else does.
+        """
+        points = tuple(self._point(m, caching) for m in _PLAYED)
         constant, fraction = _allocator_losses(points)
         phases = tuple(
             Phase(
@@ -120,14 +123,20 @@ class Prediction:
         kind = "fake tensors" if self.fake else "real steps"
         return MemoryProfile(
             phases,
-            "predicted",
+            PREDICTED,
             f"{workload.description}; counted with {kind} on a CPU, torch {torch.__version__}, "
             "steps of 1 and 2 images",
-            CONTEXT_BYTES,
+            CONTEXT_BYTES if caching else 0,
             self.gradient_bytes,
             dict(workload.covers or {}),
             points,
         )
+
+    def _point(self, images: int, caching: bool) -> Point:
+        live = self.live_bytes(images)
+        if not caching:
+            return Point(images, live, live, live)
+        return Point(images, live, self.reserved_bytes(images), self.needed_bytes(images))
 
     def _held(self, world_size: int) -> tuple[int, ...]:
         buckets = (self.gradient_bytes,) if world_size > 1 else ()

@@ -15,7 +15,7 @@ from d2scale.memory.agreement import largest_of_ranks, raise_failure, ranks
 from d2scale.memory.devices import Device
 from d2scale.memory.oom import is_out_of_memory
 from d2scale.memory.preserve import free_gradients, learning_rates_zero, training_state_kept
-from d2scale.memory.profile import GIB, MemoryProfile, Phase, Point
+from d2scale.memory.profile import GIB, MEASURED, MemoryProfile, Phase, Point
 from d2scale.memory.search import SizeSearch
 from d2scale.memory.steps import TrainingStep
 
@@ -48,7 +48,7 @@ class Measurement:
         largest: the most images per GPU that fit; 0: not even one does.
         trials: in order.
         tensor_bytes: what was allowed to the tensors of each rank.
-        context_bytes: what the devices had lost to others at least; the most of any rank.
+        context_bytes: what is taken of the devices besides tensors; the most of any rank.
         error: what one image ran into, if nothing fits.
     """
 
@@ -82,6 +82,9 @@ class Probe:
     ) -> Measurement:
         """Search for the most images that fit.
 
+        A step with one image comes first, so that kernels and communicators, which take memory
+        at their first use, have taken it before the room for tensors is known.
+
         Args:
             predicted: where the search begins; the same on all ranks.
             budget_bytes: of the device's memory, what else takes of it included.
@@ -91,17 +94,18 @@ class Probe:
             AnotherRankFailed: if a trial of another rank fails for another reason than memory.
             Exception: what this rank's own trial fails with, untouched.
         """
+        self._try(1, self.batches(1)[:1], budget_bytes)
         context_bytes = largest_of_ranks([self.device.context_bytes])[0]
-        tensor_bytes = budget_bytes - context_bytes
-        expected = replace(predicted, context_bytes=context_bytes)
-        guess = expected.largest_ims_per_gpu(budget_bytes, world_size=ranks())
+        tensor_bytes = max(0, budget_bytes - context_bytes)
+        tensors_alone = replace(predicted, context_bytes=0)
+        guess = tensors_alone.largest_ims_per_gpu(tensor_bytes, world_size=ranks())
         search = SizeSearch(max(1, guess), limit)
         trials: list[Trial] = []
         error = ""
         while (size := search.next_size()) is not None:
-            trial, error = self._try(size, tensor_bytes)
+            trial, error = self._try(size, self.batches(size), tensor_bytes)
             trials.append(trial)
-            search.record(size, trial.fits, _expected_most(predicted, trial, tensor_bytes))
+            search.record(size, trial.fits, _expected_most(tensors_alone, trial, tensor_bytes))
             logger.info(
                 "%d images per GPU %s (%.2f GiB live, %.2f GiB reserved)",
                 *(size, "fit" if trial.fits else "do not fit"),
@@ -109,15 +113,14 @@ class Probe:
             )
         return Measurement(search.largest, tuple(trials), tensor_bytes, context_bytes, error)
 
-    def _try(self, size: int, tensor_bytes: int) -> tuple[Trial, str]:
+    def _try(self, size: int, batches: Sequence[Any], tensor_bytes: int) -> tuple[Trial, str]:
+        """Take steps with batches that lie in the machine's memory, as a loader's do."""
         outcome, text = _FITS, ""
-        # In the machine's memory, as a loader's are.
-        batches = self.batches(size)
         error: BaseException | None = None
         with ExitStack() as stack:
             stack.enter_context(training_state_kept(self.step))
             stack.enter_context(learning_rates_zero(self.step.optimizer))
-            stack.enter_context(self.device.limited(max(0, tensor_bytes), self.step.held()))
+            stack.enter_context(self.device.limited(tensor_bytes, self.step.held()))
             try:
                 self._take_steps(batches)
             except Exception as caught:
@@ -174,13 +177,14 @@ def measured_profile(
     points = tuple(
         Point(t.ims_per_gpu, t.live_bytes, t.reserved_bytes) for t in measurement.trials if t.fits
     )
-    return replace(base, phases=phases, source="measured", description=description, points=points)
+    return replace(base, phases=phases, source=MEASURED, description=description, points=points)
 
 
 def _expected_most(predicted: MemoryProfile, trial: Trial, tensor_bytes: int) -> int:
-    """Images that the room which a trial has left should hold besides its own."""
-    slope = max(phase.bytes_per_image for phase in predicted.phases)
-    return trial.ims_per_gpu + max(0, (tensor_bytes - trial.reserved_bytes) // slope)
+    """Images that should fit if the prediction is as far off for all as it was for the trial."""
+    predicted_bytes = predicted.peak_bytes(trial.ims_per_gpu, world_size=ranks())
+    error_bytes = trial.reserved_bytes - predicted_bytes
+    return predicted.largest_ims_per_gpu(tensor_bytes - error_bytes, world_size=ranks())
 
 
 def _nothing_fits(measurement: Measurement, budget_bytes: int) -> Fault:
@@ -189,6 +193,7 @@ def _nothing_fits(measurement: Measurement, budget_bytes: int) -> Fault:
         round(budget_bytes / GIB, 2),
         "what one image takes",
         f"one image does not fit in the {measurement.tensor_bytes / GIB:.2f} GiB that are left "
-        f"for tensors: try SOLVER.AMP.ENABLED, D2SCALE.ACTIVATION_CHECKPOINTING or a smaller "
-        f"INPUT.MIN_SIZE_TRAIN (it said: {measurement.error.splitlines()[0][:200]})",
+        "for tensors: try SOLVER.AMP.ENABLED, D2SCALE.ACTIVATION_CHECKPOINTING or a smaller "
+        "INPUT.MIN_SIZE_TRAIN (it said: "
+        f"{measurement.error.splitlines()[0][:200]})",
     )

@@ -13,6 +13,7 @@ from d2scale.errors import ConfigError, Fault
 FORMAT = "d2scale memory profile"
 VERSION = 1
 GIB = 2**30
+PREDICTED, MEASURED = "predicted", "measured"
 
 # Phases in which the gradients of earlier micro-batches lie beside what is counted.
 _ACCUMULATING_PHASES = ("forward", "backward")
@@ -75,6 +76,13 @@ class MemoryProfile:
     gradient_bytes: int = 0
     covers: Mapping[str, Any] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
+
+    def share_to_fill(self, fraction: float) -> float:
+        """Return the part of a budget that a plan may fill, ``fraction`` being a prediction's.
+
+        Measuring fills a budget with the worst batches that there can be, and needs no margin.
+        """
+        return 1.0 if self.source == MEASURED else fraction
 
     def peak_bytes(
         self, ims_per_gpu: float, *, world_size: int = 1, accumulates: bool = False

@@ -1,20 +1,15 @@
-"""From a config of the default engine to its memory profiles."""
+"""What ``d2scale memory`` was asked for: a prediction, or a measurement on the device."""
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import torch
 
-from d2scale.engine.data.transforms import input_faults
-from d2scale.engine.honoured import value_faults
 from d2scale.errors import ConfigError, Fault
 from d2scale.memory.measure import measure_profile
-from d2scale.memory.predict import predict
+from d2scale.memory.predictions import config_faults, predict_profile, predict_variants
 from d2scale.memory.profile import MemoryProfile
-from d2scale.memory.workload import workload_of
-from d2scale.memory.worst_case import WorstCase, assumed_worst_case
 
 
 def make_profiles(cfg: Any, device: str, *, explore: bool = False) -> tuple[MemoryProfile, ...]:
@@ -28,53 +23,35 @@ def make_profiles(cfg: Any, device: str, *, explore: bool = False) -> tuple[Memo
     Raises:
         ConfigError: with all faults of the config or the request.
     """
-    if device == "cpu":
-        return predict_variants(cfg) if explore else (predict_profile(cfg),)
-    faults = _faults(cfg)
-    if explore:
-        faults.append(Fault("--explore", True, "with --device cpu", "measure one choice at a time"))
-    if not torch.cuda.is_available():
-        advice = "use --device cpu, which predicts without a GPU"
-        faults.append(Fault("--device", device, "cpu, for CUDA is not available here", advice))
+    faults = [*config_faults(cfg), *_memory_faults(cfg)]
+    if device == "cuda":
+        faults += _device_faults(explore)
     if faults:
         raise ConfigError(faults)
+    if device == "cpu":
+        return predict_variants(cfg) if explore else (predict_profile(cfg),)
     on_cuda = cfg.clone()
     on_cuda.defrost()
     on_cuda.MODEL.DEVICE = "cuda"
     return (measure_profile(on_cuda),)
 
 
-def predict_profile(cfg: Any, worst_case: WorstCase | None = None) -> MemoryProfile:
-    """Predict the memory of training ``cfg`` on a CUDA device, without one.
-
-    Args:
-        cfg: as ``d2scale.config.load_cfg`` reads it.
-        worst_case: the largest batches; None: what bounds every dataset.
-
-    Raises:
-        ConfigError: with all faults of the config.
-    """
-    if faults := _faults(cfg):
-        raise ConfigError(faults)
-    workload = workload_of(cfg, worst_case or assumed_worst_case(cfg))
-    return predict(workload).profile(workload)
+def _memory_faults(cfg: Any) -> list[Fault]:
+    memory, faults = cfg.D2SCALE.MEMORY, []
+    if memory.BUDGET_GIB < 0:
+        allowed = "0 (what the device has) or more"
+        faults.append(Fault("D2SCALE.MEMORY.BUDGET_GIB", memory.BUDGET_GIB, allowed, "correct it"))
+    if not 0 < memory.FRACTION <= 1:
+        allowed = "above 0, at most 1"
+        faults.append(Fault("D2SCALE.MEMORY.FRACTION", memory.FRACTION, allowed, "correct it"))
+    return faults
 
 
-def predict_variants(cfg: Any, worst_case: WorstCase | None = None) -> tuple[MemoryProfile, ...]:
-    """Predict the recipe in float32 and with AMP, without and with activation checkpointing."""
-    return tuple(
-        predict_profile(_variant(cfg, amp, checkpointing), worst_case)
-        for amp, checkpointing in product((False, True), repeat=2)
-    )
-
-
-def _faults(cfg: Any) -> list[Fault]:
-    return [*value_faults(cfg), *input_faults(cfg)]
-
-
-def _variant(cfg: Any, amp: bool, checkpointing: bool) -> Any:
-    changed = cfg.clone()
-    changed.defrost()
-    changed.SOLVER.AMP.ENABLED = amp
-    changed.D2SCALE.ACTIVATION_CHECKPOINTING = checkpointing
-    return changed
+def _device_faults(explore: bool) -> list[Fault]:
+    faults = []
+    if explore:
+        faults.append(Fault("--explore", True, "with --device cpu", "measure one choice at a time"))
+    if not torch.cuda.is_available():
+        advice = "use --device cpu, which predicts without a GPU"
+        faults.append(Fault("--device", "cuda", "cpu, for CUDA is not available here", advice))
+    return faults

@@ -18,15 +18,16 @@ def to_table(profiles: Sequence[MemoryProfile], fraction: float) -> str:
 
     Args:
         profiles: at least one.
-        fraction: part of a device's memory that a plan may fill.
+        fraction: part of a device's memory that a prediction may fill.
     """
     parts = []
     for profile in profiles:
         lines = [f"{profile.source}: {profile.description}", "", _points(profile), ""]
+        share = profile.share_to_fill(fraction)
         fits = [
-            (f"{gib} GiB", profile.largest_ims_per_gpu(gib * fraction * GIB)) for gib in _USUAL_GIB
+            (f"{gib} GiB", profile.largest_ims_per_gpu(gib * share * GIB)) for gib in _USUAL_GIB
         ]
-        header = f"images per GPU in {fraction:g} of the memory"
+        header = f"images per GPU in {share:g} of the memory"
         lines.append(tabulate(fits, headers=["GPU", header], tablefmt="pipe"))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -111,6 +111,22 @@ def test_half_precision_and_checkpointing_save_memory():
     assert len(set(peaks)) == 4
 
 
+def test_what_is_computed_again_takes_the_precision_of_the_first_time():
+    # Group norm is computed in float32 on CUDA; PyTorch compares what a second forward saves.
+    opts = ("MODEL.RESNETS.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", "0", "SOLVER.AMP.ENABLED")
+    both = predict(metafcos(*opts, "True", "D2SCALE.ACTIVATION_CHECKPOINTING", "True"))
+    assert both.live_bytes(32) < predict(metafcos(*opts, "True")).live_bytes(32)
+
+
+def test_a_device_without_a_caching_allocator_takes_what_lives():
+    work = workload()
+    prediction = predict(work)
+    profile = prediction.profile(work, caching=False)
+    for images in (1, 4, 40):
+        assert profile.peak_bytes(images) == prediction.live_bytes(images)
+        assert prediction.profile(work).peak_bytes(images) > prediction.live_bytes(images)
+
+
 def test_a_model_that_looks_at_values_is_counted_with_real_steps():
     prediction = predict(workload(Choosy))
     assert not prediction.fake

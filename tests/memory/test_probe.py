@@ -1,10 +1,13 @@
 import copy
 import random
 from dataclasses import replace
+from math import floor
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from d2scale.engine.launch import RankError, launch
 from d2scale.errors import ConfigError
@@ -12,6 +15,7 @@ from d2scale.memory.devices import SimulatedDevice
 from d2scale.memory.oom import OutOfMemoryError
 from d2scale.memory.predict import predict
 from d2scale.memory.probe import Probe, measured_profile
+from d2scale.memory.profile import Phase
 from d2scale.memory.search import MAX_TRIALS
 from small_training import WORST, measure, measure_on_ranks, workload
 
@@ -24,21 +28,43 @@ def fits(budget_bytes: int, images: int) -> bool:
     work = workload()
     step = work.build_step(CPU)
     device = SimulatedDevice(budget_bytes)
+    batches = work.make_batches(images)  # in the machine's memory
     try:
         with device.limited(budget_bytes, step.held()):
-            for batch in work.make_batches(images):
+            for batch in batches:
                 step(batch)
     except OutOfMemoryError:
         return False
     return True
 
 
-@pytest.mark.parametrize("budget_kib", [500, 1300, 3000])
-def test_the_largest_that_trains_is_found_in_few_trials(budget_kib):
+@settings(max_examples=5, deadline=None)
+@given(st.integers(400, 11_000))
+def test_whatever_the_budget_the_largest_that_trains_is_found(budget_kib):
     work = workload()
     found = measure(budget_kib * KIB, work.build_step(CPU), work)
     assert fits(budget_kib * KIB, found.largest)
     assert not fits(budget_kib * KIB, found.largest + 1)
+    assert len(found.trials) <= 3
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(600, 11_000), st.floats(0.95, 1.05), st.integers(0, 2**25))
+def test_a_prediction_that_is_off_is_corrected_by_what_was_measured(budget_kib, slope, constant):
+    budget = budget_kib * KIB
+    work = workload()
+    right = predict(work).profile(work, caching=False)
+    off = replace(
+        right,
+        phases=tuple(
+            Phase(p.name, p.static_bytes + constant, round(slope * p.bytes_per_image))
+            for p in right.phases
+        ),
+    )
+    probe = Probe(SimulatedDevice(budget), work.build_step(CPU), work.make_batches)
+    found = probe.measure(off, budget)
+    assert fits(budget, found.largest)
+    assert not fits(budget, floor(found.largest / 0.97) + 1)
     assert len(found.trials) <= MAX_TRIALS
 
 
@@ -98,7 +124,9 @@ def test_the_measured_profile_says_what_was_measured():
     work = workload()
     budget = 1300 * KIB
     found = measure(budget, work.build_step(CPU), work)
-    profile = measured_profile(predict(work).profile(work), found, budget, "in a test")
+    profile = measured_profile(
+        predict(work).profile(work, caching=False), found, budget, "in a test"
+    )
     assert (profile.source, profile.description) == ("measured", "in a test")
     assert profile.largest_ims_per_gpu(budget) == found.largest
     assert profile.largest_ims_per_gpu(budget // 2) < found.largest
@@ -112,13 +140,13 @@ def test_a_device_too_small_for_one_image_is_said_in_one_line():
     found = measure(60 * KIB, work.build_step(CPU), work)
     assert found.largest == 0
     with pytest.raises(ConfigError, match="one image does not fit") as raised:
-        measured_profile(predict(work).profile(work), found, 60 * KIB, "")
+        measured_profile(predict(work).profile(work, caching=False), found, 60 * KIB, "")
     assert "\n" not in str(raised.value)
 
 
 def test_what_others_take_of_the_device_leaves_less_room():
     work = workload()
-    predicted = predict(work).profile(work)
+    predicted = predict(work).profile(work, caching=False)
     budget = 3000 * KIB
     alone = Probe(SimulatedDevice(budget), work.build_step(CPU), work.make_batches)
     shared = replace(alone, device=SimulatedDevice(budget, context_bytes=1500 * KIB))

@@ -8,7 +8,7 @@ import pytest
 from d2scale.cli import main
 from d2scale.config import load_cfg, load_recipe
 from d2scale.memory.coverage import coverage, find_profile
-from d2scale.memory.profiling import predict_profile
+from d2scale.memory.predictions import predict_profile
 from d2scale.memory.shipped import shipped_profiles
 
 

@@ -45,7 +45,7 @@ def workload(fails_at: int = 0) -> Workload:
 
 
 def measure(budget_bytes: int, step: TrainingStep, work: Workload, **options) -> Measurement:
-    predicted = predict(workload()).profile(work)
+    predicted = predict(workload()).profile(work, caching=False)
     probe = Probe(SimulatedDevice(2 * budget_bytes), step, work.make_batches)
     return probe.measure(predicted, budget_bytes, **options)
 
@@ -55,7 +55,7 @@ def measure_on_ranks(budgets, failing_rank=None):
     rank = dist.get_rank()
     work = workload(fails_at=2 if rank == failing_rank else 0)
     step = work.build_step(torch.device("cpu"))
-    predicted = predict(workload()).profile(work)
+    predicted = predict(workload()).profile(work, caching=False)
     device = SimulatedDevice(max(budgets), context_bytes=max(budgets) - budgets[rank])
     found = Probe(device, step, work.make_batches).measure(predicted, max(budgets))
     everyone: list = [None] * dist.get_world_size()
