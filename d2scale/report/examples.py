@@ -70,7 +70,7 @@ def examples_section(group: Sequence[Judged], notes: list[str]) -> Section | Non
 def _readable(truth: GroundTruth, unread: list[str]) -> dict[int, np.ndarray]:
     """Return a few images by number; what cannot be read goes into ``unread``."""
     images: dict[int, np.ndarray] = {}
-    for number in _candidates(truth):
+    for number in spread_images(truth, IMAGES):
         if len(images) == IMAGES or len(unread) > IMAGES:
             break
         image = _read(truth, number, unread)
@@ -79,12 +79,15 @@ def _readable(truth: GroundTruth, unread: list[str]) -> dict[int, np.ndarray]:
     return images
 
 
-def _candidates(truth: GroundTruth) -> list[int]:
-    """Return images with a few boxes, spread over the test set, then all others."""
+def spread_images(truth: GroundTruth, wanted: int) -> list[int]:
+    """Return all images, those first that show a test set best.
+
+    They have a few boxes each, and the first ``wanted`` are spread over the whole set.
+    """
     boxes = truth.truth()
     counts = np.bincount(boxes.images[~boxes.crowds], minlength=truth.images)
     good = [number for number in range(truth.images) if int(counts[number]) in _FEW_BOXES]
-    spread = [good[len(good) * part // IMAGES] for part in range(IMAGES)] if good else []
+    spread = [good[len(good) * part // wanted] for part in range(wanted)] if good else []
     return list(dict.fromkeys([*spread, *good, *range(truth.images)]))
 
 

@@ -9,7 +9,7 @@ DETECTRON2 = """\
 |  AP   |  AP50  |
 |:-----:|:------:|
 | 1.000 | 2.000  |
-[09/02 03:46:48] d2.engine.hooks INFO: Overall training speed: 98 iterations in 1:05:49 (1.3317 s / it)
+[09/02 03:46:48] d2 INFO: Overall training speed: 98 iterations in 1:05:49 (1.3317 s / it)
 [09/02 03:46:48] d2.engine.hooks INFO: Total training time: 11:17:36 (0:11:47 on hooks)
 [09/02 03:52:09] d2.evaluation.coco_evaluation INFO: Evaluation results for bbox:
 |   AP   |  AP50  |  AP75  |  APs  |

@@ -1,0 +1,61 @@
+"""``d2scale visualize``: draw what a checkpoint detects."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2scale.commands.common import add_command
+
+if TYPE_CHECKING:
+    from d2scale.commands.common import Commands
+
+_EPILOG = """\
+examples, a few test images with the ground truth on the left, and images of one's own:
+  $ d2scale visualize output/small
+  $ d2scale visualize output/small/model_0000149.pth --input photos/ --score-threshold 0.5
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``d2scale visualize``."""
+    parser = add_command(commands, "visualize", "draw what a checkpoint detects", _EPILOG, True)
+    parser.add_argument(
+        "run", metavar="RUN", help="folder of a run, for its last checkpoint, or a checkpoint file"
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="an image or a folder of images; may be given several times (some test images)",
+    )
+    parser.add_argument("--config-file", metavar="FILE", help="config of the model (the run's)")
+    parser.add_argument(
+        "-o", "--output", default="visualized", metavar="DIR", help="pictures (visualized)"
+    )
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.3, metavar="S", help="from 0 to 1 (0.3)"
+    )
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``d2scale visualize``."""
+    from d2scale.visualize import visualize
+
+    drawn = visualize(
+        Path(arguments.run),
+        Path(arguments.output),
+        inputs=[Path(path) for path in arguments.input],
+        config_file=arguments.config_file,
+        opts=arguments.opts,
+        score_threshold=arguments.score_threshold,
+    )
+    for note in drawn.notes:
+        print(note, file=sys.stderr)
+    for path in drawn.files:
+        print(path)
+    return 0
