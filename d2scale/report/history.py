@@ -187,7 +187,7 @@ def _to_history(
             else "neither the images seen nor IMS_PER_BATCH are told: no axis of images"
         )
     if repeated:
-        notes.append(f"{repeated} lines of steps that a resumed run repeated are left out")
+        notes.append(f"lines of steps that a resumed run repeated are left out ({repeated})")
     seconds = _seconds(rows, notes)
     return History(
         tuple(
@@ -240,6 +240,9 @@ def _seconds(rows: list[dict[str, float]], notes: list[str]) -> list[float]:
     """Return seconds of training until each row."""
     if rows and all("elapsed_seconds" in row for row in rows):
         return [row["elapsed_seconds"] for row in rows]
+    if rows and all("wall_time" in row for row in rows):
+        notes.append("wall time is TensorBoard's clock, from the first event on, pauses included")
+        return [row["wall_time"] - rows[0]["wall_time"] for row in rows]
     if rows:
         notes.append("wall time is not told; it is the sum of the step times, without evaluations")
     seconds, total, before = [], 0.0, -1.0

@@ -108,13 +108,25 @@ def throughput_section(runs: Sequence[Run], publications: Sequence[Publication])
     return Section("Throughput", tables=tuple(tables))
 
 
-def _saved(run: Run, first: Run) -> str:
+def time_saved(run: Run, first: Run) -> float | None:
+    """Return the share of the first run's time that another one saved; negative if it took more.
+
+    None if a time is not known, or the run was shown a smaller part of the images.
+    """
     if run is first or not first.total_seconds or run.total_seconds is None:
-        return NOTHING
+        return None
     if run.images_seen and first.images_seen and run.images_seen < _SAME_LENGTH * first.images_seen:
-        return f"{NOTHING} (fewer images seen)"
-    saved = 1 - run.total_seconds / first.total_seconds
-    return f"{saved:.1%}" if saved >= 0 else f"none, {-saved:.1%} more"
+        return None
+    return 1 - run.total_seconds / first.total_seconds
+
+
+def _saved(run: Run, first: Run) -> str:
+    saved = time_saved(run, first)
+    if saved is not None:
+        return f"{saved:.1%}" if saved >= 0 else f"none, {-saved:.1%} more"
+    if run is first or run.total_seconds is None or not first.total_seconds:
+        return NOTHING
+    return f"{NOTHING} (fewer images seen)"
 
 
 def _reserved(run: Run) -> float | None:

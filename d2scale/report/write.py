@@ -18,7 +18,7 @@ from d2scale.report.page import to_html
 from d2scale.report.published import Publication, read_published
 from d2scale.report.results import results_section
 from d2scale.report.runs import Run, read_run
-from d2scale.report.tables import settings_section, throughput_section
+from d2scale.report.tables import settings_section, throughput_section, time_saved
 
 _CURVES = (
     "Thin: as reported. Thick: the mean over a twentieth of the axis. Different batch sizes line "
@@ -128,20 +128,28 @@ def _summary(judged: Sequence[Judged]) -> tuple[str, ...]:
             continue
         half = each.noise.half_width("AP") if each.noise is not None else None
         text = f"{lead}AP {each.results['AP']:.3f}" + (f" ± {half:.2f}" if half else "")
-        lines.append(f"{text}{_against(each, first) if first is not each else '.'}")
+        text += _against(each, first) if first is not each else ""
+        lines.append(f"{text}{_time_against(each.run, judged[0].run)}.")
     return tuple(lines)
+
+
+def _time_against(run: Run, first: Run) -> str:
+    saved = time_saved(run, first)
+    if saved is None:
+        return ""
+    return f"; {abs(saved):.0%} {'less' if saved > 0 else 'more'} time than {first.name}"
 
 
 def _against(each: Judged, first: Judged) -> str:
     found = difference_of_runs(each, first)
     if "AP" not in found.values:
-        return "."
+        return ""
     text = f", {found.values['AP']:+.3f} against {first.run.name}"
     if "AP" not in found.bands:
-        return f"{text}; how much of it is noise is not known."
+        return f"{text} (how much of it is noise is not known)"
     if "AP" in found.beyond_noise:
-        return f"{text}: more than the noise of the images."
-    return f"{text}: within the noise of the images."
+        return f"{text} (more than the noise of the images)"
+    return f"{text} (within the noise of the images)"
 
 
 def _pictures(document: Document) -> dict[str, bytes]:

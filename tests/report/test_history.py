@@ -114,6 +114,10 @@ def test_tensorboard_events_where_there_is_no_metrics_file(tmp_path):
     places, values = history.curve("total_loss")
     assert (places.tolist(), values.tolist()) == ([8, 16], [0.5, 0.25])
     assert "TensorBoard events are read instead" in history.notes[0]
+    # Its clock is the wall's.
+    seconds, _ = history.curve("total_loss", "time")
+    assert seconds[0] == 0
+    assert 0 <= seconds[1] < 60
 
 
 def test_events_that_are_no_events(tmp_path):
