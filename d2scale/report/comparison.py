@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from d2scale.errors import DataError
 from d2scale.report.columns import METRICS
-from d2scale.report.detections import Detected, GroundTruths, read_detected
+from d2scale.report.detections import Detected, GroundTruths, max_dets_of, read_detected
 from d2scale.report.noise import Noise, bootstrap
 from d2scale.report.published import Publication
 from d2scale.report.runs import Run
@@ -46,6 +46,11 @@ class Judged:
         if self.detected is not None:
             return frozenset(self.detected.truth.class_names)
         return frozenset(self.class_results)
+
+    @property
+    def max_dets(self) -> int:
+        """Best detections of an image that count."""
+        return max_dets_of(self.run)
 
     @property
     def images(self) -> int | None:
@@ -112,6 +117,11 @@ def difference_of_tests(one: Judged, other: Judged) -> str:
         return f"one was tested on {one.test_set}, the other on {other.test_set}"
     if one.classes and other.classes and one.classes != other.classes:
         return f"one has {len(one.classes)} classes, the other {len(other.classes)} or others"
+    if one.max_dets != other.max_dets:
+        return (
+            f"one counts the {one.max_dets} best detections of an image, the other the "
+            f"{other.max_dets} best"
+        )
     return ""
 
 

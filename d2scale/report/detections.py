@@ -125,11 +125,14 @@ def read_detected(run: Run, truths: GroundTruths) -> Detected:
         raise _fault(str(path), f"detections on images of {name}", advice)
     classes = _numbers(results.category_ids, np.array(truth.category_ids))
     found = Found(images, classes, results.boxes, results.scores)
-    limit = _OFFICIAL_MAX_DETS
-    if run.engine == "d2scale":
-        # The only engine whose metric follows this key.
-        limit = whole_number(run.settings.get("TEST.DETECTIONS_PER_IMAGE")) or limit
-    return Detected(truth, found.take(np.flatnonzero(classes >= 0)), limit)
+    return Detected(truth, found.take(np.flatnonzero(classes >= 0)), max_dets_of(run))
+
+
+def max_dets_of(run: Run) -> int:
+    """Return how many of an image's detections count in a run's metric."""
+    limit = whole_number(run.settings.get("TEST.DETECTIONS_PER_IMAGE"))
+    # d2scale's is the only metric that follows this key.
+    return limit if limit and run.engine == "d2scale" else _OFFICIAL_MAX_DETS
 
 
 def _results_file(folder: Path, dataset: str) -> Path:

@@ -64,12 +64,17 @@ def test_runs_of_other_datasets_or_classes_are_not_put_together(judged):
         {"results": {"AP": 3.0, "AP-dog": 1.0}, "config": other},
         {"results": {"AP": 4.0, "AP-dog": 1.0, "AP-cat": 1.0}},
         {},
+        {
+            "results": {"AP": 5.0, "AP-dog": 1.0},
+            "config": {"TEST": {"DETECTIONS_PER_IMAGE": 10}},
+        },
     )
     found = [[each.run.name for each in group] for group in groups(runs)]
-    assert found == [["run0", "run1"], ["run2"], ["run3"], ["run4"]]
+    assert found == [["run0", "run1"], ["run2"], ["run3"], ["run4"], ["run5"]]
     assert "coco_2017_val" in difference_of_tests(runs[0], runs[2])
     assert "classes" in difference_of_tests(runs[0], runs[3])
     assert "no results" in difference_of_tests(runs[0], runs[4])
+    assert "10 best" in difference_of_tests(runs[0], runs[5])
 
 
 def test_differences_within_and_beyond_the_noise(judged, shapes):
