@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import detectron2.utils.comm as comm
@@ -17,18 +19,49 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from d2scale.errors import ConfigError, Fault
+from d2scale.hardware import Hardware
 from d2scale.memory.agreement import of_first_rank
 from d2scale.memory.coverage import coverage
 from d2scale.memory.devices import CudaDevice
+from d2scale.memory.filling import refuse_more_than_all
 from d2scale.memory.predict import Workload, predict
 from d2scale.memory.probe import Probe, measured_profile
 from d2scale.memory.profile import GIB, MemoryProfile
 from d2scale.memory.steps import TrainingStep, detector_losses
 from d2scale.memory.worst_case import Size, WorstCase, worst_case_of_images
+from d2scale.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 ENGINE = "d2go"
+
+
+def hardware_for_training(cfg: Any, world_size: int, method: str) -> Hardware:
+    """Return the hardware to plan for; the method that fills the memory learns how much fits.
+
+    Raises:
+        ConfigError: for a budget that cannot be, or what :func:`memory_profile` raises.
+    """
+    hardware = Hardware.from_cfg(cfg, world_size, device_gib=_device_gib(cfg), engine=ENGINE)
+    known = hardware.ims_per_gpu or hardware.profile is not None
+    if method != "max_memory" or known or hardware.budget_gib is None:
+        return hardware
+    found = replace(hardware, profile=memory_profile(cfg))
+    if found.holds_one_image():
+        return found
+    return replace(found, alternatives=_alternatives(cfg))
+
+
+def _alternatives(cfg: Any) -> tuple[MemoryProfile, ...]:
+    """The recipe in float32 and with AMP, predicted."""
+    worst, _ = _worst_case(cfg)
+    profiles = []
+    for amp in (False, True):
+        changed = cfg.clone()
+        changed.defrost()
+        changed.SOLVER.AMP.ENABLED = amp
+        profiles.append(_predicted(workload_of(changed, worst)))
+    return tuple(profiles)
 
 
 def memory_profile(cfg: Any) -> MemoryProfile:
@@ -42,8 +75,7 @@ def memory_profile(cfg: Any) -> MemoryProfile:
     """
     worst, images = _worst_case(cfg)
     workload = workload_of(cfg, worst)
-    # Where values decide, as in sampling, the ranks may have counted differently.
-    predicted = of_first_rank(predict(workload).profile(workload))
+    predicted = _predicted(workload)
     if not (_on_cuda(cfg) and cfg.D2SCALE.MEMORY.PROBE):
         return predicted
     device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
@@ -57,6 +89,11 @@ def memory_profile(cfg: Any) -> MemoryProfile:
     name = torch.cuda.get_device_name(device.device)
     description = f"{workload.description}; measured on {name}"
     return measured_profile(predicted, measurement, budget_bytes, description)
+
+
+def _predicted(workload: Workload) -> MemoryProfile:
+    # Where values decide, as in sampling, the ranks may have counted differently.
+    return of_first_rank(predict(workload).profile(workload))
 
 
 def workload_of(cfg: Any, worst: WorstCase) -> Workload:
@@ -102,23 +139,40 @@ def _batch(worst: WorstCase, count: int, size: Size) -> list[dict[str, Any]]:
     return samples
 
 
+def refuse_more_than_images(plan: Plan, cfg: Any) -> None:
+    """Refuse a total batch that was chosen to fill the memory and exceeds the dataset.
+
+    Raises:
+        DataError: if there are fewer images.
+    """
+    if plan.method == "max_memory":
+        refuse_more_than_all(plan, len(_images(cfg)[0]))
+
+
 def _worst_case(cfg: Any) -> tuple[WorstCase, int]:
     """The worst case, and how many images there are."""
-    entries = get_detection_dataset_dicts(
-        list(cfg.DATASETS.TRAIN), filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
-    worst = worst_case_of_images(
-        cfg,
+    heights, widths, most_boxes = _images(cfg)
+    names = ",".join(cfg.DATASETS.TRAIN)
+    return worst_case_of_images(cfg, heights, widths, most_boxes, names), len(heights)
+
+
+def _images(cfg: Any) -> tuple[list[int], list[int], int]:
+    return _read_images(tuple(cfg.DATASETS.TRAIN), cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+
+
+@lru_cache(maxsize=1)  # reading COCO takes a while
+def _read_images(names: tuple[str, ...], filter_empty: bool) -> tuple[list[int], list[int], int]:
+    """Heights and widths of all training images, and the most boxes that one has."""
+    entries = get_detection_dataset_dicts(list(names), filter_empty=filter_empty)
+    return (
         [entry["height"] for entry in entries],
         [entry["width"] for entry in entries],
         max((len(entry.get("annotations", ())) for entry in entries), default=0),
-        ",".join(cfg.DATASETS.TRAIN),
     )
-    return worst, len(entries)
 
 
-def device_gib(cfg: Any) -> float | None:
-    """Return the memory of this rank's GPU, None on a CPU."""
+def _device_gib(cfg: Any) -> float | None:
+    """The memory of this rank's GPU, None on a CPU."""
     if not _on_cuda(cfg):
         return None
     return CudaDevice(torch.device("cuda", torch.cuda.current_device())).total_bytes / GIB

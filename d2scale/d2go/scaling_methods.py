@@ -7,13 +7,12 @@ place; it sets REFERENCE_WORLD_SIZE itself afterwards.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
 from d2scale.errors import ConfigError, Fault
-from d2scale.plan import METHOD_PREFIX, METHODS, Hardware, Plan, make_plan, method_of
+from d2scale.plan import METHOD_PREFIX, METHODS, Plan, make_plan, method_of
 from d2scale.plan_formats import to_table
 from d2scale.schedule import set_key
 
@@ -45,7 +44,11 @@ def scale_in_place(cfg: Any, world_size: int, method: str) -> Plan:
         advice = "the config is scaled already; call one method, once"
         raise ConfigError([Fault("SOLVER.AUTO_SCALING_METHODS", methods, "one method", advice)])
     method_of(methods)
-    plan = make_plan(cfg, _hardware(cfg, world_size, method), method=method)
+    # Only here, for planning alone needs no model.
+    from d2scale.d2go.memory import hardware_for_training, refuse_more_than_images
+
+    plan = make_plan(cfg, hardware_for_training(cfg, world_size, method), method=method)
+    refuse_more_than_images(plan, cfg)
     _refuse_uneven_split(plan)
     frozen = cfg.is_frozen()
     cfg.defrost()
@@ -58,17 +61,6 @@ def scale_in_place(cfg: Any, world_size: int, method: str) -> Plan:
             cfg.freeze()
     logger.info("Scaled the config:\n%s", to_table(plan))
     return plan
-
-
-def _hardware(cfg: Any, world_size: int, method: str) -> Hardware:
-    """What there is to plan for; the method that fills the memory learns how much fits."""
-    from d2scale.d2go.memory import ENGINE, device_gib, memory_profile
-
-    hardware = Hardware.from_cfg(cfg, world_size, device_gib=device_gib(cfg), engine=ENGINE)
-    known = hardware.ims_per_gpu or hardware.profile is not None
-    if method != "max_memory" or known or hardware.budget_gib is None:
-        return hardware
-    return replace(hardware, profile=memory_profile(cfg))
 
 
 def _refuse_uneven_split(plan: Plan) -> None:
