@@ -101,6 +101,9 @@ def throughput_section(runs: Sequence[Run], publications: Sequence[Publication])
     notes = ["Total time is that of training with the evaluations in between, not the last one."]
     if not any(run.max_memory_mib for run in runs):
         notes.append("No run tells GPU memory: none of them used a GPU, or recorded it.")
+    first_gpu = [run.name for run in runs if run.max_memory_mib and run.engine != "d2scale"]
+    if first_gpu:
+        notes.append(f"Memory of the first GPU, which alone is logged: {', '.join(first_gpu)}.")
     tables = [_by_run("Time and memory", rows, shown, notes)]
     planned = [run for run in runs if run.plan]
     if planned:
