@@ -1,0 +1,81 @@
+"""``d2scale benchmark``: measure inference time and training throughput."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from d2scale.commands.common import add_command, emit
+
+if TYPE_CHECKING:
+    from d2scale.commands.common import Commands
+
+_EPILOG = """\
+Inference time is the mean of forward and post-processing over single images. Without
+the config's datasets, or with --data random, it is measured on random images; without
+MODEL.WEIGHTS, on random weights. The report says which.
+
+examples, the whole and a short form for a CPU:
+  $ d2scale benchmark d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml
+  $ d2scale benchmark d2scale://MetaFCOS/small-cpu.yaml --images 20 --steps 5 -o speed.json
+"""
+_IMAGES = {"cuda": 200, "cpu": 20}
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``d2scale benchmark``."""
+    parser = add_command(
+        commands, "benchmark", "measure inference time and training throughput", _EPILOG, True
+    )
+    parser.add_argument("config", help="the recipe: a file or d2scale://NAME.yaml")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(MODEL.DEVICE, if it is there)")
+    parser.add_argument("--only", choices=("inference", "training"), help="one of the two (both)")
+    parser.add_argument(
+        "--data", choices=("auto", "real", "random"), default="auto", help="images (auto)"
+    )
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="images to detect on (200, on a CPU 20)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, metavar="N", help="images before that (a tenth of them)"
+    )
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="training steps (20)")
+    parser.add_argument(
+        "--ims-per-gpu",
+        type=int,
+        default=0,
+        metavar="M",
+        help="images in a training step (one GPU's share by the recipe)",
+    )
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write there, as JSON")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``d2scale benchmark``."""
+    import torch
+
+    from d2scale.config import load_cfg
+    from d2scale.engine.benchmark import PARTS, Request, benchmark, to_json, to_table
+
+    cfg = load_cfg(arguments.config, arguments.opts)
+    if arguments.device is not None:
+        cfg.MODEL.DEVICE = arguments.device
+    elif cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    images = _IMAGES.get(cfg.MODEL.DEVICE, 1) if arguments.images is None else arguments.images
+    request = Request(
+        parts=PARTS if arguments.only is None else (arguments.only,),
+        data=arguments.data,
+        images=images,
+        warmup=max(1, images // 10) if arguments.warmup is None else arguments.warmup,
+        steps=arguments.steps,
+        ims_per_gpu=arguments.ims_per_gpu,
+    )
+    report = benchmark(cfg, request)
+    text = to_json(report)
+    if arguments.output is not None:
+        emit(text + "\n", arguments.output)
+    print(text if arguments.format == "json" else to_table(report))
+    return 0
