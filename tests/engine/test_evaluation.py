@@ -237,6 +237,8 @@ def evaluate_on_rank(folder, rank, world_size=2):
     if rank == 0:
         with open(f"{folder}/results.json", "w") as file:
             json.dump(results, file)
+    # A rank that leaves while another still talks to it can be aborted by gloo.
+    dist.barrier()
     dist.destroy_process_group()
 
 
