@@ -218,7 +218,16 @@ def _budget_check(asked: float | None, device_gib: float | None) -> tuple[str, o
     allowed = "above 0 GiB"
     if device_gib is not None:
         allowed += f", at most the {device_gib:.2f} GiB of the device"
-    return ("D2SCALE.MEMORY.BUDGET_GIB", asked, asked is None or 0 < asked <= most, allowed)
+    return (
+        "D2SCALE.MEMORY.BUDGET_GIB",
+        asked,
+        asked is None or _positive_up_to(asked, most),
+        allowed,
+    )
+
+
+def _positive_up_to(asked: float, most: float) -> bool:
+    return math.isfinite(asked) and 0 < asked <= most
 
 
 def _check(*checks: tuple[str, object, bool, str]) -> None:

@@ -54,6 +54,7 @@ def test_a_file_with_a_profile_of_another_recipe_is_refused(recipe, tmp_path):
     [
         (0.0, None, r"BUDGET_GIB is 0\.0; allowed: above 0 GiB"),
         (-1.0, None, "above 0 GiB"),
+        (float("inf"), None, "above 0 GiB"),
         (24.0, 16.0, r"24\.0; .*at most the 16\.00 GiB of the device"),
     ],
 )

@@ -1,0 +1,65 @@
+"""Does d2scale choose the largest batch that trains? On a simulated device, for many budgets.
+
+    python benchmarks/memory_choice.py
+
+For every budget the largest batch that really trains is found by trying all near the choice, and
+three beyond one that fails; an epoch is trained at the choice. See ``simulated.py`` for the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from machine import keep
+from simulated import COCO_LIKE, Bench, d2scale_probe
+from tabulate import tabulate
+
+# Settings, how many times as long the sides of the images are, and about how many images the
+# budgets shall hold. With few small images the optimizer's step is the peak, whatever their number.
+CHOICES: dict[str, tuple[tuple[str, ...], int, tuple[int, ...]]] = {
+    "float32, larger images": ((), 2, (3, 5, 8)),
+    "float32": ((), 1, (12, 17, 24, 33, 45, 60)),
+    "AMP bfloat16": (
+        ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bfloat16"),
+        1,
+        (20, 40),
+    ),
+    "checkpointing": (("D2SCALE.ACTIVATION_CHECKPOINTING", "True"), 1, (40,)),
+}
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Yield one row a setting and budget."""
+    for choice, (opts, scale, held) in CHOICES.items():
+        bench = Bench(COCO_LIKE, opts, scale)
+        for images in held:
+            # Between what this many and one more are predicted to take.
+            budget_bytes = int(bench.predicted.peak_bytes(images + 0.6))
+            found, trials = d2scale_probe(bench, budget_bytes)
+            most = bench.most(budget_bytes, start=max(1, found - 1))
+            yield {
+                "key": f"{choice}, {images}",
+                "choice": choice,
+                "budget MB": round(budget_bytes / 1e6, 1),
+                "most that trains": most,
+                "chosen": found,
+                "of the most %": round(100 * found / most, 1),
+                "sizes tried": trials,
+                "steps out of memory in an epoch": bench.failures(found, budget_bytes),
+            }
+
+
+def main() -> None:
+    """Try all, keep the rows, print them."""
+    logging.disable(logging.INFO)
+    warnings.filterwarnings("ignore")
+    kept = keep("memory_choice", list(rows()), "key")
+    shown = [{k: v for k, v in row.items() if k not in ("key", "machine")} for row in kept]
+    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A small training on a simulated device, on which batch finders are compared.
+
+The device is a CPU whose tensors are counted and refused beyond a budget, with torch's own error.
+The model is a narrow MetaFCOS. The images are either equal, or have the sizes and shapes that
+multi-scale training gives to a dataset like COCO, batched by aspect ratio as detectron2 does.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2scale.config import load_cfg
+from d2scale.engine.data.transforms import output_size
+from d2scale.memory.devices import SimulatedDevice
+from d2scale.memory.oom import OutOfMemoryError
+from d2scale.memory.predict import Workload, predict
+from d2scale.memory.preserve import free_gradients
+from d2scale.memory.probe import Probe, measured_profile
+from d2scale.memory.profile import MemoryProfile
+from d2scale.memory.steps import TrainingStep
+from d2scale.memory.workload import workload_of
+from d2scale.memory.worst_case import WorstCase, worst_case_of_images
+from d2scale.sampling import aspect_ratio_groups
+
+CPU = torch.device("cpu")
+# (height, width, per cent of the images): most are 4:3 or 3:2, few are elongated.
+COCO_LIKE = (
+    (480, 640, 40),
+    (427, 640, 30),
+    (640, 480, 18),
+    (612, 612, 6),
+    (375, 500, 4),
+    (360, 640, 2),
+)
+EQUAL = ((480, 800, 100),)
+SHORT_EDGES, MAX_SIZE, IMAGES, BOXES = (96, 112, 128), 213, 200, 8
+NARROW = (
+    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "32", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1"),
+    *("MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"),
+)
+Found = tuple[int, int]
+
+
+class Bench:
+    """One training, which any finder can try on a simulated device."""
+
+    def __init__(
+        self, images: tuple[tuple[int, int, int], ...], opts: tuple[str, ...] = (), scale: int = 1
+    ) -> None:
+        edges = tuple(scale * edge for edge in SHORT_EDGES[-1 if len(images) == 1 else 0 :])
+        longest = scale * MAX_SIZE
+        sizes = ("INPUT.MIN_SIZE_TRAIN", str(edges), "INPUT.MAX_SIZE_TRAIN", str(longest))
+        cfg = load_cfg("d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml", [*NARROW, *sizes, *opts])
+        shapes = [shape[:2] for shape in images for _ in range(shape[2] * IMAGES // 100)]
+        heights, widths = zip(*shapes, strict=True)
+        self.worst: WorstCase = worst_case_of_images(cfg, heights, widths, BOXES, "benchmark")
+        self.workload: Workload = workload_of(cfg, self.worst)
+        drawn = random.Random(0)  # noqa: S311 - no secrets
+        self.samples = [
+            self.worst.samples(1, output_size(h, w, drawn.choice(edges), longest))[0]
+            for h, w in shapes
+        ]
+        drawn.shuffle(self.samples)
+        self.predicted: MemoryProfile = predict(self.workload).profile(self.workload, caching=False)
+
+    def new_step(self) -> TrainingStep:
+        """A fresh training."""
+        torch.manual_seed(0)
+        return self.workload.build_step(CPU)
+
+    def trial_batches(self, size: int) -> list[Any]:
+        """The worst steps with ``size`` images."""
+        assert self.workload.make_batches is not None
+        return list(self.workload.make_batches(size))
+
+    def fits(self, batches: list[Any], budget_bytes: int) -> bool:
+        """Whether a fresh training takes these steps."""
+        step = self.new_step()
+        with SimulatedDevice(budget_bytes).limited(budget_bytes, step.held()):
+            try:
+                for batch in batches:
+                    step(batch)
+            except OutOfMemoryError:
+                return False
+        return True
+
+    def batches(self, size: int) -> list[list[Any]]:
+        """An epoch in random order, in batches of one aspect-ratio group, the last ones smaller."""
+        sides = np.array([sample["image"].shape[1:] for sample in self.samples])
+        groups = aspect_ratio_groups(sides[:, 1], sides[:, 0])
+        made = []
+        for group in (0, 1):
+            members = [s for s, g in zip(self.samples, groups, strict=True) if g == group]
+            made += [members[i : i + size] for i in range(0, len(members), size)]
+        random.Random(size).shuffle(made)  # noqa: S311 - no secrets
+        return made
+
+    def most(self, budget_bytes: int, start: int = 1) -> int:
+        """The most images whose worst steps train: found by trying, three beyond one that fails.
+
+        ``start`` must be no more than the answer.
+        """
+        most, size = 0, start
+        while size <= max(most, start) + 3:
+            if self.fits(self.trial_batches(size), budget_bytes):
+                most = size
+            size += 1
+        return most
+
+    def failures(self, size: int, budget_bytes: int) -> int:
+        """Steps of an epoch that run out of memory, each after a first that went well."""
+        step = self.new_step()
+        device, failed = SimulatedDevice(budget_bytes), 0
+        step(self.samples[:1])  # makes the optimizer's state
+        for batch in self.batches(size):
+            with device.limited(budget_bytes, step.held()):
+                try:
+                    step(batch)
+                except OutOfMemoryError:
+                    failed += 1
+            free_gradients(step.model)
+        return failed
+
+
+def d2scale_probe(bench: Bench, budget_bytes: int) -> Found:
+    """The prediction, then steps with the worst batches."""
+    assert bench.workload.make_batches is not None
+    device = SimulatedDevice(budget_bytes)
+    probe = Probe(device, bench.new_step(), bench.workload.make_batches)
+    found = probe.measure(bench.predicted, budget_bytes, limit=IMAGES)
+    profile = measured_profile(bench.predicted, found, budget_bytes, "")
+    return profile.largest_ims_per_gpu(budget_bytes), len(found.trials)
