@@ -53,11 +53,13 @@ def reproduce(request: Request, *, only_plan: bool = False) -> Iterator[str]:
 
 def describe(decision: Decision) -> str:
     """Return the plan of a reproduction for a reader."""
-    forms = {"full": "as published", "small": "in small, for a CPU"}
+    forms = {"full": "as published", "small": "in the small form for a CPU"}
+    counted = decision.training_images
+    images = f", {counted} training images with boxes" if counted else ""
     lines = [
-        f"The published experiments, {forms[decision.form]}, on: {decision.machine.name}",
+        f"The published experiments {forms[decision.form]}; this machine: {decision.machine.name}",
         f"Folder: {decision.folder.absolute()}",
-        f"Data: {decision.data.text}",
+        f"Data: {decision.data.text}{images}",
         *_notes(decision),
     ]
     return "\n".join(lines) + "\n\n" + plan_table(decision.runs)
@@ -101,9 +103,6 @@ def _results(decision: Decision) -> Iterator[str]:
     )
     # The report shows detections on images of the validation data.
     with datasets_under(decision.data.root):
-        files = write_report(
-            [run.folder for run in runs],
-            decision.folder / REPORT,
-            published=decision.form == "full",
-        )
+        folders = [run.folder for run in runs]
+        files = write_report(folders, decision.folder / REPORT, published=True)
     yield f"\nReport: {Path(files.html).absolute()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from d2scale.engine.data.catalog import ROOT_VARIABLE
 from d2scale.engine.data.coco import check_datasets
 from d2scale.engine.launch import under_torchrun
 from d2scale.engine.lock import refuse_locked
+from d2scale.engine.models import load_initial_weights, new_model
 from d2scale.engine.weights import find_weights
 from d2scale.errors import ConfigError, D2ScaleError, Fault
 from d2scale.reproduce.data import (
@@ -67,6 +69,7 @@ class Decision:
         machine: this one.
         data: what is trained on.
         subset: its annotations, where COCO is cut.
+        training_images: that have boxes; 0 where it was not counted.
         runs: the experiments that are asked for or finished, in the published order.
         asked: numbers of the former.
     """
@@ -77,6 +80,7 @@ class Decision:
     machine: Machine
     data: Data
     subset: Mapping[str, Mapping[str, Any]]
+    training_images: int
     runs: tuple[Run, ...]
     asked: frozenset[int]
 
@@ -137,7 +141,7 @@ def decide_all(request: Request) -> Decision:
     data = faults.of(partial(_find_data, form, request), None)
     settings = _settings(form, request, data)
     faults.add(_folder_faults(folder, settings))
-    subset = _check_inputs(faults, data, list(map(load_cfg, left)))
+    subset, training_images = _check_inputs(faults, data, list(map(load_cfg, left)))
     faults.tell()
     assert machine is not None
     assert data is not None
@@ -148,7 +152,7 @@ def decide_all(request: Request) -> Decision:
     for run in runs:
         faults.add(faults.of(partial(recipe_faults, run), []))
     faults.tell()
-    return Decision(folder, form, settings, machine, data, subset, runs, asked)
+    return Decision(folder, form, settings, machine, data, subset, training_images, runs, asked)
 
 
 def _check_words(form: str, third_method: str) -> None:
@@ -190,15 +194,31 @@ def _folder_faults(folder: Path, settings: Mapping[str, Any]) -> list[Fault]:
 
 def _check_inputs(
     faults: _Faults, data: Data | None, recipes: Sequence[Any]
-) -> dict[str, dict[str, Any]]:
-    """Read what the recipes that are left to train will read; return the subset, if it is one."""
-    for name in dict.fromkeys(cfg.MODEL.WEIGHTS for cfg in recipes):
-        if name:
-            faults.of(partial(find_weights, name), None)
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Read what the recipes that are left to train will read.
+
+    They share their model, but for the form, and their datasets.
+
+    Returns:
+        The annotations of a subset, and the number of training images of whole datasets.
+    """
+    if recipes:
+        faults.of(partial(_load_weights, recipes[0]), None)
     if data is None or not recipes:
-        return {}
+        return {}, 0
     if data.images is not None:
-        return faults.of(partial(read_subset, data), {})
-    # The recipes share their datasets.
-    faults.of(partial(check_datasets, recipes[0]), 0)
-    return {}
+        return faults.of(partial(read_subset, data), {}), 0
+    return {}, faults.of(partial(check_datasets, recipes[0]), 0)
+
+
+def _load_weights(cfg: Any) -> None:
+    """Load the initial weights once, on the CPU: a broken file shall not wait for its turn."""
+    if not cfg.MODEL.WEIGHTS:
+        return
+    find_weights(cfg.MODEL.WEIGHTS)
+    # What the file lacks is told by the trainings.
+    logging.disable(logging.WARNING)
+    try:
+        load_initial_weights(new_model(cfg), cfg.MODEL.WEIGHTS)
+    finally:
+        logging.disable(logging.NOTSET)

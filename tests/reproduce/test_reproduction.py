@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ import torch
 from d2scale.cli import main
 from d2scale.engine.data.catalog import ROOT_VARIABLE
 from d2scale.errors import ConfigError, D2ScaleError
-from d2scale.reproduce import process
+from d2scale.report import ReportFiles
+from d2scale.reproduce import process, reproduction
 from d2scale.reproduce.reproduction import reproduce
 from d2scale.reproduce.request import Request
 from d2scale.reproduce.runs import is_finished
 from d2scale.synthetic import write_shapes_dataset
 
 IMAGES = 48
+REPORT = ReportFiles(Path("report.html"), Path("report.md"), ())
 SAME_BATCH = "experiment-2-same-batch"
 
 
@@ -109,7 +112,8 @@ def wait_for(path, process, seconds=120.0):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
-def test_killed_in_the_middle_and_called_again_it_ends_the_same(undisturbed, tmp_path):
+def test_killed_in_the_middle_and_called_again_it_ends_the_same(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduction, "write_report", lambda folders, output, published: REPORT)
     whole, _ = undisturbed
     folder = tmp_path / "out"
     run = folder / SAME_BATCH
@@ -118,7 +122,7 @@ def test_killed_in_the_middle_and_called_again_it_ends_the_same(undisturbed, tmp
     wait_for(run / "last_checkpoint", killed)
     killed.send_signal(signal.SIGKILL)
     # Its training holds the pipe until it ends too.
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=120)
     assert not is_finished(run)
     shown = "\n".join(reproduce(request_for(folder, only=(2,))))
     assert "goes on from model_" in shown
@@ -148,7 +152,7 @@ def test_ctrl_c_waits_for_the_training_to_end(tmp_path):
     )
     wait_for(folder / SAME_BATCH / "metrics.json", started)
     started.send_signal(signal.SIGINT)
-    _, told = started.communicate(timeout=60)
+    _, told = started.communicate(timeout=120)
     assert started.returncode == 130
     assert "The same command goes on where this one stopped." in told
     assert "Traceback" not in told
