@@ -74,6 +74,11 @@ def test_neighbouring_classes_differ_much():
     colours = np.array([class_colour(number) for number in range(80)]).astype(int)
     assert len({tuple(colour) for colour in colours.tolist()}) == 80
     assert np.abs(np.diff(colours, axis=0)).max(axis=1).min() > 60
+    nearest = [
+        np.abs(colours - colour).max(axis=1)[np.arange(80) != number].min()
+        for number, colour in enumerate(colours)
+    ]
+    assert min(nearest) > 10
 
 
 @pytest.mark.parametrize(

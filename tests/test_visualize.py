@@ -90,10 +90,10 @@ def test_boxes_lie_in_pixels_of_the_image_and_only_sure_ones(run_folder, tmp_pat
     assert picture.shape == (300, 400, 3)
     places = near(picture, class_colour(2))
     assert (abs(places.max(axis=0) - [150, 200]) <= 2).all()
-    assert len(near(picture, class_colour(5))) == 0
+    assert len(near(picture, class_colour(5))) < 100
     both = visualize(run_folder, tmp_path / "out", inputs=[image], score_threshold=0.1)
     assert both.files == drawn.files
-    assert len(near(np.asarray(Image.open(both.files[0])), class_colour(5))) > 100
+    assert len(near(np.asarray(Image.open(both.files[0])), class_colour(5))) > 1000
 
 
 def test_truth_is_left_and_detections_are_right(run_folder, tmp_path, stub):

@@ -20,6 +20,10 @@ from d2scale.report.results import results_section
 from d2scale.report.runs import Run, read_run
 from d2scale.report.tables import settings_section, throughput_section, time_saved
 
+_NOISE = (
+    "The noise meant here is the choice of the test images. Training again, even if only rounding "
+    "differs, moves results as well; a single run cannot tell how much."
+)
 _CURVES = (
     "Thin: as reported. Thick: the mean over a twentieth of the axis. Different batch sizes line "
     "up against images seen only."
@@ -130,6 +134,8 @@ def _summary(judged: Sequence[Judged]) -> tuple[str, ...]:
         text = f"{lead}AP {each.results['AP']:.3f}" + (f" ± {half:.2f}" if half else "")
         text += _against(each, first) if first is not each else ""
         lines.append(f"{text}{_time_against(each.run, judged[0].run)}.")
+    if len(judged) > 1 and any(each.noise is not None for each in judged):
+        lines.append(_NOISE)
     return tuple(lines)
 
 
