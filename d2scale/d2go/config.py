@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import detectron2.utils.comm as comm
 from d2go.config import CfgNode as D2GoCfgNode
 
 from d2scale.config.loading import (
@@ -20,16 +21,20 @@ from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fa
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
+def exit_on_user_error(*, on_all_ranks: bool = False) -> Iterator[None]:
     """End the process with one line a fault and status 2.
 
     d2go has no place that tells a user's mistake from a bug: what a runner raises is printed as
     a traceback.
+
+    Args:
+        on_all_ranks: all ranks find the same mistakes, so that only the first tells them.
     """
     try:
         yield
     except D2ScaleError as error:
-        for line in str(error).splitlines():
+        silent = on_all_ranks and comm.get_rank() > 0
+        for line in () if silent else str(error).splitlines():
             # Not print(): d2go turns that into a log line.
             sys.stderr.write(f"d2scale: error: {line}\n")
         raise SystemExit(EXIT_STATUS_USER_ERROR) from error

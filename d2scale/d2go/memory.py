@@ -36,6 +36,15 @@ logger = logging.getLogger(__name__)
 ENGINE = "d2go"
 
 
+def check_memory(cfg: Any) -> None:
+    """Refuse a budget or a profile that no number of ranks could be planned with.
+
+    Raises:
+        ConfigError: with all faults.
+    """
+    Hardware.from_cfg(cfg, 1, device_gib=_device_gib(cfg), engine=ENGINE)
+
+
 def hardware_for_training(cfg: Any, world_size: int, method: str) -> Hardware:
     """Return the hardware to plan for; the method that fills the memory learns how much fits.
 
@@ -140,12 +149,12 @@ def _batch(worst: WorstCase, count: int, size: Size) -> list[dict[str, Any]]:
 
 
 def refuse_more_than_images(plan: Plan, cfg: Any) -> None:
-    """Refuse a total batch that was chosen to fill the memory and exceeds the dataset.
+    """Refuse a total batch that was decided here, to fill the memory, and exceeds the dataset.
 
     Raises:
         DataError: if there are fewer images.
     """
-    if plan.method == "max_memory":
+    if plan.method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
         refuse_more_than_all(plan, len(_images(cfg)[0]))
 
 

@@ -15,6 +15,7 @@ from d2go.trainer.api import TestNetOutput, TrainNetOutput
 from d2scale.config.defaults import add_d2scale_config
 from d2scale.d2go.config import CfgNode, exit_on_user_error
 from d2scale.d2go.datasets import register_datasets
+from d2scale.d2go.memory import check_memory
 from d2scale.d2go.micro_batches import MicroBatches
 from d2scale.d2go.progress import ProgressRecord, resume_by_images
 from d2scale.d2go.scaling_methods import applied_plan, names_own_method, scale_in_place
@@ -57,6 +58,7 @@ class Runner(GeneralizedRCNNRunner):
                 faults = Schedule.from_cfg(cfg).faults()
                 if faults:
                     raise ConfigError(faults)
+                check_memory(cfg)
 
     def register(self, cfg: Any) -> None:
         """Register what a config may name: datasets and the projects' models."""
@@ -105,7 +107,7 @@ class Runner(GeneralizedRCNNRunner):
         """Scale the config if d2go has not had to, then train as d2go does."""
         # d2go calls a scaling method only when the world size differs from the recipe's.
         if names_own_method(cfg) and applied_plan(cfg) is None:
-            with exit_on_user_error():
+            with exit_on_user_error(on_all_ranks=True):
                 method = method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
                 scale_in_place(cfg, comm.get_world_size(), method)
         return super().do_train(cfg, model, resume)

@@ -11,6 +11,7 @@ from typing import Any
 
 from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
+from d2scale.d2go.config import exit_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.plan import METHOD_PREFIX, METHODS, Plan, make_plan, method_of
 from d2scale.plan_formats import to_table
@@ -80,7 +81,8 @@ def _refuse_uneven_split(plan: Plan) -> None:
 
 def _register(method: str) -> None:
     def scale(cfg: Any, new_world_size: int) -> None:
-        scale_in_place(cfg, new_world_size, method)
+        with exit_on_user_error(on_all_ranks=True):
+            scale_in_place(cfg, new_world_size, method)
 
     scale.__name__ = METHOD_PREFIX + method
     CONFIG_SCALING_METHOD_REGISTRY.register(scale)

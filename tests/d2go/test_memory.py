@@ -1,5 +1,10 @@
 """How much fits into a d2go training, told without a GPU and taken by the scaling method."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -84,3 +89,85 @@ def test_the_method_that_fills_the_memory_decides_by_itself(cfg):
     assert 2 * plan.ims_per_gpu == cfg.SOLVER.IMS_PER_BATCH
     assert plan.predicted_peak_gib < 0.95
     assert any("as predicted" in note for note in plan.notes)
+
+
+RECIPE = """
+_BASE_: [d2scale://MetaFCOS/Base-MetaFCOS.yaml, d2scale://max_memory.yaml]
+MODEL:
+  DEVICE: cpu
+  WEIGHTS: ""
+  BACKBONE: {FREEZE_AT: 0}
+  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: GN}
+  FPN: {OUT_CHANNELS: 64}
+  FCOS: {NUM_CLS_CONVS: 1, NUM_BOX_CONVS: 1}
+DATALOADER: {NUM_WORKERS: 0}
+INPUT: {MIN_SIZE_TRAIN: [64, 96], MAX_SIZE_TRAIN: 144}
+SOLVER: {REFERENCE_WORLD_SIZE: 1, IMS_PER_BATCH: 2, MAX_ITER: 16, STEPS: [], WARMUP_ITERS: 0}
+TEST: {FINAL_EVAL: False}
+D2SCALE: {ON_OOM: raise}
+"""
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Run ``d2go.train_net`` on a simulated device and return the finished process."""
+    write_shapes_dataset(tmp_path, train_images=24, val_images=1, seed=0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+
+    def run(processes, budget_gib):
+        return subprocess.run(
+            [
+                os.path.join(os.path.dirname(sys.executable), "d2go.train_net"),
+                *("--runner", "limited_runner.LimitedRunner", "--config-file", str(recipe)),
+                *("--output-dir", str(tmp_path / "out"), "--num-processes", str(processes)),
+                *("--disable-post-mortem", "D2SCALE.MEMORY.BUDGET_GIB", str(budget_gib)),
+            ],
+            env={
+                **os.environ,
+                "DETECTRON2_DATASETS": str(tmp_path),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(Path(__file__).parents[1] / "support"),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("processes", "budget_gib"), [(1, 0.68), (2, 0.72)])
+def test_a_run_fills_a_simulated_budget_and_stays_within_it(train, tmp_path, processes, budget_gib):
+    done = train(processes, budget_gib)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-3000:]
+    assert (tmp_path / "out" / "model_final.pth").exists()
+    chosen = int(output.split("images per GPU: ")[1].split()[0])
+    assert 1 < chosen <= 24 // processes
+    used = [
+        float(line.split(":")[-1].split()[0])
+        for line in output.splitlines()
+        if "Most bytes on the simulated device" in line
+    ]
+    assert len(used) >= 1
+    assert 0.1 < max(used) < budget_gib
+
+
+@pytest.mark.parametrize(
+    ("budget_gib", "message"),
+    [
+        (0.45, "GiB are missing"),
+        (-1, "above 0 GiB"),
+        (8, "at least the"),
+    ],
+)
+def test_a_budget_that_cannot_be_filled_is_one_line(train, tmp_path, budget_gib, message):
+    done = train(1, budget_gib)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "d2scale: error" in line]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "out" / "model_final.pth").exists()

@@ -1,6 +1,8 @@
 """Whole runs that fill a simulated budget."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,7 @@ SOLVER: {REFERENCE_WORLD_SIZE: 1, IMS_PER_BATCH: 2, MAX_ITER: 20, STEPS: [], WAR
 D2SCALE: {MEMORY: {BUDGET_GIB: 0.58}}
 """
 IMAGES = 12
+REAL_ROOT = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
 
 
 @pytest.fixture
@@ -57,6 +60,23 @@ def test_a_run_trains_at_the_images_that_its_plan_names_and_stays_within_the_bud
     assert 0 < tracker.peak_bytes <= plan["predicted_peak_gib"] * GIB
     config = (recipe.parent / "run" / "config.yaml").read_text()
     assert f"IMS_PER_BATCH: {plan['ims_per_batch']}" in config
+
+
+def test_an_epoch_of_real_images_stays_within_the_budget(recipe, monkeypatch):
+    if not (REAL_ROOT / "coco/annotations/instances_train2017.json").is_file():
+        pytest.skip("needs COCO: set DETECTRON2_DATASETS to the folder that holds coco/")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(REAL_ROOT))
+    budget = 0.7
+    opts = ("SOLVER.MAX_ITER", "64", "SOLVER.BASE_LR", "0.0001")
+    memory = ("D2SCALE.ON_OOM", "raise", "D2SCALE.MEMORY.BUDGET_GIB", str(budget))
+    with StorageTracker(budget_bytes=int(budget * 0.95 * GIB)):
+        train(load(recipe, *opts, *memory))
+    plan = run_plan(recipe)
+    assert plan["ims_per_gpu"] > 8
+    _, steps = plan["changes"]["SOLVER.MAX_ITER"]
+    assert steps == -(-128 // plan["ims_per_gpu"])
+    metrics = (recipe.parent / "run" / "metrics.json").read_text().splitlines()
+    assert json.loads(metrics[-1])["iteration"] == steps - 1
 
 
 def test_two_ranks_fill_theirs(recipe):
