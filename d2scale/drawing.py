@@ -60,7 +60,7 @@ def draw_boxes(
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     size = max(11, min(height, width) // 32)
-    line = max(1, round(min(height, width) / 240))
+    line = max(2, round(min(height, width) / 240))
     font = ImageFont.load_default(size=size)
     order = range(len(boxes)) if scores is None else np.argsort(scores, kind="stable").tolist()
     for number in order:
