@@ -3,6 +3,7 @@
     python benchmarks/memory_gpu.py accuracy    # predicted against torch.cuda.max_memory_reserved
     python benchmarks/memory_gpu.py choice      # chosen images against the most that really train
     python benchmarks/memory_gpu.py epoch       # out-of-memory errors over a dataset at the choice
+    python benchmarks/memory_gpu.py             # what is kept, and what is open; needs no GPU
 
 ``--simulate GIB`` runs the same on a CPU that pretends to be a GPU of that size, to try the
 script; nothing is kept then. ``epoch`` reads ``DATASETS.TRAIN`` under ``DETECTRON2_DATASETS``.
@@ -11,13 +12,14 @@ script; nothing is kept then. ``epoch`` reads ``DATASETS.TRAIN`` under ``DETECTR
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Callable, Iterator
 from itertools import islice, product
 from typing import Any
 
 import torch
-from machine import keep
+from machine import RESULTS, keep
 from tabulate import tabulate
 
 from d2scale.config import load_cfg
@@ -27,11 +29,11 @@ from d2scale.memory.devices import CudaDevice, Device, SimulatedDevice
 from d2scale.memory.oom import is_out_of_memory
 from d2scale.memory.predict import Prediction, Workload, predict
 from d2scale.memory.preserve import learning_rates_zero
-from d2scale.memory.probe import Probe
+from d2scale.memory.probe import Measurement, Probe
 from d2scale.memory.profile import GIB
 from d2scale.memory.steps import TrainingStep
 from d2scale.memory.workload import workload_of
-from d2scale.memory.worst_case import assumed_worst_case
+from d2scale.memory.worst_case import assumed_worst_case, worst_case_of
 
 RECIPE = "d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml"
 BUDGETS_GIB = (8, 16, 24, 40, 80)
@@ -74,16 +76,17 @@ def accuracy(device: Device, opts: list[str]) -> Rows:
             found = take_steps(device, step, batches, device.total_bytes - device.context_bytes)
             if found is None:
                 break
-            predicted = prediction.reserved_bytes(images)
+            live = prediction.live_bytes(images)
+            reserved = prediction.reserved_bytes(images) if device.caches else live
             rows.append(
                 {
                     "key": f"{name}, {images}",
                     "choice": name,
                     "images": images,
                     "live GiB": round(found[0] / GIB, 3),
-                    "live error %": _error(prediction.live_bytes(images), found[0]),
+                    "live error %": _error(live, found[0]),
                     "reserved GiB": round(found[1] / GIB, 3),
-                    "reserved error %": _error(predicted, found[1]),
+                    "reserved error %": _error(reserved, found[1]),
                 }
             )
             images = max(images + 1, round(images * 1.3))
@@ -95,14 +98,14 @@ def choice(device: Device, opts: list[str]) -> Rows:
     rows = []
     for name, cfg in variants(opts):
         workload, prediction = _predicted(cfg)
-        profile = prediction.profile(workload)
+        profile = prediction.profile(workload, caching=device.caches)
         step = workload.build_step(device.device)
         assert workload.make_batches is not None
         for budget in _budgets(device):
             budget_bytes = int(budget * GIB)
             probe = Probe(device, step, workload.make_batches)
             found = probe.measure(profile, budget_bytes)
-            most = _most_that_train(device, step, workload.make_batches, found.tensor_bytes)
+            most = _most_that_train(device, step, workload.make_batches, found)
             rows.append(
                 {
                     "key": f"{name}, {budget}",
@@ -121,15 +124,16 @@ def choice(device: Device, opts: list[str]) -> Rows:
 def epoch(device: Device, opts: list[str]) -> Rows:
     """Train an epoch over the recipe's dataset at the chosen images and count the errors."""
     cfg = load_cfg(RECIPE, opts)
-    workload, prediction = _predicted(cfg)
+    dataset = load_training_dataset(cfg)
+    workload = workload_of(cfg, worst_case_of(cfg, dataset.records, dataset.name))
+    profile = predict(workload).profile(workload, caching=device.caches)
     step = workload.build_step(device.device)
     assert workload.make_batches is not None
     rows = []
     for budget in _budgets(device):
         probe = Probe(device, step, workload.make_batches)
-        found = probe.measure(prediction.profile(workload), int(budget * GIB))
-        dataset = load_training_dataset(cfg)
-        images = min(found.largest, len(dataset))
+        found = probe.measure(profile, int(budget * GIB), limit=len(dataset))
+        images = found.largest
         if not images:
             continue
         loader = build_train_loader(
@@ -165,12 +169,12 @@ def _budgets(device: Device) -> list[float]:
 
 
 def _most_that_train(
-    device: Device, step: TrainingStep, batches: Callable[[int], Any], tensor_bytes: int
+    device: Device, step: TrainingStep, batches: Callable[[int], Any], found: Measurement
 ) -> int:
-    """Try every number of images; beyond the first that fails, three more."""
-    most, images = 0, 1
-    while images <= most + 3:
-        if take_steps(device, step, batches(images), tensor_bytes) is not None:
+    """Try every number of images from the chosen one on, to three beyond the last that trains."""
+    most, images = 0, max(1, found.largest)
+    while images <= max(most, found.largest) + 3:
+        if take_steps(device, step, batches(images), found.tensor_bytes) is not None:
             most = images
         images += 1
     return most
@@ -180,25 +184,45 @@ def _error(predicted: int, found: int) -> float:
     return round(100 * (predicted / found - 1), 2)
 
 
+COMPARISONS = {"accuracy": accuracy, "choice": choice, "epoch": epoch}
+
+
+def kept_rows(comparison: str) -> Rows:
+    """Return what earlier runs on GPUs have left."""
+    path = RESULTS / f"memory_gpu_{comparison}.json"
+    rows: Rows = json.loads(path.read_text()) if path.exists() else []
+    return rows
+
+
+def show(comparison: str, rows: Rows) -> None:
+    """Print a table, or that it is open."""
+    if not rows:
+        print(f"memory_gpu.py {comparison}: open, for it has not been run on a GPU")
+        return
+    shown = [{k: v for k, v in row.items() if k not in ("key", "machine")} for row in rows]
+    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+
+
 def main() -> None:
-    """Run one comparison, keep its rows, print all that are kept."""
+    """Run one comparison and keep its rows; print what is kept."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    comparisons = {"accuracy": accuracy, "choice": choice, "epoch": epoch}
-    parser.add_argument("comparison", choices=comparisons)
+    parser.add_argument("comparison", nargs="?", choices=COMPARISONS, help="none: print all kept")
     parser.add_argument("--simulate", type=float, metavar="GIB")
     arguments, opts = parser.parse_known_args()
     logging.disable(logging.INFO)
-    if arguments.simulate:
-        rows = comparisons[arguments.comparison](
-            SimulatedDevice(int(arguments.simulate * GIB)), opts
-        )
+    name = arguments.comparison
+    if name is None:
+        for each in COMPARISONS:
+            show(each, kept_rows(each))
+    elif arguments.simulate:
+        print("Simulated on a CPU to try the script; nothing is kept:")
+        show(name, COMPARISONS[name](SimulatedDevice(int(arguments.simulate * GIB)), opts))
+    elif not torch.cuda.is_available():
+        parser.error("CUDA is not available; --simulate GIB tries the script without")
     else:
         device = CudaDevice(torch.device("cuda", 0))
         torch.cuda.set_device(device.device)
-        made = comparisons[arguments.comparison](device, opts)
-        rows = keep(f"memory_gpu_{arguments.comparison}", made, "key")
-    shown = [{k: v for k, v in row.items() if k not in ("key", "machine")} for row in rows]
-    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+        show(name, keep(f"memory_gpu_{name}", COMPARISONS[name](device, opts), "key"))
 
 
 if __name__ == "__main__":
