@@ -18,10 +18,13 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 # About half an hour on two cores. The rows that need a GPU are not among them.
-benchmarks: $(VENV)/.train
+benchmarks: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/exactness.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/memory_prediction.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation_speed.py --repeats 1
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loader_speed.py
+	$(BIN)/python benchmarks/training_speed.py
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "d2scale needs Python 3.10 or later: make PYTHON=python3.11 ...")'

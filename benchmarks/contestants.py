@@ -1,0 +1,189 @@
+"""FCOS detectors with ResNet-50 and FPN, made alike: 60 classes, frozen batch norm, random weights.
+
+detectron2's and AdelaiDet's are there where they are installed. Stem and first stage are frozen
+in all of them. Each is fed the same images, boxes and classes, in the form that it takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+NUM_CLASSES = 60
+Sample = dict[str, Any]
+
+
+class Contestant(NamedTuple):
+    """A detector to measure.
+
+    Attributes:
+        model: in training mode.
+        prepare: turns samples into what the model takes; not measured.
+        losses: calls the model.
+    """
+
+    model: nn.Module
+    prepare: Callable[[Sequence[Sample]], Any]
+    losses: Callable[[nn.Module, Any], dict[str, Tensor]]
+
+
+def make_samples(count: int, height: int, width: int, boxes: int = 7) -> list[Sample]:
+    """Return ``count`` images of noise with boxes of COCO's number and sizes."""
+    draw = torch.Generator().manual_seed(0)
+    samples = []
+    for number in range(count):
+        side = (torch.rand(boxes, 2, generator=draw) ** 2).mul(0.8).add(0.03)
+        corner = torch.rand(boxes, 2, generator=draw) * (1 - side)
+        scale = torch.tensor([width, height] * 2)
+        samples.append(
+            {
+                "image": torch.randint(256, (3, height, width), generator=draw, dtype=torch.uint8),
+                "height": height,
+                "width": width,
+                "image_id": number,
+                "boxes": torch.cat([corner, corner + side], dim=1) * scale,
+                "classes": torch.randint(NUM_CLASSES, (boxes,), generator=draw),
+            }
+        )
+    return samples
+
+
+def _metafcos(*changes: str) -> Contestant:
+    from d2scale.config import load_cfg
+    from d2scale.engine.models import new_model
+    from d2scale.memory.steps import detector_losses
+
+    options = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", *changes]
+    cfg = load_cfg("d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml", options)
+    return Contestant(
+        new_model(cfg), list, lambda model, batch: dict(detector_losses(model, batch))
+    )
+
+
+def metafcos() -> Contestant:
+    """d2scale's, as the recipe has it."""
+    return _metafcos()
+
+
+def metafcos_paper() -> Contestant:
+    """d2scale's with the layers of torchvision's: stride in the 3x3, 3x3 for the classes."""
+    return _metafcos(
+        "MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.FCOS.CLS_LOGITS_KERNEL_SIZE", "3"
+    )
+
+
+def torchvision_fcos() -> Contestant:
+    """torchvision's, built with the norm that it has when its weights are loaded."""
+    from torchvision.models.detection import FCOS
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops import FrozenBatchNorm2d
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50",
+        weights=None,
+        norm_layer=FrozenBatchNorm2d,
+        trainable_layers=3,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    # One class more than there are, as in its own weights; the images keep their size.
+    model = FCOS(backbone, NUM_CLASSES + 1, _skip_resize=True)
+
+    def prepare(samples: Sequence[Sample]) -> Any:
+        targets = [{"boxes": s["boxes"], "labels": s["classes"] + 1} for s in samples]
+        return [sample["image"] / 255.0 for sample in samples], targets
+
+    return Contestant(model, prepare, lambda m, batch: m(*batch))
+
+
+def detectron2_fcos() -> Contestant:
+    """detectron2's own."""
+    from detectron2 import model_zoo
+    from detectron2.config import instantiate
+
+    config = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py").model
+    config.num_classes = NUM_CLASSES
+    model = instantiate(config)
+    return Contestant(model, _to_detectron2, _detectron2_losses)
+
+
+def adelaidet_fcos() -> Contestant:
+    """AdelaiDet's, by its R_50_1x settings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import adet.modeling  # noqa: F401 - registers its models
+        from adet.config import get_cfg
+    from detectron2.modeling import build_model
+
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "OneStageDetector"
+    cfg.MODEL.BACKBONE.NAME = "build_fcos_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.DEPTH = 50
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "FCOS"
+    cfg.MODEL.FCOS.NUM_CLASSES = NUM_CLASSES
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    return Contestant(build_model(cfg), _to_detectron2, _detectron2_losses)
+
+
+def _to_detectron2(samples: Sequence[Sample]) -> Any:
+    from detectron2.structures import Boxes, Instances
+
+    batch = []
+    for sample in samples:
+        boxes, classes = Boxes(sample["boxes"]), sample["classes"]
+        size = (sample["height"], sample["width"])
+        instances = Instances(size, gt_boxes=boxes, gt_classes=classes)
+        batch.append({**sample, "instances": instances})
+    return batch
+
+
+def _detectron2_losses(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    from detectron2.utils.events import EventStorage
+
+    with EventStorage():
+        losses = model(batch)
+    return {name: value for name, value in losses.items() if "loss" in name}
+
+
+BUILDERS: dict[str, tuple[str, Callable[[], Contestant]]] = {
+    "MetaFCOS, the recipe": ("d2scale", metafcos),
+    "MetaFCOS, torchvision's layers": ("d2scale", metafcos_paper),
+    "torchvision fcos_resnet50_fpn": ("torchvision", torchvision_fcos),
+    "detectron2 FCOS": ("detectron2", detectron2_fcos),
+    "AdelaiDet FCOS": ("adet", adelaidet_fcos),
+}
+
+
+def build(name: str, device: torch.device) -> Contestant | None:
+    """Build a contestant in training mode on ``device``; None where it is not installed."""
+    package, builder = BUILDERS[name]
+    if importlib.util.find_spec(package) is None:
+        return None
+    torch.manual_seed(0)
+    contestant = builder()
+    for module in contestant.model.modules():
+        # Without weights of its own a frozen norm lets the activations grow from block to block.
+        if type(module).__name__ == "FrozenBatchNorm2d":
+            module.weight.fill_(0.5)  # type: ignore[operator, union-attr]
+    contestant.model.train().to(device)
+    return contestant
+
+
+def step(contestant: Contestant, batch: Any, precision: torch.dtype | None) -> None:
+    """Forward and backward; the gradients stay."""
+    device = next(contestant.model.parameters()).device.type
+    context = (
+        contextlib.nullcontext() if precision is None else torch.autocast(device, dtype=precision)
+    )
+    with context:
+        losses = contestant.losses(contestant.model, batch)
+        objective = torch.stack([loss.float() for loss in losses.values()]).sum()
+    objective.backward()
