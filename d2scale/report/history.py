@@ -157,9 +157,8 @@ def _read_events(folder: Path, notes: list[str]) -> list[dict[str, float]]:
     for tag in accumulator.Tags().get("scalars", []):
         for event in accumulator.Scalars(tag):
             line = lines.setdefault(event.step, {"iteration": event.step})
-            if math.isfinite(event.value):
-                line[tag] = float(event.value)
-                line["wall_time"] = float(event.wall_time)
+            line[tag] = float(event.value)
+            line["wall_time"] = float(event.wall_time)
     return [lines[step] for step in sorted(lines)]
 
 

@@ -109,6 +109,7 @@ def test_tensorboard_events_where_there_is_no_metrics_file(tmp_path):
     for step in (1, 3):
         writer.add_scalar("total_loss", 1.0 / (step + 1), step)
         writer.add_scalar("time", 0.5, step)
+    writer.add_scalar("bbox/AP", float("nan"), 4)
     writer.close()
     history = read_history(tmp_path, 4)
     places, values = history.curve("total_loss")
