@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from d2scale.errors import DataError
 from d2scale.synthetic import write_shapes_dataset
 
 SMALL = {
@@ -20,7 +21,7 @@ SMALL = {
     "MODEL.FPN.OUT_CHANNELS": 64,
     "INPUT.MIN_SIZE_TRAIN": (96,),
     "INPUT.MAX_SIZE_TRAIN": 160,
-    "D2SCALE.MEMORY.BUDGET_GIB": 1.0,
+    "D2SCALE.MEMORY.BUDGET_GIB": 0.8,
     "SOLVER.MAX_ITER": 1000,
     "SOLVER.STEPS": (600,),
 }
@@ -35,7 +36,7 @@ def cfg(recipes, tmp_path, monkeypatch):
     from meta_fcos.detectron2 import register
 
     register()
-    write_shapes_dataset(tmp_path, train_images=6, val_images=1, seed=0)
+    write_shapes_dataset(tmp_path, train_images=60, val_images=1, seed=0)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     cfg = Runner.get_default_cfg()
     cfg.merge_from_file(str(recipes / "experiment-1-baseline.yaml"))
@@ -87,8 +88,17 @@ def test_the_method_that_fills_the_memory_decides_by_itself(cfg):
     plan = scale_in_place(cfg, 2, "max_memory")
     assert plan.ims_per_gpu > 8
     assert 2 * plan.ims_per_gpu == cfg.SOLVER.IMS_PER_BATCH
-    assert plan.predicted_peak_gib < 0.95
+    assert plan.predicted_peak_gib < 0.95 * 0.8
     assert any("as predicted" in note for note in plan.notes)
+
+
+def test_fewer_images_than_the_chosen_batch_are_refused(cfg):
+    from d2scale.d2go.scaling_methods import scale_in_place
+
+    cfg.SOLVER.AUTO_SCALING_METHODS = ("d2scale_max_memory",)
+    cfg.D2SCALE.MEMORY.BUDGET_GIB = 4.0
+    with pytest.raises(DataError, match="60; allowed: at least the"):
+        scale_in_place(cfg, 2, "max_memory")
 
 
 RECIPE = """
