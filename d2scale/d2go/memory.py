@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import detectron2.utils.comm as comm
 import torch
 from d2go.modeling.api import build_d2go_model
 from d2go.optimizer.build import build_optimizer_mapper
@@ -18,20 +16,17 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from d2scale.errors import ConfigError, Fault
 from d2scale.hardware import Hardware
 from d2scale.memory.agreement import of_first_rank
 from d2scale.memory.coverage import coverage
 from d2scale.memory.devices import CudaDevice
 from d2scale.memory.filling import refuse_more_than_all
+from d2scale.memory.measure import measure_workload
 from d2scale.memory.predict import Workload, predict
-from d2scale.memory.probe import Probe, measured_profile
 from d2scale.memory.profile import GIB, MemoryProfile
 from d2scale.memory.steps import TrainingStep, detector_losses
 from d2scale.memory.worst_case import Size, WorstCase, worst_case_of_images
 from d2scale.plan import Plan
-
-logger = logging.getLogger(__name__)
 
 ENGINE = "d2go"
 
@@ -84,20 +79,12 @@ def memory_profile(cfg: Any) -> MemoryProfile:
     """
     worst, images = _worst_case(cfg)
     workload = workload_of(cfg, worst)
-    predicted = _predicted(workload)
     if not (_on_cuda(cfg) and cfg.D2SCALE.MEMORY.PROBE):
-        return predicted
+        return _predicted(workload)
     device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
-    budget_bytes = round(_budget_gib(cfg, device) * GIB)
-    assert workload.make_batches is not None
-    most = cfg.D2SCALE.MAX_IMS_PER_BATCH or images
-    probe = Probe(device, workload.build_step(device.device), workload.make_batches)
-    measurement = probe.measure(
-        predicted, budget_bytes, limit=max(1, min(most, images) // comm.get_world_size())
+    return measure_workload(
+        cfg, workload, device, images=images, variants=lambda: _alternatives(cfg)
     )
-    name = torch.cuda.get_device_name(device.device)
-    description = f"{workload.description}; measured on {name}"
-    return measured_profile(predicted, measurement, budget_bytes, description)
 
 
 def _predicted(workload: Workload) -> MemoryProfile:
@@ -189,11 +176,3 @@ def _device_gib(cfg: Any) -> float | None:
 
 def _on_cuda(cfg: Any) -> bool:
     return cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
-
-
-def _budget_gib(cfg: Any, device: CudaDevice) -> float:
-    asked, total_gib = cfg.D2SCALE.MEMORY.BUDGET_GIB, device.total_bytes / GIB
-    if not 0 <= asked <= total_gib:
-        allowed = f"0 (all of the device), or up to its {total_gib:.2f} GiB"
-        raise ConfigError([Fault("D2SCALE.MEMORY.BUDGET_GIB", asked, allowed, "correct it")])
-    return float(asked or total_gib)

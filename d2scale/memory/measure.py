@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from d2scale.engine.data.coco import load_training_dataset
 from d2scale.engine.launch import launch
 from d2scale.engine.models import device_of
-from d2scale.engine.parallel import world_size
 from d2scale.errors import ConfigError, Fault
 from d2scale.hardware import Hardware
-from d2scale.memory.agreement import of_first_rank
+from d2scale.memory.agreement import of_first_rank, ranks
 from d2scale.memory.devices import Device, SimulatedDevice, device_at_hand
-from d2scale.memory.predict import predict
+from d2scale.memory.predict import Workload, predict
 from d2scale.memory.predictions import predict_variants
 from d2scale.memory.probe import Measurement, Probe, measured_profile
 from d2scale.memory.profile import GIB, MemoryProfile
 from d2scale.memory.workload import workload_of
-from d2scale.memory.worst_case import WorstCase, worst_case_of
-
-logger = logging.getLogger(__name__)
+from d2scale.memory.worst_case import worst_case_of
 
 
 def measure_profile(
@@ -64,31 +61,61 @@ def measure_profile(
 def measure_on_rank(cfg: Any) -> MemoryProfile:
     """Do one rank's part of :func:`measure_profile`; all ranks return the same."""
     device = device_at_hand(device_of(cfg), cfg.D2SCALE.MEMORY.BUDGET_GIB)
-    budget_bytes = round(_budget_gib(cfg, device) * GIB)
     dataset = load_training_dataset(cfg)
     worst = worst_case_of(cfg, dataset.records, dataset.name)
-    workload = workload_of(cfg, worst)
+    return measure_workload(
+        cfg,
+        workload_of(cfg, worst),
+        device,
+        images=len(dataset),
+        variants=lambda: predict_variants(cfg, worst, caching=device.caches),
+    )
+
+
+def measure_workload(
+    cfg: Any,
+    workload: Workload,
+    device: Device,
+    *,
+    images: int,
+    variants: Callable[[], Sequence[MemoryProfile]],
+) -> MemoryProfile:
+    """Measure any engine's training. Every rank calls it, and all return the same.
+
+    Args:
+        cfg: with d2scale's keys and ``INPUT.MIN_SIZE_TRAIN``.
+        workload: with batches for trials.
+        device: this rank's.
+        images: of the dataset.
+        variants: predicts other precisions and activation checkpointing, to say what would fit.
+
+    Raises:
+        ConfigError: for a budget that cannot be, or a device too small for one image.
+    """
+    budget_gib = _budget_gib(cfg, device)
     # Where values decide, as in sampling, the ranks may have counted differently.
     predicted = of_first_rank(predict(workload).profile(workload, caching=device.caches))
-    most = min(cfg.D2SCALE.MAX_IMS_PER_BATCH or len(dataset), len(dataset))
-    step = workload.build_step(device.device)
+    most = min(cfg.D2SCALE.MAX_IMS_PER_BATCH or images, images)
     assert workload.make_batches is not None
-    measurement = Probe(device, step, workload.make_batches).measure(
-        predicted, budget_bytes, limit=max(1, most // world_size())
-    )
-    if not measurement.largest:
-        _refuse_too_small(cfg, worst, predicted, measurement, device)
+    probe = Probe(device, workload.build_step(device.device), workload.make_batches)
+    found = probe.measure(predicted, round(budget_gib * GIB), limit=max(1, most // ranks()))
+    if not found.largest:
+        _refuse_too_small(cfg, budget_gib, found, predicted, variants())
     return measured_profile(
         predicted,
-        measurement,
-        budget_bytes,
-        f"{workload.description}; measured on {_name(device)}, {world_size()} ranks, with "
-        f"{', '.join(str(trial.ims_per_gpu) for trial in measurement.trials)} images",
+        found,
+        round(budget_gib * GIB),
+        f"{workload.description}; measured on {_name(device)}, {ranks()} ranks, with "
+        f"{', '.join(str(trial.ims_per_gpu) for trial in found.trials)} images",
     )
 
 
 def _refuse_too_small(
-    cfg: Any, worst: WorstCase, predicted: MemoryProfile, found: Measurement, device: Device
+    cfg: Any,
+    budget_gib: float,
+    found: Measurement,
+    predicted: MemoryProfile,
+    variants: Sequence[MemoryProfile],
 ) -> None:
     """Say what one image would take, if the prediction agrees that it is too much."""
 
@@ -96,10 +123,10 @@ def _refuse_too_small(
         return replace(profile, context_bytes=found.context_bytes)
 
     Hardware(
-        world_size(),
-        _budget_gib(cfg, device),
+        ranks(),
+        budget_gib,
         on_device(predicted),
-        alternatives=tuple(map(on_device, predict_variants(cfg, worst, caching=device.caches))),
+        alternatives=tuple(map(on_device, variants)),
         short_edge=max(cfg.INPUT.MIN_SIZE_TRAIN),
     ).largest_fit()
 
