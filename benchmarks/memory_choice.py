@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from machine import keep
@@ -31,32 +30,34 @@ CHOICES: dict[str, tuple[tuple[str, ...], int, tuple[int, ...]]] = {
 }
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """Yield one row a setting and budget."""
-    for choice, (opts, scale, held) in CHOICES.items():
-        bench = Bench(COCO_LIKE, opts, scale)
-        for images in held:
-            # Between what this many and one more are predicted to take.
-            budget_bytes = int(bench.predicted.peak_bytes(images + 0.6))
-            found, trials = d2scale_probe(bench, budget_bytes)
-            most = bench.most(budget_bytes, start=max(1, found - 1))
-            yield {
-                "key": f"{choice}, {images}",
-                "choice": choice,
-                "budget MB": round(budget_bytes / 1e6, 1),
-                "most that trains": most,
-                "chosen": found,
-                "of the most %": round(100 * found / most, 1),
-                "sizes tried": trials,
-                "steps out of memory in an epoch": bench.failures(found, budget_bytes),
-            }
+def rows(bench: Bench, choice: str, images: int) -> list[dict[str, Any]]:
+    """Return the row of one setting and budget."""
+    budget_bytes = bench.budget_for(images)
+    found, trials = d2scale_probe(bench, budget_bytes)
+    most = bench.most(budget_bytes, near=found)
+    return [
+        {
+            "key": f"{choice}, {images}",
+            "choice": choice,
+            "budget MB": round(budget_bytes / 1e6, 1),
+            "most that trains": most,
+            "chosen": found,
+            "of the most %": round(100 * found / most, 1),
+            "sizes tried": trials,
+            "steps out of memory in an epoch": bench.failures(found, budget_bytes),
+        }
+    ]
 
 
 def main() -> None:
     """Try all, keep the rows, print them."""
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
-    kept = keep("memory_choice", list(rows()), "key")
+    kept: list[dict[str, Any]] = []
+    for choice, (opts, scale, held) in CHOICES.items():
+        bench = Bench(COCO_LIKE, opts, scale)
+        for images in held:
+            kept = keep("memory_choice", rows(bench, choice, images), "key")
     shown = [{k: v for k, v in row.items() if k not in ("key", "machine")} for row in kept]
     print(tabulate(shown, headers="keys", tablefmt="pipe"))
 

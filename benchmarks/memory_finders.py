@@ -1,7 +1,7 @@
 """Batch finders on a simulated device: d2scale's, and those that users have today.
 
     pip install lightning accelerate ultralytics
-    python benchmarks/memory_finders.py [--budget-mb 58 76]
+    python benchmarks/memory_finders.py [--kind equal] [--images 15 23]
 
 Without a finder's package its row is left out. A finder's batch is trained for an epoch: a step
 that runs out of memory there is a failure. See ``simulated.py`` for the device and the images.
@@ -19,6 +19,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -134,6 +135,7 @@ def ultralytics_finder(bench: Bench, budget_bytes: int) -> Found:
     return int(chosen), len(tried)
 
 
+KINDS = {"equal": EQUAL, "like COCO's": COCO_LIKE}
 PEERS: dict[str, Callable[[Bench, int], Found]] = {
     "d2scale": d2scale_probe,
     "accelerate find_executable_batch_size": accelerate_finder,
@@ -143,39 +145,44 @@ PEERS: dict[str, Callable[[Bench, int], Found]] = {
 }
 
 
-def rows(budgets_mb: list[int]) -> Iterator[dict[str, Any]]:
-    """Yield one row a finder, kind of images and budget."""
-    for kind, shapes in (("equal", EQUAL), ("like COCO's", COCO_LIKE)):
-        bench = Bench(shapes)
-        for budget in budgets_mb:
-            budget_bytes = budget * 10**6
-            most = bench.most(budget_bytes)
-            for name, find in PEERS.items():
-                try:
-                    found, trials = find(bench, budget_bytes)
-                except ModuleNotFoundError as error:
-                    print(f"{name} is left out: {error}")
-                    continue
-                yield {
-                    "key": f"{kind}, {budget}, {name}",
-                    "images": kind,
-                    "budget MB": budget,
-                    "most that trains": most,
-                    "finder": name,
-                    "chosen": found,
-                    "of the most %": round(100 * found / most),
-                    "sizes tried": trials,
-                    "steps out of memory in an epoch": bench.failures(found, budget_bytes),
-                }
+def rows(bench: Bench, kind: str, images: int) -> Iterator[dict[str, Any]]:
+    """Yield one row a finder, on a budget for about ``images``."""
+    budget_bytes = bench.budget_for(images)
+    most = bench.most(budget_bytes, near=d2scale_probe(bench, budget_bytes)[0])
+    failures: dict[int, int] = {}
+    for name, find in PEERS.items():
+        try:
+            found, trials = find(bench, budget_bytes)
+        except ModuleNotFoundError as error:
+            print(f"{name} is left out: {error}")
+            continue
+        if found not in failures:
+            failures[found] = bench.failures(found, budget_bytes)
+        yield {
+            "key": f"{kind}, {images}, {name}",
+            "images": kind,
+            "budget MB": round(budget_bytes / 1e6, 1),
+            "most that trains": most,
+            "finder": name,
+            "chosen": found,
+            "of the most %": round(100 * found / most),
+            "sizes tried": trials,
+            "steps out of memory in an epoch": failures[found],
+        }
 
 
 def main() -> None:
     """Run every finder on every budget, keep the rows, print them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--budget-mb", type=int, nargs="+", default=[58, 76])
+    parser.add_argument("--kind", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--images", type=int, nargs="+", default=[15, 23], metavar="N")
+    arguments = parser.parse_args()
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
-    kept = keep("memory_finders", list(rows(parser.parse_args().budget_mb)), "key")
+    kept: list[dict[str, Any]] = []
+    for kind, images in product(arguments.kind, arguments.images):
+        for row in rows(Bench(KINDS[kind]), kind, images):
+            kept = keep("memory_finders", [row], "key")
     shown = [{k: v for k, v in row.items() if k not in ("key", "machine")} for row in kept]
     print(tabulate(shown, headers="keys", tablefmt="pipe"))
 

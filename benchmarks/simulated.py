@@ -39,8 +39,8 @@ COCO_LIKE = (
 EQUAL = ((480, 800, 100),)
 SHORT_EDGES, MAX_SIZE, IMAGES, BOXES = (96, 112, 128), 213, 200, 8
 NARROW = (
-    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "32", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "16", "MODEL.FPN.OUT_CHANNELS", "32"),
     *("MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1"),
     *("MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"),
 )
@@ -101,16 +101,23 @@ class Bench:
         random.Random(size).shuffle(made)  # noqa: S311 - no secrets
         return made
 
-    def most(self, budget_bytes: int, start: int = 1) -> int:
-        """The most images whose worst steps train: found by trying, three beyond one that fails.
+    def budget_for(self, images: int) -> int:
+        """A budget that should hold this many images, and not one more."""
+        return round(1.001 * self.predicted.peak_bytes(images + 0.5))
 
-        ``start`` must be no more than the answer.
+    def most(self, budget_bytes: int, near: int) -> int:
+        """The most images whose worst steps train: found by trying, three beyond the last.
+
+        The search begins at ``near``, or below it where that does not train.
         """
-        most, size = 0, start
-        while size <= max(most, start) + 3:
+        size = max(1, near)
+        while size > 1 and not self.fits(self.trial_batches(size), budget_bytes):
+            size -= 1
+        most = size
+        while size < most + 3:
+            size += 1
             if self.fits(self.trial_batches(size), budget_bytes):
                 most = size
-            size += 1
         return most
 
     def failures(self, size: int, budget_bytes: int) -> int:
