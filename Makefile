@@ -22,6 +22,9 @@ benchmarks: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/exactness.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/memory_prediction.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory_choice.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory_finders.py
+	$(BIN)/python benchmarks/memory_gpu.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation_speed.py --repeats 1
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loader_speed.py
 	$(BIN)/python benchmarks/training_speed.py
