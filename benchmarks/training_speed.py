@@ -4,8 +4,8 @@
         [--precision float32 bfloat16] [--memory-size 640x640] [--only NAME ...]
 
 The detectors take turns, a step each, so that whatever else the machine does falls on all alike.
-Memory is counted, storage by storage, over one forward and backward with weights and gradients;
-on a GPU it is what torch's allocator gave out. detectron2 and AdelaiDet take part where they are
+Memory is counted, storage by storage, over one forward and backward, gradients included; on a GPU
+it is what torch's allocator gave out. detectron2 and AdelaiDet take part where they are
 installed.
 """
 
@@ -113,41 +113,48 @@ def _setting(
 def memory_rows(options: argparse.Namespace, precision: str) -> Iterator[dict[str, Any]]:
     """Count each contestant's peak of forward and backward; yield a row each."""
     height, width = options.memory_size
-    peaks = {}
+    peaks: dict[str, int] = {}
+    weights: dict[str, int] = {}
     for name in options.only:
         gc.collect()
-        peak = peak_bytes(name, make_samples(options.images, height, width), options, precision)
-        if peak is not None:
-            peaks[name] = peak
+        found = peak_bytes(name, make_samples(options.images, height, width), options, precision)
+        if found is not None:
+            peaks[name], weights[name] = found
     others = [peak for name, peak in peaks.items() if not name.startswith(OURS)]
     for name, peak in peaks.items():
         yield {
             **_setting("peak memory", name, options, (height, width), precision),
-            "peak MB": round(peak / 1e6, 1),
+            "peak MB": round((peak + weights[name]) / 1e6, 1),
+            "above the weights MB": round(peak / 1e6, 1),
             "over the best other": round(peak / min(others), 3) if others else None,
         }
 
 
 def peak_bytes(
     name: str, samples: list[Sample], options: argparse.Namespace, precision: str
-) -> int | None:
-    """Return the peak of one forward and backward; None where ``name`` is not installed."""
+) -> tuple[int, int] | None:
+    """Return the peak of a forward and backward above the weights, and the bytes of these.
+
+    None where ``name`` is not installed.
+    """
     device = torch.device(options.device)
     contestant = build(name, device)
     if contestant is None:
         return None
     batch = contestant.prepare(to_device(samples, device))
+    held = [*contestant.model.parameters(), *contestant.model.buffers()]
+    weights = sum(tensor.nbytes for tensor in held)
     if device.type == "cuda":
         for _ in range(2):  # the first step also loads libraries
             contestant.model.zero_grad()
             torch.cuda.reset_peak_memory_stats()
             step(contestant, batch, PRECISIONS[precision])
-        return int(torch.cuda.max_memory_allocated())
+        return int(torch.cuda.max_memory_allocated()) - weights, weights
     tracker = StorageTracker()
     with tracker:
-        tracker.count(*contestant.model.parameters(), *contestant.model.buffers())
+        tracker.count(*held)
         step(contestant, batch, PRECISIONS[precision])
-    return tracker.peak_bytes
+    return tracker.peak_bytes - weights, weights
 
 
 def size(text: str) -> tuple[int, int]:
