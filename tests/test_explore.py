@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -62,5 +63,8 @@ def test_the_command_prints_a_table_or_json(recipes, capsys):
     arguments = ["plan", path, "--explore", "--gpu-memory-gib", "16", "--method", "max_memory"]
     assert main(arguments) == 0
     assert "| AMP, activation checkpointing     |" in capsys.readouterr().out
+    assert main([*arguments, "--gpus", "2"]) == 0
+    readme = Path(__file__).resolve().parents[1] / "README.md"
+    assert capsys.readouterr().out in readme.read_text(encoding="utf-8")
     assert main([*arguments, "--format", "json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 4
