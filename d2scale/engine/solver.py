@@ -51,14 +51,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             lr=cfg.SOLVER.BASE_LR,
             betas=tuple(cfg.SOLVER.BETAS),
             eps=cfg.SOLVER.EPS,
-            foreach=True,
+            fused=True,
         )
     return torch.optim.SGD(
         groups,
         lr=cfg.SOLVER.BASE_LR,
         momentum=cfg.SOLVER.MOMENTUM,
         nesterov=cfg.SOLVER.NESTEROV,
-        foreach=True,
+        fused=True,
     )
 
 
