@@ -78,8 +78,11 @@ def lightning_finder(mode: str) -> Callable[[Bench, int], Found]:
                 return self.step.optimizer
 
             def train_dataloader(self) -> Any:
-                batches = bench.batches(self.batch_size)
-                return torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+                return torch.utils.data.DataLoader(
+                    bench.samples,  # type: ignore[arg-type]
+                    batch_sampler=bench.batch_indices(self.batch_size),
+                    collate_fn=list,
+                )
 
             def transfer_batch_to_device(self, batch: Any, *arguments: Any) -> Any:
                 return batch

@@ -90,16 +90,20 @@ class Bench:
                 return False
         return True
 
-    def batches(self, size: int) -> list[list[Any]]:
+    def batch_indices(self, size: int) -> list[list[int]]:
         """An epoch in random order, in batches of one aspect-ratio group, the last ones smaller."""
         sides = np.array([sample["image"].shape[1:] for sample in self.samples])
         groups = aspect_ratio_groups(sides[:, 1], sides[:, 0])
-        made = []
+        made: list[list[int]] = []
         for group in (0, 1):
-            members = [s for s, g in zip(self.samples, groups, strict=True) if g == group]
+            members = np.flatnonzero(groups == group).tolist()
             made += [members[i : i + size] for i in range(0, len(members), size)]
         random.Random(size).shuffle(made)  # noqa: S311 - no secrets
         return made
+
+    def batches(self, size: int) -> list[list[Any]]:
+        """The same as samples."""
+        return [[self.samples[i] for i in batch] for batch in self.batch_indices(size)]
 
     def budget_for(self, images: int) -> int:
         """A budget that should hold this many images, and not one more."""

@@ -121,7 +121,7 @@ D2SCALE: {ON_OOM: raise}
 @pytest.fixture
 def train(tmp_path):
     """Run ``d2go.train_net`` on a simulated device and return the finished process."""
-    write_shapes_dataset(tmp_path, train_images=24, val_images=1, seed=0)
+    write_shapes_dataset(tmp_path, train_images=48, val_images=1, seed=0)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
 
@@ -155,7 +155,7 @@ def test_a_run_fills_a_simulated_budget_and_stays_within_it(train, tmp_path, pro
     assert done.returncode == 0, output[-3000:]
     assert (tmp_path / "out" / "model_final.pth").exists()
     chosen = int(output.split("images per GPU: ")[1].split()[0])
-    assert 1 < chosen <= 24 // processes
+    assert 1 < chosen <= 48 // processes
     used = [
         float(line.split(":")[-1].split()[0])
         for line in output.splitlines()
