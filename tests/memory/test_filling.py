@@ -119,6 +119,14 @@ def test_a_dataset_without_annotations_is_refused(recipes, training_set):
         measure.measure_profile(config(recipes))
 
 
+def test_a_device_too_small_for_one_image_is_told_by_how_much_and_what_would_fit(recipes):
+    with pytest.raises(
+        ConfigError, match=r"GiB are missing; (what would fit|no precision)"
+    ) as raised:
+        measure.measure_profile(config(recipes, budget="0.03"))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_simulated_device_needs_a_size(recipes):
     with pytest.raises(ConfigError, match="above 0 GiB"):
         measure.measure_profile(config(recipes, budget="0"))
