@@ -169,8 +169,8 @@ def test_a_run_fills_a_simulated_budget_and_stays_within_it(train, tmp_path, pro
     ("budget_gib", "message"),
     [
         (0.45, "GiB are missing"),
-        (-1, "above 0 GiB"),
-        (8, "at least the"),
+        (-1.0, "above 0 GiB"),
+        (8.0, "at least the"),
     ],
 )
 def test_a_budget_that_cannot_be_filled_is_one_line(train, tmp_path, budget_gib, message):
