@@ -23,12 +23,24 @@ _FLOAT32_FUNCTIONS = frozenset(
 )
 
 
+# Fused updates write in place and allocate nothing. Fake tensors know no rule for them and would
+# run them in earnest, on memory made for that.
+_FUSED_UPDATES = frozenset(["_fused_adam_", "_fused_adamw_", "_fused_sgd_"])
+
+
 class CudaLike(TorchFunctionMode):
     """Repeats CUDA's choices on the CPU.
 
     Under autocast, what CUDA computes in float32 is computed in float32. The memory format
     ``channels_last``, which code chooses for the sake of a CPU's speed, is passed over.
+
+    Args:
+        fake: whether tensors have no values; fused updates of the weights are left out then.
     """
+
+    def __init__(self, *, fake: bool) -> None:
+        super().__init__()
+        self._fake = fake
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -39,6 +51,8 @@ class CudaLike(TorchFunctionMode):
         if kwargs.get("memory_format") is torch.channels_last:
             del kwargs["memory_format"]
         name = getattr(func, "__name__", "")
+        if self._fake and name in _FUSED_UPDATES:
+            return None
         if name in _FLOAT32_FUNCTIONS and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _to_float32, (args, kwargs))
         return func(*args, **kwargs)

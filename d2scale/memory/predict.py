@@ -175,7 +175,7 @@ def predict(workload: Workload, *, fake: bool | None = None) -> Prediction:
 
 def _predict(workload: Workload, fake: bool) -> Prediction:
     with ExitStack() as stack:
-        stack.enter_context(CudaLike())
+        stack.enter_context(CudaLike(fake=fake))
         if fake:
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             step = _fake_step(workload, mode)
