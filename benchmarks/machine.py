@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from d2scale.engine.machine import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def describe() -> dict[str, Any]:
     """Return what decides a result: processor, cores, GPUs, versions, date."""
     return {
-        "processor": _processor(),
+        "processor": cpu_name(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -53,16 +55,6 @@ def keep(name: str, rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(merged, indent=1) + "\n")
     return merged
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

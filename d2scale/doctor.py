@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import d2scale
 
-_PACKAGES = ("torch", "torchvision", "numpy", "fvcore", "tensorboard")
+_PACKAGES = ("torch", "torchvision", "numpy", "fvcore", "tensorboard", "matplotlib")
 _UPSTREAM = ("detectron2", "d2go", "mobile_cv")
 
 

@@ -27,7 +27,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         (the smallest of all ranks' devices; only with CUDA), ``cpu``, ``cpu_cores``,
         ``processes``, ``torch``, ``python``, ``d2scale``.
     """
-    cpu = _cpu_name()
+    cpu = cpu_name()
     cores = os.cpu_count() or 1
     facts: dict[str, Any] = {
         "description": f"{cpu}, {cores} cores, no GPU used",
@@ -49,7 +49,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
     try:
         lines = _CPU_FACTS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
