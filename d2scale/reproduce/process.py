@@ -10,28 +10,30 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
+from d2scale.engine.data.catalog import ROOT_VARIABLE
 from d2scale.errors import EXIT_STATUS_USER_ERROR, D2ScaleError
 
 _CHILD = "d2scale.reproduce.child"
 
 
-def run_command(arguments: Sequence[str], settings: Mapping[str, str]) -> None:
+def run_command(arguments: Sequence[str], datasets: Path) -> None:
     """Run ``d2scale`` with ``arguments`` and wait for its end.
 
     Ctrl-C ends it in its own way, a second Ctrl-C at once.
 
     Args:
         arguments: the command and its options.
-        settings: environment variables, beside this process's own.
+        datasets: where dataset names resolve.
 
     Raises:
         D2ScaleError: if it fails; it has told why.
         KeyboardInterrupt: after it has ended.
     """
     command = [sys.executable, "-m", _CHILD, str(os.getpid()), *arguments]
-    environment = {**os.environ, **settings}
+    environment = {**os.environ, ROOT_VARIABLE: str(datasets.absolute())}
     # In a session of its own the terminal does not interrupt it: exactly one signal arrives.
     process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603  our own
     try:

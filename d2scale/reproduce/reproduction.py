@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from d2scale.engine.data.catalog import ROOT_VARIABLE
 from d2scale.engine.lock import run_lock
 from d2scale.errors import D2ScaleError, MissingPackageError
 from d2scale.report import write_report
@@ -20,8 +18,6 @@ from d2scale.reproduce.runs import Run, is_finished
 from d2scale.reproduce.tables import count, loss_verdicts, plan_table, result_table
 
 REPORT = "report.html"
-# OpenMP's: what threads do that have nothing to do.
-_WAITING = "OMP_WAIT_POLICY"
 
 
 def reproduce(request: Request, *, only_plan: bool = False) -> Iterator[str]:
@@ -51,7 +47,7 @@ def reproduce(request: Request, *, only_plan: bool = False) -> Iterator[str]:
         make(decision.data, decision.subset)
         for run in decision.to_train():
             yield f"\nExperiment {run.experiment.title}\n$ d2scale {shlex.join(run.arguments)}"
-            _train(run, _environment(decision))
+            _train(run, decision.data.root)
         yield from _results(decision)
 
 
@@ -87,18 +83,9 @@ def _notes(decision: Decision) -> Iterator[str]:
         )
 
 
-def _environment(decision: Decision) -> dict[str, str]:
-    """Return the environment variables of the trainings, beside those that there are."""
-    settings = {ROOT_VARIABLE: str(decision.data.root.absolute())}
-    if decision.machine.device == "cpu":
-        # Threads that wait without spinning: on two busy cores a step took 0.6 s instead of 4.3.
-        settings[_WAITING] = os.environ.get(_WAITING, "PASSIVE")
-    return settings
-
-
-def _train(run: Run, environment: Mapping[str, str]) -> None:
+def _train(run: Run, datasets: Path) -> None:
     try:
-        run_command(run.arguments, environment)
+        run_command(run.arguments, datasets)
     except D2ScaleError as error:
         title = run.experiment.title
         raise D2ScaleError(

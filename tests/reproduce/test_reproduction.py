@@ -19,7 +19,7 @@ from d2scale.errors import ConfigError, D2ScaleError
 from d2scale.report import ReportFiles
 from d2scale.reproduce import process, reproduction
 from d2scale.reproduce.reproduction import reproduce
-from d2scale.reproduce.request import Request, decide_all
+from d2scale.reproduce.request import Request
 from d2scale.reproduce.runs import is_finished
 from d2scale.synthetic import write_shapes_dataset
 
@@ -206,15 +206,3 @@ def test_the_plan_alone_writes_nothing(tmp_path, capsys):
     assert rows(shown)["a step on each"] == ["2 x 4 images", "1 x 8 images", "2 x 8 images"]
     assert "the same training, to rounding" in shown
     assert not (tmp_path / "out").exists()
-
-
-def test_threads_of_a_cpu_wait_without_spinning_unless_the_user_decides(tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    decision = decide_all(request_for(tmp_path / "out"))
-    found = reproduction._environment(decision)
-    assert found == {
-        ROOT_VARIABLE: str(tmp_path / "out" / "shapes"),
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert reproduction._environment(decision)["OMP_WAIT_POLICY"] == "ACTIVE"
