@@ -149,6 +149,8 @@ def test_ctrl_c_waits_for_the_training_to_end(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A job in the background of a shell ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(folder / SAME_BATCH / "metrics.json", started)
     started.send_signal(signal.SIGINT)
