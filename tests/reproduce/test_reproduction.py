@@ -126,7 +126,10 @@ def test_killed_in_the_middle_and_called_again_it_ends_the_same(undisturbed, tmp
     assert not is_finished(run)
     shown = "\n".join(reproduce(request_for(folder, only=(2,))))
     assert "goes on from model_" in shown
-    ends = [torch.load(each / "model_final.pth") for each in (run, whole / SAME_BATCH)]
+    ends = [
+        torch.load(each / "model_final.pth", weights_only=True)
+        for each in (run, whole / SAME_BATCH)
+    ]
     assert ends[0]["images_seen"] == ends[1]["images_seen"]
     for name, weights in ends[1]["model"].items():
         assert torch.equal(ends[0]["model"][name], weights), name
