@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,6 +75,13 @@ def draw_boxes(
         draw.rectangle(box, outline=colour, width=line)
         _draw_label(draw, label, box, colour, font, width)
     return np.asarray(picture)
+
+
+def to_jpeg(image: np.ndarray, quality: int) -> bytes:
+    """Return a file's content: ``image`` is RGB, shape (height, width, 3), uint8."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="jpeg", quality=quality)
+    return content.getvalue()
 
 
 def _inside(box: np.ndarray, width: int, height: int) -> tuple[float, float, float, float] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from PIL import Image
 from torch import nn
 
 from d2scale.config import load_cfg
-from d2scale.drawing import draw_boxes
+from d2scale.drawing import draw_boxes, to_jpeg
 from d2scale.engine.checkpoint_files import last_whole_checkpoint
+from d2scale.engine.coco_matching import corners_of
 from d2scale.engine.data.catalog import dataset_names, dataset_spec
 from d2scale.engine.data.images import read_image, resize_and_flip
 from d2scale.engine.data.transforms import ResizeAndFlip
@@ -184,11 +183,10 @@ def _images_in(path: Path) -> list[Path]:
 
 
 def _with_truth(truth: GroundTruth) -> Iterator[_Task]:
-    boxes = truth.truth()
     for number in spread_images(truth, DEFAULT_IMAGES):
-        own = boxes.take(np.flatnonzero((boxes.images == number) & ~boxes.crowds))
-        corners = np.concatenate([own.boxes[:, :2], own.boxes[:, :2] + own.boxes[:, 2:]], axis=1)
-        yield _Task(truth.image_root / truth.file.file_names[number], corners, own.classes)
+        own = truth.objects_of(number)
+        path = truth.image_root / truth.file.file_names[number]
+        yield _Task(path, corners_of(own.boxes), own.classes)
 
 
 @torch.no_grad()
@@ -242,11 +240,9 @@ def _free_name(output: Path, stem: str, taken: Sequence[Path]) -> Path:
 
 def _write(picture: np.ndarray, path: Path) -> Path:
     """Write a picture whole or not at all."""
-    content = io.BytesIO()
-    Image.fromarray(picture).save(content, format="jpeg", quality=_JPEG_QUALITY)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(content.getvalue())
+        partial.write_bytes(to_jpeg(picture, _JPEG_QUALITY))
         partial.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -67,6 +67,20 @@ class Found(NamedTuple):
         return Found(*(column[order] for column in self))
 
 
+def corners_of(boxes: np.ndarray) -> np.ndarray:
+    """Turn x, y, width, height into x0, y0, x1, y1, both shape (n, 4)."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
+def numbers_of(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Return the place of every id among the sorted ``known`` ones, -1 where it is not there."""
+    if not len(known):
+        return np.full(len(ids), -1, dtype=np.int64)
+    known = np.sort(known)
+    places = np.searchsorted(known, ids).clip(max=len(known) - 1)
+    return np.where(known[places] == ids, places, -1)
+
+
 @dataclass(frozen=True)
 class Matches:
     """What became of the detections that count.

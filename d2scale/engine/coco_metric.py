@@ -8,12 +8,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from d2scale.engine.coco_matching import AREAS, IOU_THRESHOLDS, Found, Matches, Truth, match
+from d2scale.engine.coco_matching import (
+    AREAS,
+    IOU_THRESHOLDS,
+    Found,
+    Matches,
+    Truth,
+    match,
+    numbers_of,
+)
 from d2scale.engine.coco_results import CocoResults
 from d2scale.engine.data.annotation_file import read_annotation_file
 from d2scale.engine.data.records import CocoDataset
 
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+# The published columns.
+METRICS = (
+    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    *("ARdet1", "ARdet10", "ARdet100", "ARs", "ARm", "ARl"),
+)
 _ABSENT = -1.0  # there is nothing to find
 
 
@@ -42,31 +55,24 @@ def coco_metrics(
     matches = match(_truth(dataset), _found(dataset, results), len(dataset.category_ids), max_dets)
     curves = _curves(matches, (1, min(10, max_dets), max_dets))
     # pycocotools has the classes by ascending id.
-    places = _numbers(np.array(dataset.category_ids), np.array(dataset.category_ids))
+    places = numbers_of(np.array(dataset.category_ids), np.array(dataset.category_ids))
     return _derive_metrics(curves, dict(zip(dataset.class_names, places.tolist(), strict=True)))
 
 
 def _truth(dataset: CocoDataset) -> Truth:
     file = read_annotation_file(Path(dataset.json_file))
-    classes = _numbers(file.category_ids, np.array(dataset.category_ids))
-    images = _numbers(file.image_ids[file.image_numbers], dataset.records.image_ids)
+    classes = numbers_of(file.category_ids, np.array(dataset.category_ids))
+    images = numbers_of(file.image_ids[file.image_numbers], dataset.records.image_ids)
     truth = Truth(file.annotation_ids, images, classes, file.boxes, file.areas, file.crowds)
     return truth.take(np.flatnonzero((classes >= 0) & (images >= 0) & (file.image_numbers >= 0)))
 
 
 def _found(dataset: CocoDataset, results: CocoResults) -> Found:
-    images = _numbers(results.image_ids, dataset.records.image_ids)
-    classes = _numbers(results.category_ids, np.array(dataset.category_ids))
+    images = numbers_of(results.image_ids, dataset.records.image_ids)
+    classes = numbers_of(results.category_ids, np.array(dataset.category_ids))
     assert (images >= 0).all(), "detections on images that the dataset does not have"
     found = Found(images, classes, results.boxes, results.scores)
     return found.take(np.flatnonzero(classes >= 0))
-
-
-def _numbers(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return the place of every id among the sorted ``known`` ones, -1 where it is not there."""
-    known = np.sort(known)
-    places = np.searchsorted(known, ids).clip(max=len(known) - 1)
-    return np.where(known[places] == ids, places, -1)
 
 
 class _Curves(NamedTuple):
@@ -119,15 +125,16 @@ def _precision(hits: np.ndarray, misses: np.ndarray, positives: int) -> np.ndarr
 def _derive_metrics(curves: _Curves, classes: Mapping[str, int]) -> dict[str, float]:
     precision, recall = curves
     thresholds = IOU_THRESHOLDS.round(2).tolist()
-    metrics = {
-        "AP": _percent(precision[0]),
-        "AP50": _percent(precision[0, thresholds.index(0.5)]),
-        "AP75": _percent(precision[0, thresholds.index(0.75)]),
-    }
-    sizes = list(enumerate(AREAS))[1:]
-    metrics.update({f"AP{name[0]}": _percent(precision[area]) for area, name in sizes})
-    metrics.update({f"ARdet{n}": _percent(recall[i, 0]) for i, n in enumerate((1, 10, 100))})
-    metrics.update({f"AR{name[0]}": _percent(recall[-1, area]) for area, name in sizes})
+    sizes = range(1, len(AREAS))
+    values = [
+        _percent(precision[0]),
+        _percent(precision[0, thresholds.index(0.5)]),
+        _percent(precision[0, thresholds.index(0.75)]),
+        *(_percent(precision[area]) for area in sizes),
+        *(_percent(recall[limit, 0]) for limit in range(len(recall))),
+        *(_percent(recall[-1, area]) for area in sizes),
+    ]
+    metrics = dict(zip(METRICS, values, strict=True))
     for name, place in classes.items():
         metrics[f"AP-{name}"] = _percent(precision[0, ..., place])
     return metrics

@@ -5,22 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-# Percent, as the official COCO metric gives them.
-METRICS = (
-    "AP",
-    "AP50",
-    "AP75",
-    "APs",
-    "APm",
-    "APl",
-    "ARdet1",
-    "ARdet10",
-    "ARdet100",
-    "ARs",
-    "ARm",
-    "ARl",
-)
-
 # In the order of the published curves; other losses follow.
 CURVES = (
     "total_loss",

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from d2scale.engine.coco_metric import METRICS
 from d2scale.errors import DataError
-from d2scale.report.columns import METRICS
 from d2scale.report.detections import Detected, GroundTruths, max_dets_of, read_detected
 from d2scale.report.noise import Noise, bootstrap
 from d2scale.report.published import Publication

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from d2scale.engine.coco_matching import Found, Truth
+from d2scale.engine.coco_matching import Found, Truth, numbers_of
 from d2scale.engine.coco_results import CocoResults
 from d2scale.engine.data.annotation_file import AnnotationFile, read_annotation_file
 from d2scale.engine.data.catalog import ROOT_VARIABLE, dataset_names, dataset_spec, datasets_root
@@ -45,14 +46,20 @@ class GroundTruth:
         """How many images there are."""
         return len(self.file.image_ids)
 
-    def truth(self) -> Truth:
-        """Return the boxes of the classes that count, images and classes by number."""
+    @cached_property
+    def boxes(self) -> Truth:
+        """The boxes of the classes that count, images and classes by number."""
         file = self.file
-        classes = _numbers(file.category_ids, np.array(self.category_ids))
+        classes = numbers_of(file.category_ids, np.array(self.category_ids))
         truth = Truth(
             file.annotation_ids, file.image_numbers, classes, file.boxes, file.areas, file.crowds
         )
         return truth.take(np.flatnonzero((classes >= 0) & (file.image_numbers >= 0)))
+
+    def objects_of(self, number: int) -> Truth:
+        """Return the boxes of one image that should be found."""
+        boxes = self.boxes
+        return boxes.take(np.flatnonzero((boxes.images == number) & ~boxes.crowds))
 
 
 @dataclass(frozen=True)
@@ -118,12 +125,12 @@ def read_detected(run: Run, truths: GroundTruths) -> Detected:
     path = _results_file(run.folder, name)
     truth = truths.of(name)
     results = _read_results(path)
-    images = _numbers(results.image_ids, truth.file.image_ids)
+    images = numbers_of(results.image_ids, truth.file.image_ids)
     if (images < 0).any():
         strange = int(results.image_ids[images < 0][0])
         advice = f"image {strange} is not in {truth.file.path}; set {ROOT_VARIABLE} as the run had"
         raise _fault(str(path), f"detections on images of {name}", advice)
-    classes = _numbers(results.category_ids, np.array(truth.category_ids))
+    classes = numbers_of(results.category_ids, np.array(truth.category_ids))
     found = Found(images, classes, results.boxes, results.scores)
     return Detected(truth, found.take(np.flatnonzero(classes >= 0)), max_dets_of(run))
 
@@ -158,14 +165,6 @@ def _read_results(path: Path) -> CocoResults:
     if not (np.isfinite(results.boxes).all() and np.isfinite(results.scores).all()):
         raise _fault(str(path), "detections that are finite numbers", "evaluate anew")
     return results
-
-
-def _numbers(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Return the place of every id among the ascending ``known`` ones, -1 where it is not."""
-    if not len(known):
-        return np.full(len(ids), -1, dtype=np.int64)
-    places = np.searchsorted(known, ids).clip(max=len(known) - 1)
-    return np.where(known[places] == ids, places, -1)
 
 
 def _fault(value: str, allowed: str, advice: str) -> DataError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from d2scale.drawing import draw_boxes
+from d2scale.drawing import draw_boxes, to_jpeg
+from d2scale.engine.coco_matching import corners_of
 from d2scale.errors import DataError
 from d2scale.report.comparison import Judged
 from d2scale.report.detections import Detected, GroundTruth
@@ -84,7 +84,7 @@ def spread_images(truth: GroundTruth, wanted: int) -> list[int]:
 
     They have a few boxes each, and the first ``wanted`` are spread over the whole set.
     """
-    boxes = truth.truth()
+    boxes = truth.boxes
     counts = np.bincount(boxes.images[~boxes.crowds], minlength=truth.images)
     good = [number for number in range(truth.images) if int(counts[number]) in _FEW_BOXES]
     spread = [good[len(good) * part // wanted] for part in range(wanted)] if good else []
@@ -105,9 +105,8 @@ def _read(truth: GroundTruth, number: int, unread: list[str]) -> np.ndarray | No
 
 
 def _truth_of(truth: GroundTruth, number: int) -> _Boxes:
-    boxes = truth.truth()
-    own = boxes.take(np.flatnonzero((boxes.images == number) & ~boxes.crowds))
-    return _Boxes(_corners(own.boxes), own.classes)
+    own = truth.objects_of(number)
+    return _Boxes(corners_of(own.boxes), own.classes)
 
 
 def _threshold(detected: Detected, images: Iterable[int]) -> float | None:
@@ -124,7 +123,7 @@ def _detections_of(detected: Detected, number: int, limit: float | None) -> _Box
     else:
         kept = np.flatnonzero(own.scores >= limit)
     own = own.take(kept)
-    return _Boxes(_corners(own.boxes), own.classes, own.scores)
+    return _Boxes(corners_of(own.boxes), own.classes, own.scores)
 
 
 def _legends(limits: Mapping[str, float | None]) -> tuple[str, ...]:
@@ -139,11 +138,6 @@ def _legends(limits: Mapping[str, float | None]) -> tuple[str, ...]:
     return tuple(f"{', '.join(each)}: {texts[limit]}." for limit, each in names.items())
 
 
-def _corners(boxes: np.ndarray) -> np.ndarray:
-    """Turn x, y, width, height into x0 y0 x1 y1."""
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-
-
 def _draw(image: np.ndarray, class_names: Sequence[str], boxes: _Boxes) -> bytes:
     from PIL import Image
 
@@ -152,6 +146,4 @@ def _draw(image: np.ndarray, class_names: Sequence[str], boxes: _Boxes) -> bytes
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = np.asarray(Image.fromarray(image).resize(size))
     drawn = draw_boxes(small, boxes.boxes * scale, boxes.classes, class_names, boxes.scores)
-    content = io.BytesIO()
-    Image.fromarray(drawn).save(content, format="jpeg", quality=_JPEG_QUALITY)
-    return content.getvalue()
+    return to_jpeg(drawn, _JPEG_QUALITY)

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2scale.engine.coco_matching import AREAS, IOU_THRESHOLDS, Matches, Truth, match
-from d2scale.engine.coco_metric import RECALL_THRESHOLDS
-from d2scale.report.columns import METRICS
+from d2scale.engine.coco_metric import METRICS, RECALL_THRESHOLDS
 from d2scale.report.detections import Detected
 
 RESAMPLES = 200
@@ -102,7 +101,7 @@ def weighted_metrics(detected: Detected, counts: np.ndarray) -> dict[str, np.nda
         As :attr:`Noise.exact`, each shape (rows,).
     """
     classes = len(detected.truth.category_ids)
-    truth = detected.truth.truth()
+    truth = detected.truth.boxes
     matches = match(truth, detected.found, classes, detected.max_dets)
     limits = (1, min(10, detected.max_dets), detected.max_dets)
     by_class = [_of_class(matches, truth, number, limits, counts) for number in range(classes)]

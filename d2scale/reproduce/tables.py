@@ -7,7 +7,8 @@ from statistics import median
 
 from tabulate import tabulate
 
-from d2scale.report.columns import METRICS, show_metric
+from d2scale.engine.coco_metric import METRICS
+from d2scale.report.columns import show_metric
 from d2scale.report.history import History, read_history
 from d2scale.reproduce.losses import NOISE_ERRORS, FinalLoss, compare, final_loss
 from d2scale.reproduce.runs import Run, standing

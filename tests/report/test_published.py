@@ -5,9 +5,9 @@ from importlib.resources import files
 
 import pytest
 
+from d2scale.engine.coco_metric import METRICS
 from d2scale.errors import DataError
 from d2scale.report import published
-from d2scale.report.columns import METRICS
 from d2scale.report.published import parse_publication, read_published
 
 
