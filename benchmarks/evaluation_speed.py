@@ -24,9 +24,9 @@ import numpy as np
 from machine import keep
 from tabulate import tabulate
 
-from d2scale.engine.coco_metric import coco_metrics
-from d2scale.engine.coco_results import CocoResults
-from d2scale.engine.data.records import CocoDataset, Records
+from d2scale.coco.metric import coco_metrics
+from d2scale.coco.records import CocoDataset, Records
+from d2scale.coco.results import CocoResults
 
 CLASSES, BOXES, DETECTIONS = 80, 7, 100
 AVERAGES = ("AP", "AP50", "AP75", "APs", "APm", "APl")

@@ -28,19 +28,19 @@ from machine import keep
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from d2scale.coco.dataset import load_training_dataset
+from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
-from d2scale.engine.data.coco import load_training_dataset
 from d2scale.engine.data.loader import TrainLoader, build_train_loader
+from d2scale.engine.data.sampling import rank_slice
 from d2scale.engine.launch import launch
 from d2scale.engine.models import build_model
-from d2scale.engine.parallel import data_parallel, rank, world_size
 from d2scale.engine.solver import build_lr_schedule, build_optimizer
 from d2scale.engine.trainer import Trainer
-from d2scale.microbatch import MicroBatchStep, cut
-from d2scale.oom_guard import OomGuard
-from d2scale.rules import micro_batch_sizes, split_evenly
-from d2scale.sampling import rank_slice
-from d2scale.synthetic import write_shapes_dataset
+from d2scale.planning.rules import micro_batch_sizes, split_evenly
+from d2scale.step.guard import OomGuard
+from d2scale.step.micro_batches import MicroBatchStep, cut
+from d2scale.step.ranks import data_parallel, rank, world_size
 
 RECIPE = """
 _BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml

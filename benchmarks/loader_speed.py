@@ -21,13 +21,13 @@ import torch
 from machine import keep
 from tabulate import tabulate
 
+from d2scale.coco.dataset import load_training_dataset
+from d2scale.coco.records import CocoDataset
 from d2scale.config import load_cfg
-from d2scale.engine.data.coco import load_training_dataset
 from d2scale.engine.data.loader import build_train_loader
-from d2scale.engine.data.records import CocoDataset
+from d2scale.engine.data.sampling import StepSampler, aspect_ratio_groups
 from d2scale.engine.data.transforms import ResizeAndFlip
 from d2scale.errors import DataError
-from d2scale.sampling import StepSampler, aspect_ratio_groups
 
 SEED, IMS_PER_BATCH = 0, 4
 RECIPE = "d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from d2scale.engine.machine import cpu_name
+from d2scale.engine.telemetry.machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -31,9 +31,9 @@ from tabulate import tabulate
 from torch import nn
 
 from d2scale.memory.devices import SimulatedDevice
-from d2scale.memory.oom import OutOfMemoryError
-from d2scale.memory.profile import GIB
 from d2scale.memory.steps import detector_losses
+from d2scale.planning.memory_profile import GIB
+from d2scale.step.out_of_memory import OutOfMemoryError
 
 
 def accelerate_finder(bench: Bench, budget_bytes: int) -> Found:

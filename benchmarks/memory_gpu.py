@@ -22,18 +22,18 @@ import torch
 from machine import RESULTS, keep
 from tabulate import tabulate
 
+from d2scale.coco.dataset import load_training_dataset
 from d2scale.config import load_cfg
-from d2scale.engine.data.coco import load_training_dataset
 from d2scale.engine.data.loader import build_train_loader
+from d2scale.engine.memory.workload import workload_of
 from d2scale.memory.devices import CudaDevice, Device, SimulatedDevice
-from d2scale.memory.oom import is_out_of_memory
 from d2scale.memory.predict import Prediction, Workload, predict
 from d2scale.memory.preserve import learning_rates_zero
 from d2scale.memory.probe import Measurement, Probe
-from d2scale.memory.profile import GIB
 from d2scale.memory.steps import TrainingStep
-from d2scale.memory.workload import workload_of
 from d2scale.memory.worst_case import assumed_worst_case, worst_case_of
+from d2scale.planning.memory_profile import GIB
+from d2scale.step.out_of_memory import is_out_of_memory
 
 RECIPE = "d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml"
 BUDGETS_GIB = (8, 16, 24, 40, 80)

@@ -39,7 +39,7 @@ def _sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
 def metafcos(worst: WorstCase) -> Workload:
     """The default engine's model as published."""
     from d2scale.config import load_cfg
-    from d2scale.memory.workload import workload_of
+    from d2scale.engine.memory.workload import workload_of
 
     return workload_of(load_cfg("d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml"), worst)
 

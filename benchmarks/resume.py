@@ -26,12 +26,12 @@ import torch
 from machine import keep
 from tabulate import tabulate
 
+from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
 from d2scale.engine.data.loader import TrainLoader
-from d2scale.engine.parallel import rank
 from d2scale.engine.run import train
 from d2scale.engine.trainer import Trainer
-from d2scale.synthetic import write_shapes_dataset
+from d2scale.step.ranks import rank
 
 RECIPE = """
 _BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 
 from d2scale.config import load_cfg
+from d2scale.engine.data.sampling import aspect_ratio_groups
 from d2scale.engine.data.transforms import output_size
+from d2scale.engine.memory.workload import workload_of
 from d2scale.memory.devices import SimulatedDevice
-from d2scale.memory.oom import OutOfMemoryError
 from d2scale.memory.predict import Workload, predict
 from d2scale.memory.preserve import free_gradients
 from d2scale.memory.probe import Probe, measured_profile
-from d2scale.memory.profile import MemoryProfile
 from d2scale.memory.steps import TrainingStep
-from d2scale.memory.workload import workload_of
 from d2scale.memory.worst_case import WorstCase, worst_case_of_images
-from d2scale.sampling import aspect_ratio_groups
+from d2scale.planning.memory_profile import MemoryProfile
+from d2scale.step.out_of_memory import OutOfMemoryError
 
 CPU = torch.device("cpu")
 # (height, width, per cent of the images): most are 4:3 or 3:2, few are elongated.

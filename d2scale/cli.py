@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from d2scale import __version__
-from d2scale.commands import COMMANDS
+from d2scale.commands import all_commands
 from d2scale.errors import EXIT_STATUS_USER_ERROR, D2ScaleError, MissingPackageError
 
 # What the extra "train" brings: planning works without.
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"d2scale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
+    for command in all_commands():
         command.add_parser(commands)
     return parser
 

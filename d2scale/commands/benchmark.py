@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale benchmark``."""
     import torch
 
+    from d2scale.benchmark.measure import PARTS, Request, benchmark, to_json, to_table
     from d2scale.config import load_cfg
-    from d2scale.engine.benchmark import PARTS, Request, benchmark, to_json, to_table
 
     cfg = load_cfg(arguments.config, arguments.opts)
     if arguments.device is not None:

@@ -1,14 +1,23 @@
-"""``d2scale doctor``: show what can run here."""
+"""``d2scale doctor``: show versions, devices and engines, for a person and for a bug report."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+import d2scale
 from d2scale.commands.common import add_command
 
 if TYPE_CHECKING:
     from d2scale.commands.common import Commands
+
+_PACKAGES = ("torch", "torchvision", "numpy", "fvcore", "tensorboard", "matplotlib")
+_UPSTREAM = ("detectron2", "d2go", "mobile_cv")
 
 
 def add_parser(commands: Commands) -> None:
@@ -19,7 +28,49 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale doctor``."""
-    from d2scale.doctor import diagnose
-
     print(diagnose())
     return 0
+
+
+def diagnose() -> str:
+    """Return a report of versions, devices and engines, a line each."""
+    lines = [
+        ("d2scale", d2scale.__version__),
+        ("Python", f"{platform.python_version()} ({sys.executable})"),
+        ("platform", f"{platform.platform()}, {os.cpu_count()} CPU cores"),
+        *((name, _version(name)) for name in _PACKAGES),
+        *((name, _upstream(name)) for name in _UPSTREAM),
+        ("devices", _devices()),
+        ("datasets", os.path.abspath(os.environ.get("DETECTRON2_DATASETS", "datasets"))),
+    ]
+    return "\n".join(f"{name + ':':14}{value}" for name, value in lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed (pip install 'd2scale[train]')"
+
+
+def _upstream(module: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return "not installed (only the d2go engine needs it; see the README)"
+    try:
+        return version(module.replace("_", "-"))
+    except PackageNotFoundError:
+        return "importable, version unknown"
+
+
+def _devices() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "unknown without torch"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device; training runs on the CPU"
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+    return "; ".join(found)

@@ -42,9 +42,9 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale memory``."""
     from d2scale.config import load_cfg
-    from d2scale.memory.profile import dump_profiles
-    from d2scale.memory.profiling import make_profiles
-    from d2scale.memory.tables import to_table
+    from d2scale.engine.memory.profiling import make_profiles
+    from d2scale.planning.memory_profile import dump_profiles
+    from d2scale.planning.profile_tables import to_table
 
     cfg = load_cfg(arguments.config, arguments.opts)
     profiles = make_profiles(cfg, arguments.device, explore=arguments.explore)

@@ -10,7 +10,7 @@ from d2scale.commands.common import add_command, emit
 
 if TYPE_CHECKING:
     from d2scale.commands.common import Commands
-    from d2scale.hardware import Hardware
+    from d2scale.planning.hardware import Hardware
 
 _EPILOG = """\
 example:
@@ -43,9 +43,9 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale plan``."""
-    from d2scale import plan_formats
     from d2scale.config.loading import load_recipe, resolve_config_path
-    from d2scale.plan import Hardware, make_plan
+    from d2scale.planning import formats as plan_formats
+    from d2scale.planning.plan import Hardware, make_plan
 
     cfg, settings = load_recipe(arguments.config, arguments.opts)
     hardware = Hardware.from_cfg(
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _explore(arguments: argparse.Namespace, cfg: Any, hardware: Hardware) -> int:
-    from d2scale.explore import explore, to_json, to_table
+    from d2scale.planning.explore import explore, to_json, to_table
 
     choices = explore(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
     text = to_json(choices) if arguments.format == "json" else to_table(choices)

@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale visualize``."""
-    from d2scale.visualize import visualize
+    from d2scale.report.visualize import visualize
 
     drawn = visualize(
         Path(arguments.run),

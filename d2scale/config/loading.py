@@ -33,13 +33,13 @@ _PLANNING_SECTIONS = ("SOLVER", "TEST", "D2SCALE", "QUANTIZATION", "MODEL_EMA")
 
 def shipped_configs() -> dict[str, Path]:
     """Return the configs that come with d2scale, by the name after ``d2scale://``."""
-    root = importlib.resources.files("d2scale.configs")
-    project = importlib.resources.files("d2scale.configs.MetaFCOS")
+    packages = {"": "d2scale.configs"}
+    packages |= {f"{entry.name}/": entry.value for entry in entry_points(group="d2scale.recipes")}
     found = {}
-    for prefix, folder in (("", root), ("MetaFCOS/", project)):
-        for entry in folder.iterdir():
-            if entry.name.endswith(".yaml"):
-                found[prefix + entry.name] = Path(str(entry))
+    for prefix, package in packages.items():
+        for file in importlib.resources.files(package).iterdir():
+            if file.name.endswith(".yaml"):
+                found[prefix + file.name] = Path(str(file))
     return dict(sorted(found.items()))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from d2scale.engine.data.catalog import ROOT_VARIABLE, DatasetSpec, dataset_names, dataset_spec
+from d2scale.coco.catalog import ROOT_VARIABLE, DatasetSpec, dataset_names, dataset_spec
 from d2scale.errors import DataError, Fault
 
 

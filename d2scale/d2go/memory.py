@@ -16,17 +16,17 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from d2scale.hardware import Hardware
+from d2scale.engine.memory.filling import refuse_more_than_all
+from d2scale.engine.memory.measure import measure_workload
 from d2scale.memory.agreement import of_first_rank
-from d2scale.memory.coverage import coverage
 from d2scale.memory.devices import CudaDevice
-from d2scale.memory.filling import refuse_more_than_all
-from d2scale.memory.measure import measure_workload
 from d2scale.memory.predict import Workload, predict
-from d2scale.memory.profile import GIB, MemoryProfile
 from d2scale.memory.steps import TrainingStep, detector_losses
 from d2scale.memory.worst_case import Size, WorstCase, worst_case_of_images
-from d2scale.plan import Plan
+from d2scale.planning.coverage import coverage
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.memory_profile import GIB, MemoryProfile
+from d2scale.planning.plan import Plan
 
 ENGINE = "d2go"
 

@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from d2scale.d2go.config import exit_on_user_error
 from d2scale.d2go.scaling_methods import applied_plan
 from d2scale.errors import ConfigError, Fault
-from d2scale.microbatch import MicroBatchStep, StepLosses, cut, synchronised_norms
-from d2scale.oom_guard import OomGuard, StepDoesNotFitError, split_plan, write_plan
-from d2scale.rules import micro_batch_sizes
+from d2scale.planning.rules import micro_batch_sizes
+from d2scale.step.guard import OomGuard, StepDoesNotFitError, split_plan, write_plan
+from d2scale.step.micro_batches import MicroBatchStep, StepLosses, cut, synchronised_norms
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from d2scale import __version__
 from d2scale.d2go.config import exit_on_user_error
 from d2scale.d2go.scaling_methods import applied_plan
 from d2scale.errors import CheckpointError, Fault
-from d2scale.progress import (
+from d2scale.planning.progress import (
     FORMAT,
     Progress,
     batch_change_note,

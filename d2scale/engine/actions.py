@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer
 
-from d2scale.engine.checkpoint import RunCheckpointer
-from d2scale.engine.parallel import largest_over_ranks
-from d2scale.engine.writers import Reporter, StepMetrics
+from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
+from d2scale.engine.telemetry.writers import Reporter, StepMetrics
 from d2scale.errors import D2ScaleError
+from d2scale.step.ranks import largest_over_ranks
 
 
 class HasState(Protocol):

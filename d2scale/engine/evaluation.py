@@ -18,10 +18,10 @@ import torch.distributed as dist
 from tabulate import tabulate
 from torch import nn
 
-from d2scale.engine.coco_metric import coco_metrics
-from d2scale.engine.coco_results import CocoResults
+from d2scale.coco.metric import coco_metrics
+from d2scale.coco.records import CocoDataset
+from d2scale.coco.results import CocoResults
 from d2scale.engine.data.chunks import Sample
-from d2scale.engine.data.records import CocoDataset
 from d2scale.errors import DataError, Fault
 
 logger = logging.getLogger(__name__)

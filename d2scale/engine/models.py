@@ -11,11 +11,11 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from d2scale.engine.checkpoint import mismatches
-from d2scale.engine.checkpoint_files import read_checkpoint
-from d2scale.engine.checkpointing import apply_activation_checkpointing
-from d2scale.engine.data.catalog import dataset_names, dataset_spec
-from d2scale.engine.weights import find_weights
+from d2scale.coco.catalog import dataset_names, dataset_spec
+from d2scale.engine.activations import apply_activation_checkpointing
+from d2scale.engine.checkpoint.checkpointer import mismatches
+from d2scale.engine.checkpoint.files import read_checkpoint
+from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.errors import CheckpointError, ConfigError, Fault
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,13 @@ def _class_faults(cfg: CfgNode, model: nn.Module) -> list[Fault]:
                 )
             )
     return faults
+
+
+def precision_of(cfg: CfgNode) -> torch.dtype | None:
+    """Return the 16-bit type of ``SOLVER.AMP``, None without it."""
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    return torch.float16 if cfg.SOLVER.AMP.PRECISION == "float16" else torch.bfloat16
 
 
 def device_of(cfg: CfgNode) -> torch.device:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
-from d2scale.engine.checkpoint_files import LAST_CHECKPOINT
-from d2scale.engine.data.coco import check_datasets
+from d2scale.coco.dataset import check_datasets
+from d2scale.engine.checkpoint.files import LAST_CHECKPOINT
+from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
 from d2scale.engine.launch import (
@@ -22,16 +23,15 @@ from d2scale.engine.launch import (
     planned_world_size,
     under_torchrun,
 )
-from d2scale.engine.lock import refuse_locked
+from d2scale.engine.memory.filling import hardware_for_training, refuse_more_than_all
+from d2scale.engine.memory.measure import measure_profile
 from d2scale.engine.models import check_model
-from d2scale.engine.weights import find_weights
 from d2scale.engine.worker import Job, Results, run_rank
 from d2scale.errors import ConfigError, Fault
-from d2scale.memory.filling import hardware_for_training, refuse_more_than_all
-from d2scale.memory.measure import measure_profile
-from d2scale.memory.profile import MemoryProfile
-from d2scale.plan import Plan, make_plan
-from d2scale.progress import recipe_of
+from d2scale.planning.memory_profile import MemoryProfile
+from d2scale.planning.plan import Plan, make_plan
+from d2scale.planning.progress import recipe_of
+from d2scale.run_folder.lock import refuse_locked
 
 logger = logging.getLogger(__name__)
 

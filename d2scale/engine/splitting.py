@@ -10,11 +10,11 @@ from fvcore.common.config import CfgNode
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from d2scale.engine.checkpoint import RunCheckpointer
-from d2scale.engine.parallel import rank, world_size
-from d2scale.microbatch import synchronised_norms
-from d2scale.oom_guard import OnSplit, OomGuard, split_plan, write_plan
-from d2scale.plan import Plan
+from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
+from d2scale.planning.plan import Plan
+from d2scale.step.guard import OnSplit, OomGuard, split_plan, write_plan
+from d2scale.step.micro_batches import synchronised_norms
+from d2scale.step.ranks import rank, world_size
 
 logger = logging.getLogger(__name__)
 

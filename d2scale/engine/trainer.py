@@ -11,12 +11,17 @@ import numpy as np
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from d2scale.engine.abnormal import NotFiniteLossError, SkippedSteps, check_finite, write_down
-from d2scale.engine.parallel import rank
 from d2scale.engine.solver import GradientClipper, LearningRateSchedule
-from d2scale.engine.writers import StepMetrics
-from d2scale.microbatch import MicroBatch, MicroBatchStep, StepLosses, cut
-from d2scale.oom_guard import OomGuard
+from d2scale.engine.telemetry.abnormal import (
+    NotFiniteLossError,
+    SkippedSteps,
+    check_finite,
+    write_down,
+)
+from d2scale.engine.telemetry.writers import StepMetrics
+from d2scale.step.guard import OomGuard
+from d2scale.step.micro_batches import MicroBatch, MicroBatchStep, StepLosses, cut
+from d2scale.step.ranks import rank
 
 logger = logging.getLogger(__name__)
 

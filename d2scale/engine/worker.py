@@ -18,27 +18,27 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from d2scale import __version__
+from d2scale.coco.dataset import load_dataset, load_training_dataset
 from d2scale.engine.actions import Evaluate, Report, Save
-from d2scale.engine.checkpoint import RunCheckpointer
-from d2scale.engine.checkpoint_files import write_atomically
-from d2scale.engine.data.coco import load_dataset, load_training_dataset
+from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
+from d2scale.engine.checkpoint.files import write_atomically
+from d2scale.engine.checkpoint.resume import Position, Resumer, record
 from d2scale.engine.data.loader import TrainLoader, build_test_loader, build_train_loader
 from d2scale.engine.evaluation import evaluate, format_results
-from d2scale.engine.lock import run_lock
-from d2scale.engine.logs import logging_to
-from d2scale.engine.machine import MACHINE_FILE, describe_machine
-from d2scale.engine.models import build_model, device_of, load_initial_weights
-from d2scale.engine.parallel import data_parallel, rank, world_size
-from d2scale.engine.resume import Position, Resumer, record
+from d2scale.engine.models import build_model, device_of, load_initial_weights, precision_of
 from d2scale.engine.solver import build_gradient_clipper, build_lr_schedule, build_optimizer
 from d2scale.engine.splitting import RecordSplit, build_guard
+from d2scale.engine.telemetry.logs import logging_to
+from d2scale.engine.telemetry.machine import MACHINE_FILE, describe_machine
+from d2scale.engine.telemetry.writers import JsonWriter, Reporter, TensorBoardWriter, Writer
 from d2scale.engine.trainer import Trainer
-from d2scale.engine.writers import JsonWriter, Reporter, TensorBoardWriter, Writer
-from d2scale.microbatch import MicroBatchStep, without_synchronised_norms
-from d2scale.oom_guard import StepDoesNotFitError
-from d2scale.plan import Plan
-from d2scale.plan_formats import to_table
-from d2scale.rules import micro_batch_sizes
+from d2scale.planning.formats import to_table
+from d2scale.planning.plan import Plan
+from d2scale.planning.rules import micro_batch_sizes
+from d2scale.run_folder.lock import run_lock
+from d2scale.step.guard import StepDoesNotFitError
+from d2scale.step.micro_batches import MicroBatchStep, without_synchronised_norms
+from d2scale.step.ranks import data_parallel, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def _train(job: Job, plan: Plan) -> Results:
     optimizer = build_optimizer(cfg, model)
     # Before a checkpoint sets the groups to the rates of its own moment.
     schedule = build_lr_schedule(cfg, optimizer)
-    precision = _precision(cfg)
+    precision = precision_of(cfg)
     scaler = GradScaler(device.type) if precision is torch.float16 else None
     others: dict[str, Any] = {} if scaler is None else {"scaler": scaler}
     checkpointer = RunCheckpointer(
@@ -234,12 +234,6 @@ def _agreed_seed(seed: int, device: torch.device) -> int:
     if world_size() > 1:
         dist.broadcast(agreed, 0)
     return int(agreed)
-
-
-def _precision(cfg: CfgNode) -> torch.dtype | None:
-    if not cfg.SOLVER.AMP.ENABLED:
-        return None
-    return torch.float16 if cfg.SOLVER.AMP.PRECISION == "float16" else torch.bfloat16
 
 
 def _build_loader(cfg: CfgNode, position: Position) -> TrainLoader:

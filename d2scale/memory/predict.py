@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import (
 
 from d2scale.memory.allocator import MIB
 from d2scale.memory.cuda_like import CudaLike
-from d2scale.memory.profile import PREDICTED, MemoryProfile, Phase, Point
 from d2scale.memory.replay import needed_bytes, replay
 from d2scale.memory.steps import TrainingStep
 from d2scale.memory.stream import Stream, Trace
 from d2scale.memory.tracker import StorageTracker
+from d2scale.planning.memory_profile import PREDICTED, MemoryProfile, Phase, Point
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Workload:
         make_batches: makes the batches of a few steps for a number of images, the worst, smaller
             ones and the worst again; None: the worst twice.
         description: of model, input size and precision, in words.
-        covers: the settings that it stands for; see :mod:`d2scale.memory.coverage`.
+        covers: the settings that it stands for; see :mod:`d2scale.planning.coverage`.
     """
 
     build_step: Callable[[torch.device], TrainingStep]

@@ -13,11 +13,11 @@ import torch
 from d2scale.errors import ConfigError, Fault
 from d2scale.memory.agreement import largest_of_ranks, raise_failure, ranks
 from d2scale.memory.devices import Device
-from d2scale.memory.oom import is_out_of_memory
 from d2scale.memory.preserve import free_gradients, learning_rates_zero, training_state_kept
-from d2scale.memory.profile import GIB, MEASURED, MemoryProfile, Phase, Point
 from d2scale.memory.search import SizeSearch
 from d2scale.memory.steps import TrainingStep
+from d2scale.planning.memory_profile import GIB, MEASURED, MemoryProfile, Phase, Point
+from d2scale.step.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from d2scale.microbatch import ExactModel
+from d2scale.step.micro_batches import ExactModel
 
 PHASES = ("forward", "backward", "optimizer")
 
@@ -20,7 +20,7 @@ PhaseMarker = Callable[[str], AbstractContextManager[None]]
 
 
 def detector_losses(model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
-    """Call a model as :class:`d2scale.microbatch.MicroBatchStep` does; reads no values."""
+    """Call a model as :class:`d2scale.step.micro_batches.MicroBatchStep` does; reads no values."""
     if isinstance(model, ExactModel):
         with torch.no_grad():
             totals = model.loss_normalizers(batch)

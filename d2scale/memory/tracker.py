@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from d2scale.memory.oom import OutOfMemoryError
 from d2scale.memory.stream import Allocation, Trace
+from d2scale.step.out_of_memory import OutOfMemoryError
 
 _OTHER = "other"
 _CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward", "aten::_convolution")

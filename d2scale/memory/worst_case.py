@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2scale.engine.data.records import Records
+from d2scale.coco.records import Records
+from d2scale.engine.data.sampling import aspect_ratio_groups
 from d2scale.engine.data.transforms import output_size
 from d2scale.errors import ConfigError, DataError, Fault
-from d2scale.sampling import aspect_ratio_groups
 
 Size = tuple[int, int]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2scale.drawing import draw_boxes, to_jpeg
-from d2scale.engine.coco_matching import corners_of
+from d2scale.coco.matching import corners_of
 from d2scale.errors import DataError
 from d2scale.report.comparison import Judged
 from d2scale.report.detections import Detected, GroundTruth
 from d2scale.report.document import Picture, Section
+from d2scale.report.drawing import draw_boxes, to_jpeg
 
 IMAGES = 4
 SCORE_THRESHOLD = 0.3

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2scale.engine.coco_metric import METRICS
+from d2scale.coco.metric import METRICS
 
 LOG_FILE = "log.txt"
 

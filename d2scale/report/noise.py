@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2scale.engine.coco_matching import AREAS, IOU_THRESHOLDS, Matches, Truth, match
-from d2scale.engine.coco_metric import METRICS, RECALL_THRESHOLDS
+from d2scale.coco.matching import AREAS, IOU_THRESHOLDS, Matches, Truth, match
+from d2scale.coco.metric import METRICS, RECALL_THRESHOLDS
 from d2scale.report.detections import Detected
 
 RESAMPLES = 200

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.errors import DataError
-from d2scale.synthetic import write_shapes_dataset
 
 SMALL = {
     "MODEL.DEVICE": "cpu",

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from d2scale.synthetic import write_shapes_dataset
+from d2scale.coco.shapes import write_shapes_dataset
 
 pytestmark = pytest.mark.timeout(900)
 

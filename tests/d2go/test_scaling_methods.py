@@ -2,9 +2,9 @@ import pytest
 
 from d2scale.config import load_recipe
 from d2scale.errors import ConfigError
-from d2scale.plan import METHODS, Hardware, make_plan
-from d2scale.plan_formats import to_yaml
-from d2scale.schedule import get_key
+from d2scale.planning.formats import to_yaml
+from d2scale.planning.plan import METHODS, Hardware, make_plan
+from d2scale.planning.schedule import get_key
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from d2scale.synthetic import write_shapes_dataset
+from d2scale.coco.shapes import write_shapes_dataset
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from d2scale.engine.actions import Evaluate, Report, Save
-from d2scale.engine.checkpoint import RunCheckpointer
-from d2scale.engine.writers import Reporter, StepMetrics
+from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
+from d2scale.engine.telemetry.writers import Reporter, StepMetrics
 from d2scale.errors import D2ScaleError
 from standins import StandIn
 

@@ -17,12 +17,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from d2scale.coco import catalog
+from d2scale.coco.catalog import register_coco_dataset
+from d2scale.coco.classes import COCO_CLASSES
+from d2scale.coco.dataset import load_dataset
+from d2scale.coco.metric import coco_metrics
 from d2scale.config.defaults import get_cfg
-from d2scale.engine.coco_metric import coco_metrics
-from d2scale.engine.data import catalog
-from d2scale.engine.data.catalog import register_coco_dataset
-from d2scale.engine.data.coco import load_dataset
-from d2scale.engine.data.coco_classes import COCO_CLASSES
 from d2scale.engine.data.loader import build_test_loader
 from d2scale.engine.evaluation import evaluate, format_results
 from d2scale.errors import DataError

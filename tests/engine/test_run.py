@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
+from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
 from d2scale.engine.run import train
 from d2scale.engine.trainer import Trainer
 from d2scale.errors import ConfigError, D2ScaleError
-from d2scale.synthetic import write_shapes_dataset
 
 RECIPE = """
 _BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
+from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
 from d2scale.engine.run import train
-from d2scale.oom_guard import StepDoesNotFitError, split_plan
-from d2scale.plan import Hardware, make_plan
-from d2scale.synthetic import write_shapes_dataset
+from d2scale.planning.plan import Hardware, make_plan
+from d2scale.step.guard import StepDoesNotFitError, split_plan
 from meta_fcos.detector import OneStageDetector
 
 RECIPE = """

@@ -11,7 +11,7 @@ from d2scale.config import get_cfg
 from d2scale.engine.solver import build_lr_schedule, build_optimizer
 from d2scale.engine.trainer import Trainer, cut, seed_step
 from d2scale.errors import D2ScaleError
-from d2scale.microbatch import MicroBatchStep
+from d2scale.step.micro_batches import MicroBatchStep
 from standins import StandIn, make_samples
 
 

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 from d2scale.config import load_cfg
+from d2scale.engine.memory.workload import workload_of
 from d2scale.memory.predict import Workload, predict, record_step
 from d2scale.memory.steps import TrainingStep
 from d2scale.memory.tracker import StorageTracker
-from d2scale.memory.workload import workload_of
 from d2scale.memory.worst_case import WorstCase
 
 WORST = WorstCase(((160, 192),), 7, "a test")

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from d2scale.engine.launch import RankError, launch
 from d2scale.errors import ConfigError
 from d2scale.memory.devices import SimulatedDevice
-from d2scale.memory.oom import OutOfMemoryError
 from d2scale.memory.predict import predict
 from d2scale.memory.probe import Probe, measured_profile
-from d2scale.memory.profile import Phase
 from d2scale.memory.search import MAX_TRIALS
+from d2scale.planning.memory_profile import Phase
+from d2scale.step.out_of_memory import OutOfMemoryError
 from small_training import WORST, measure, measure_on_ranks, workload
 
 CPU = torch.device("cpu")

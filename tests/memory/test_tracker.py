@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from d2scale.memory.oom import OutOfMemoryError
 from d2scale.memory.tracker import StorageTracker
+from d2scale.step.out_of_memory import OutOfMemoryError
 
 KIB = 1024
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from d2scale.coco.records import Records, starts_from_counts
 from d2scale.config import get_cfg
-from d2scale.engine.data.records import Records, starts_from_counts
 from d2scale.errors import ConfigError, DataError
 from d2scale.memory.worst_case import assumed_worst_case, worst_case_of
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from d2scale.synthetic import write_shapes_dataset
+from d2scale.coco.shapes import write_shapes_dataset
 from run_folders import step_lines
 
 TEST_SET = "coco_pretrain_val_base"

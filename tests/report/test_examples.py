@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2scale.drawing import class_colour
 from d2scale.report.comparison import judge
+from d2scale.report.drawing import class_colour
 from d2scale.report.examples import examples_section
 from d2scale.report.runs import read_run
 from run_folders import detections

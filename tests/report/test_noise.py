@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from d2scale.engine.coco_metric import METRICS, coco_metrics
-from d2scale.engine.data.coco import load_dataset
+from d2scale.coco.dataset import load_dataset
+from d2scale.coco.metric import METRICS, coco_metrics
 from d2scale.report.detections import GroundTruths, read_detected
 from d2scale.report.noise import bootstrap, weighted_metrics
 from d2scale.report.runs import read_run

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from d2scale.engine.coco_metric import METRICS
+from d2scale.coco.metric import METRICS
 from d2scale.errors import DataError
 from d2scale.report import published
 from d2scale.report.published import parse_publication, read_published
@@ -33,7 +33,7 @@ def test_the_shipped_runs_are_whole_and_have_their_source():
 
 
 def test_classes_are_those_of_the_test_set():
-    from d2scale.engine.data.catalog import dataset_spec
+    from d2scale.coco.catalog import dataset_spec
 
     for publication in read_published():
         names = set(dataset_spec(publication.test_set).class_names)

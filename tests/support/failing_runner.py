@@ -7,7 +7,7 @@ import os
 import detectron2.utils.comm as comm
 
 from d2scale import Runner
-from d2scale.memory.oom import OutOfMemoryError
+from d2scale.step.out_of_memory import OutOfMemoryError
 
 
 class FailingRunner(Runner):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from d2scale.d2go.runner import Runner
-from d2scale.memory.profile import GIB
 from d2scale.memory.tracker import StorageTracker
+from d2scale.planning.memory_profile import GIB
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from d2scale.agreement import Agreement
-from d2scale.engine.parallel import data_parallel, rank, world_size
+from d2scale.engine.data.sampling import rank_slice
 from d2scale.errors import DataError, Fault
-from d2scale.microbatch import MicroBatchStep, StepLosses
-from d2scale.oom_guard import OomGuard, StepDoesNotFitError
-from d2scale.rules import micro_batch_sizes
-from d2scale.sampling import rank_slice
+from d2scale.planning.rules import micro_batch_sizes
+from d2scale.step.agreement import Agreement
+from d2scale.step.guard import OomGuard, StepDoesNotFitError
+from d2scale.step.micro_batches import MicroBatchStep, StepLosses
+from d2scale.step.ranks import data_parallel, rank, world_size
 from standins import FailingOptimizer, FailingStandIn, PlainStandIn, make_samples
 
 

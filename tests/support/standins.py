@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from d2scale.memory.oom import OutOfMemoryError
+from d2scale.step.out_of_memory import OutOfMemoryError
 
 
 def make_samples(count: int, seed: int = 0) -> list[dict]:

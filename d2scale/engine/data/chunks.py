@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from d2scale.coco.records import Records
 from d2scale.engine.data.images import check_size, read_image, resize_and_flip
-from d2scale.engine.data.records import Records
 from d2scale.engine.data.transforms import Augmentation, transform_boxes
 from d2scale.errors import DataError
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
+from d2scale.coco.records import CocoDataset, Records
 from d2scale.engine.data.chunks import ChunkDataset, ChunkStream, Request, Sample
-from d2scale.engine.data.records import CocoDataset, Records
+from d2scale.engine.data.sampling import Draw, StepSampler, aspect_ratio_groups, rank_slice
 from d2scale.engine.data.transforms import ResizeAndFlip
 from d2scale.errors import DataError
-from d2scale.sampling import Draw, StepSampler, aspect_ratio_groups, rank_slice
 
 # Images. Small enough for several workers to share a step, and worth a message.
 _LARGEST_CHUNK = 4

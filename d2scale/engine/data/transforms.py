@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from d2scale.engine.data.sampling import Draw, uniform_numbers
 from d2scale.errors import ConfigError, Fault
-from d2scale.sampling import Draw, uniform_numbers
 
 FORMATS = ("BGR", "RGB")
 FLIPS = ("horizontal", "none")

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2scale.errors import ConfigError
-from d2scale.microbatch import ExactModel
+from d2scale.step.micro_batches import ExactModel
 from meta_fcos.detector import OneStageDetector, build_detector, padded_size
 from meta_fcos.fpn import FPN
 from meta_fcos.head import FCOSHead

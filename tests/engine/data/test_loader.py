@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from d2scale.coco.dataset import load_dataset, load_training_dataset
 from d2scale.config.defaults import get_cfg
-from d2scale.engine.data.coco import load_dataset, load_training_dataset
 from d2scale.engine.data.loader import build_test_loader, build_train_loader
 from d2scale.errors import CheckpointError, DataError
-from d2scale.rules import split_evenly
+from d2scale.planning.rules import split_evenly
 
 # Forking is what torch's data loader does; Python 3.12 warns of it where threads run.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

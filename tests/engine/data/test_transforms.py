@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2scale.config.defaults import get_cfg
+from d2scale.engine.data.sampling import Draw
 from d2scale.engine.data.transforms import (
     Augmentation,
     ResizeAndFlip,
@@ -16,7 +17,6 @@ from d2scale.engine.data.transforms import (
     transform_boxes,
 )
 from d2scale.errors import ConfigError
-from d2scale.sampling import Draw
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,294 @@
+"""How fast a config's model detects and trains on this machine, on one device."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from tabulate import tabulate
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+
+from d2scale.benchmark.data import Source, find_source
+from d2scale.engine.checkpoint.weights import find_weights
+from d2scale.engine.data.chunks import Sample
+from d2scale.engine.data.transforms import input_faults
+from d2scale.engine.honoured import value_faults
+from d2scale.engine.models import (
+    build_model,
+    check_model,
+    device_of,
+    load_initial_weights,
+    precision_of,
+)
+from d2scale.engine.solver import LearningRateSchedule, build_gradient_clipper, build_optimizer
+from d2scale.engine.trainer import Trainer
+from d2scale.errors import CheckpointError, ConfigError, Fault
+from d2scale.memory.tracker import StorageTracker
+from d2scale.step.micro_batches import MicroBatchStep
+
+PARTS = ("inference", "training")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        parts: of :data:`PARTS`.
+        data: "auto", "real" or "random"; auto takes the datasets of the config where they are.
+        images: images to detect on, after ``warmup`` that do not count.
+        steps: training steps, after ``warmup_steps`` that do not count.
+        ims_per_gpu: images in a training step; 0: one rank's share by the recipe.
+    """
+
+    parts: tuple[str, ...] = PARTS
+    data: str = "auto"
+    images: int = 200
+    warmup: int = 20
+    steps: int = 20
+    warmup_steps: int = 3
+    ims_per_gpu: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured.
+
+    Attributes:
+        facts: what decides the figures: device, weights, precision, versions.
+        inference: figures by name; empty if not asked for.
+        training: likewise.
+    """
+
+    facts: dict[str, Any]
+    inference: dict[str, Any]
+    training: dict[str, Any]
+
+
+def benchmark(cfg: CfgNode, request: Request) -> Report:
+    """Measure a config.
+
+    Inference time is that of the published figures: the network's forward and the
+    post-processing of one image, averaged, without loading and without the first images.
+    Training takes whole steps, loading included, at a learning rate of 0.
+
+    Raises:
+        ConfigError: with every fault of the request and the config.
+        DataError: if real data is asked for and not there, or broken.
+    """
+    faults = [*_request_faults(request), *_device_faults(cfg)]
+    faults += [*value_faults(cfg), *input_faults(cfg)]
+    try:
+        check_model(cfg)
+    except ConfigError as error:
+        faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    torch.manual_seed(max(cfg.SEED, 0))
+    model = build_model(cfg)
+    weights = _load_weights(cfg, model)
+    inference: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    if "inference" in request.parts:
+        source = find_source(cfg, request.data, training=False)
+        inference = measure_inference(cfg, model, source, request)
+    if "training" in request.parts:
+        count = request.ims_per_gpu or share_of_recipe(cfg)
+        source = find_source(cfg, request.data, training=True, ims_per_batch=count)
+        training = measure_training(cfg, model, source, request)
+    return Report(_facts(cfg, weights), inference, training)
+
+
+def share_of_recipe(cfg: CfgNode) -> int:
+    """Return the images of one GPU in one step, as the recipe has it."""
+    share = cfg.D2SCALE.IMS_PER_GPU or cfg.SOLVER.IMS_PER_BATCH // max(
+        1, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    )
+    return max(1, int(share))
+
+
+def _request_faults(request: Request) -> Iterator[Fault]:
+    for option, value, least in (
+        ("--images", request.images, 1),
+        ("--warmup", request.warmup, 0),
+        ("--steps", request.steps, 1),
+        ("--ims-per-gpu", request.ims_per_gpu, 0),
+    ):
+        if value < least:
+            yield Fault(option, value, f"a whole number from {least}", "correct it")
+
+
+def _device_faults(cfg: CfgNode) -> Iterator[Fault]:
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        yield Fault("--device", "cuda", "a device of this machine", "it has none: use cpu")
+    amp = cfg.SOLVER.AMP
+    if amp.ENABLED and amp.PRECISION == "float16" and cfg.MODEL.DEVICE == "cpu":
+        advice = "set it to bfloat16, or measure on CUDA"
+        yield Fault("SOLVER.AMP.PRECISION", "float16", "bfloat16 on a CPU", advice)
+
+
+def _load_weights(cfg: CfgNode, model: nn.Module) -> str:
+    """Load ``MODEL.WEIGHTS`` where they are at hand; speed hardly depends on them."""
+    try:
+        find_weights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+    except CheckpointError:
+        return f"random ({cfg.MODEL.WEIGHTS} is not on this machine)"
+    load_initial_weights(model, cfg.MODEL.WEIGHTS)
+    return cfg.MODEL.WEIGHTS or "random"
+
+
+def _facts(cfg: CfgNode, weights: str) -> dict[str, Any]:
+    device = device_of(cfg)
+    amp = cfg.SOLVER.AMP
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "model": cfg.MODEL.META_ARCHITECTURE,
+        "weights": weights,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "training precision": amp.PRECISION if amp.ENABLED else "float32",
+        "torch": torch.__version__,
+    }
+
+
+def measure_inference(
+    cfg: CfgNode, model: nn.Module, source: Source, request: Request
+) -> dict[str, Any]:
+    """Detect on single images; they come again if there are fewer than asked for."""
+    device = device_of(cfg)
+    model.eval()
+    times, found = [], 0
+    with source.open() as batches, torch.no_grad():
+        samples = (sample for batch in batches for sample in batch)
+        for number, sample in enumerate(itertools.islice(samples, request.warmup + request.images)):
+            if number == request.warmup:
+                _reset_peak(device)
+            start = time.perf_counter()
+            (detections,) = model([sample])
+            # Copying to the host waits for the device.
+            copied = [value.cpu() for value in detections.values()]
+            times.append(time.perf_counter() - start)
+            found += len(copied[0]) * (number >= request.warmup)
+    times = times[request.warmup :]
+    mean = statistics.fmean(times)
+    return {
+        "images": len(times),
+        "data": source.description,
+        "seconds an image": mean,
+        "median seconds": statistics.median(times),
+        "images a second": 1 / mean,
+        "detections an image": found / len(times),
+        "peak GiB": _peak_gib(device),
+    }
+
+
+def measure_training(
+    cfg: CfgNode, model: nn.Module, source: Source, request: Request
+) -> dict[str, Any]:
+    """Take training steps of one micro-batch; the weights stay as they are."""
+    device = device_of(cfg)
+    model.train()
+    optimizer = build_optimizer(cfg, model)
+    with source.open() as batches:
+        trainer = _trainer(cfg, model, optimizer, batches, source.ims_per_batch)
+        for _ in range(request.warmup_steps):
+            trainer.take_step()
+        _reset_peak(device)
+        _wait_for(device)
+        start = time.perf_counter()
+        taken = [trainer.take_step() for _ in range(request.steps)]
+        _wait_for(device)
+        seconds = time.perf_counter() - start
+        peak = _peak_gib(device)
+        if peak is None:
+            peak = _counted_gib(model, optimizer, trainer)
+    return {
+        "steps": len(taken),
+        "images a step": source.ims_per_batch,
+        "data": source.description,
+        "images a second": source.ims_per_batch * len(taken) / seconds,
+        "seconds a step": statistics.median(step.seconds for step in taken),
+        "data seconds a step": statistics.median(step.data_seconds for step in taken),
+        "peak GiB": peak,
+    }
+
+
+def _trainer(
+    cfg: CfgNode,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[list[Sample]],
+    count: int,
+) -> Trainer:
+    precision = precision_of(cfg)
+    scaler = GradScaler(device_of(cfg).type) if precision is torch.float16 else None
+    return Trainer(
+        MicroBatchStep(model, precision=precision, scaler=scaler),
+        batches,
+        [count],
+        optimizer,
+        # Random weights behind frozen statistics could diverge.
+        LearningRateSchedule(optimizer, ConstantParamScheduler(0.0), max_iter=1 << 30),
+        seed=0,
+        clip=build_gradient_clipper(cfg),
+        scaler=scaler,
+    )
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_gib(device: torch.device) -> float | None:
+    """Bytes that tensors held at most since the reset; None on a CPU, where nobody counts."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def _counted_gib(model: nn.Module, optimizer: torch.optim.Optimizer, trainer: Trainer) -> float:
+    """Take one more step with every storage counted: what a device would have to hold."""
+    states = (value for state in optimizer.state.values() for value in state.values())
+    held = [value for value in states if isinstance(value, torch.Tensor)]
+    optimizer.zero_grad()
+    tracker = StorageTracker()
+    with tracker:
+        tracker.count(*model.parameters(), *model.buffers(), *held)
+        trainer.take_step()
+    return tracker.peak_bytes / 2**30
+
+
+def to_json(report: Report) -> str:
+    """Return the report for programs."""
+    return json.dumps(asdict(report), indent=1)
+
+
+def to_table(report: Report) -> str:
+    """Return the report for people: the facts, then a table of each part."""
+    parts = [tabulate(list(report.facts.items()), tablefmt="plain")]
+    for name in PARTS:
+        rows = [(key, _text(v)) for key, v in getattr(report, name).items() if v is not None]
+        if rows:
+            parts.append(tabulate(rows, headers=[name, ""], tablefmt="pipe", disable_numparse=True))
+    return "\n\n".join(parts)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

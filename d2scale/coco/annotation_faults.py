@@ -1,0 +1,155 @@
+"""Everything that can be wrong with the contents of a COCO annotation file.
+
+What COCO itself holds must load: it has a handful of boxes of no size, and boxes that reach over
+the image's edge by a rounding error. A larger share of either points at a broken conversion, and
+a box that lies outside altogether, or has a negative size, is always a mistake.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from d2scale.coco.annotation_file import AnnotationFile, examples
+from d2scale.errors import Fault
+
+logger = logging.getLogger(__name__)
+
+# COCO train2017 has 4 boxes of no size among 860 001.
+TOLERATED_SHARE = 1e-3
+# Pixels over the image's edge that pass as rounding.
+TOLERATED_OVERHANG = 2.0
+
+
+def link_faults(file: AnnotationFile) -> Iterable[Fault]:
+    """Yield what is wrong between the lists of the file: unknown images, unknown categories."""
+    orphans = file.annotation_ids[file.image_numbers < 0]
+    if len(orphans):
+        yield Fault(
+            f"image_id of {len(orphans)} of {len(file.annotation_ids)} annotations in {file.path}",
+            f"missing from its images (annotations {examples(orphans)})",
+            "the id of an image in the same file",
+            "remove these annotations or list their images",
+        )
+    known = np.isin(file.category_ids, list(file.categories))
+    if not known.all():
+        unknown = np.unique(file.category_ids[~known])
+        yield Fault(
+            f"category_id of {(~known).sum()} of {len(known)} annotations in {file.path}",
+            examples(unknown),
+            f"one of its {len(file.categories)} categories",
+            "remove these annotations or list their categories",
+        )
+
+
+def category_faults(file: AnnotationFile, wanted: Mapping[int, str]) -> Iterable[Fault]:
+    """Yield the classes of a dataset that the file's categories lack or call otherwise."""
+    missing = [i for i in wanted if i not in file.categories]
+    if missing:
+        yield Fault(
+            f"categories of {file.path}",
+            f"without ids {examples(missing)}",
+            f"all {len(wanted)} classes of the dataset",
+            "use COCO's own annotation file, or register a dataset with its own classes",
+        )
+    renamed = [
+        f"{i} {file.categories[i]} for {name}"
+        for i, name in wanted.items()
+        if name and i in file.categories and file.categories[i] != name
+    ]
+    if renamed:
+        yield Fault(
+            f"categories of {file.path}",
+            examples(renamed),
+            "COCO's names for COCO's ids",
+            "register a dataset with its own classes under a name of its own",
+        )
+
+
+def missing_image_faults(file: AnnotationFile, image_root: Path) -> Iterable[Fault]:
+    """Yield one fault if images of the file are not in ``image_root``."""
+    folders: dict[Path, Collection[str]] = {}
+    missing = []
+    for name in file.file_names:
+        path = image_root / name
+        if path.parent not in folders:
+            folders[path.parent] = _names_in(path.parent)
+        if path.name not in folders[path.parent]:
+            missing.append(name)
+    if missing:
+        yield Fault(
+            f"{len(missing)} of {len(file.file_names)} images of {file.path}",
+            f"not there ({examples(missing)})",
+            f"files in {image_root}",
+            "put the images there, or correct file_name",
+        )
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()
+
+
+def usable_boxes(file: AnnotationFile, faults: list[Fault]) -> tuple[np.ndarray, np.ndarray]:
+    """Turn the boxes into corners, cut to their images, and judge them.
+
+    Args:
+        file: the annotations; those of unknown images are left out.
+        faults: what is wrong with the boxes is added here.
+
+    Returns:
+        boxes: x0 y0 x1 y1 in pixels, shape (annotations, 4), float64, within the image.
+        usable: shape (annotations,), bool: has a size and is no crowd.
+    """
+    judged = (file.image_numbers >= 0) & ~file.crowds
+    limits = np.stack([file.widths, file.heights], axis=1).astype(np.float64)
+    limit = limits[file.image_numbers]
+    corner, size = file.boxes[:, :2], file.boxes[:, 2:]
+    broken = judged & ~(np.isfinite(file.boxes).all(axis=1) & (size >= 0).all(axis=1))
+    judged &= ~broken
+    empty = judged & (size == 0).any(axis=1)
+    with np.errstate(invalid="ignore"):
+        far = corner + size
+        beyond = judged & ~empty & ((far <= 0) | (corner >= limit)).any(axis=1)
+        overhang = np.maximum(-corner, far - limit).max(axis=1)
+    reaching = judged & ~empty & ~beyond & (overhang > TOLERATED_OVERHANG)
+    clipped = judged & ~empty & ~beyond & (overhang > 0)
+
+    faults.extend(_box_faults(file, broken | beyond, empty, reaching))
+    if empty.any() or clipped.any():
+        logger.info(
+            "%s: left out %d boxes of no size and cut %d of %d boxes to their image (by up to "
+            "%.1f pixels)",
+            *(file.path, empty.sum(), clipped.sum(), len(judged)),
+            overhang[clipped].max(initial=0),
+        )
+    boxes = np.concatenate([np.maximum(corner, 0), np.minimum(far, limit)], axis=1)
+    return boxes, judged & ~empty & ~beyond
+
+
+def _box_faults(
+    file: AnnotationFile, impossible: np.ndarray, empty: np.ndarray, reaching: np.ndarray
+) -> Iterable[Fault]:
+    total = int((~file.crowds).sum())
+    allowed = "x, y, width, height in pixels, with a size, within the image"
+    advice = "correct or remove them; are they x0, y0, x1, y1?"
+    for found, what, tolerated in (
+        (impossible, "outside the image, negative or not a number", 0.0),
+        (empty, "of no size", TOLERATED_SHARE),
+        (reaching, f"more than {TOLERATED_OVERHANG:g} pixels over the edge", TOLERATED_SHARE),
+    ):
+        count = int(found.sum())
+        if count > tolerated * total:
+            ids = examples(file.annotation_ids[found])
+            yield Fault(
+                f"bbox of {count} of {total} annotations in {file.path}",
+                f"{what} (annotations {ids})",
+                allowed,
+                advice,
+            )

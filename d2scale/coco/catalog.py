@@ -1,0 +1,111 @@
+"""Dataset names and where their files lie.
+
+Relative paths resolve under the folder that the environment variable ``DETECTRON2_DATASETS``
+names (default ``datasets``), at the moment a dataset is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from d2scale.coco.classes import (
+    ALL_CATEGORY_IDS,
+    BASE_CATEGORY_IDS,
+    COCO_CLASSES,
+    NOVEL_CATEGORY_IDS,
+)
+from d2scale.errors import DataError, Fault
+
+ROOT_VARIABLE = "DETECTRON2_DATASETS"
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Where a COCO-format dataset lies and which classes are read from it.
+
+    Attributes:
+        json_file: annotation file.
+        image_root: the folder that the file names in it are relative to.
+        category_ids: ids of the classes to read, in the order of the model's class numbers;
+            None reads all that the file lists, by ascending id.
+        class_names: the names that the file must have for them; None takes any.
+    """
+
+    json_file: Path
+    image_root: Path
+    category_ids: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def _builtin_datasets() -> dict[str, DatasetSpec]:
+    specs = {}
+    for part in ("train", "val"):
+        for name, ids in (
+            (f"coco_2017_{part}", ALL_CATEGORY_IDS),
+            (f"coco_pretrain_{part}_base", BASE_CATEGORY_IDS),
+            (f"coco_pretrain_{part}_novel", NOVEL_CATEGORY_IDS),
+            (f"coco_pretrain_{part}_all", ALL_CATEGORY_IDS),
+        ):
+            specs[name] = DatasetSpec(
+                Path(f"coco/annotations/instances_{part}2017.json"),
+                Path(f"coco/{part}2017"),
+                ids,
+                tuple(COCO_CLASSES[category_id] for category_id in ids),
+            )
+    return specs
+
+
+_DATASETS = _builtin_datasets()
+
+
+def datasets_root() -> Path:
+    """Return the folder that datasets resolve under."""
+    return Path(os.environ.get(ROOT_VARIABLE, "datasets")).expanduser()
+
+
+def dataset_names() -> tuple[str, ...]:
+    """Return every registered name."""
+    return tuple(sorted(_DATASETS))
+
+
+def register_coco_dataset(
+    name: str,
+    json_file: str | Path,
+    image_root: str | Path,
+    category_ids: Sequence[int] | None = None,
+) -> None:
+    """Make a COCO-format dataset known under ``name``.
+
+    Args:
+        name: what ``DATASETS.TRAIN`` and ``DATASETS.TEST`` call it.
+        json_file, image_root: absolute, or relative to :func:`datasets_root`.
+        category_ids: see :class:`DatasetSpec`.
+
+    Raises:
+        ValueError: if the name is taken by other files or classes.
+    """
+    ids = None if category_ids is None else tuple(category_ids)
+    spec = DatasetSpec(Path(json_file), Path(image_root), ids)
+    if _DATASETS.setdefault(name, spec) != spec:
+        raise ValueError(f"dataset {name!r} is already registered as {_DATASETS[name]}")
+
+
+def dataset_spec(name: str, *, key: str = "DATASETS") -> DatasetSpec:
+    """Look a name up and resolve its paths.
+
+    Args:
+        name: a registered name.
+        key: the config key that held it, for the error.
+
+    Raises:
+        DataError: if the name is not registered; lists those that are.
+    """
+    if name not in _DATASETS:
+        advice = "correct the name, or register it with register_coco_dataset()"
+        raise DataError([Fault(key, name, ", ".join(dataset_names()), advice)])
+    spec = _DATASETS[name]
+    root = datasets_root()
+    return replace(spec, json_file=root / spec.json_file, image_root=root / spec.image_root)

@@ -1,0 +1,186 @@
+"""From a dataset's name to its images and boxes, with every fault told at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from fvcore.common.config import CfgNode
+
+from d2scale.coco.annotation_faults import (
+    category_faults,
+    link_faults,
+    missing_image_faults,
+    usable_boxes,
+)
+from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
+from d2scale.coco.catalog import ROOT_VARIABLE, DatasetSpec, dataset_spec, datasets_root
+from d2scale.coco.records import CocoDataset, Records, concatenate, starts_from_counts
+from d2scale.errors import DataError, Fault
+
+logger = logging.getLogger(__name__)
+
+
+def load_dataset(name: str, *, key: str = "DATASETS") -> CocoDataset:
+    """Read a dataset: all its images, with the boxes of its classes that are no crowds.
+
+    Args:
+        name: a registered name.
+        key: the config key that held it, for the errors.
+
+    Raises:
+        DataError: one line for each kind of fault in the dataset.
+    """
+    spec = dataset_spec(name, key=key)
+    _check_files_exist(name, key, spec.json_file, spec.image_root)
+    file = read_annotation_file(spec.json_file)
+    if not len(file.image_ids):
+        allowed = "a dataset with images"
+        raise DataError([Fault(key, name, allowed, f"{file.path} lists none")])
+    wanted = _wanted_classes(file, spec)
+    faults = [
+        *link_faults(file),
+        *category_faults(file, wanted),
+        *missing_image_faults(file, spec.image_root),
+    ]
+    boxes, usable = usable_boxes(file, faults)
+    if faults:
+        raise DataError(faults)
+    return CocoDataset(
+        name=name,
+        class_names=tuple(file.categories[i] for i in wanted),
+        category_ids=tuple(wanted),
+        records=_to_records(file, spec.image_root, tuple(wanted), boxes, usable),
+        json_file=str(spec.json_file),
+    )
+
+
+def _check_files_exist(name: str, key: str, json_file: Path, image_root: Path) -> None:
+    absent = [str(path) for path in (json_file, image_root) if not path.exists()]
+    if absent:
+        advice = (
+            f"{' and '.join(absent)} not found; set {ROOT_VARIABLE} to the folder that holds "
+            f"coco/ (now {datasets_root().absolute()})"
+        )
+        raise DataError([Fault(key, name, "a dataset that is on this machine", advice)])
+
+
+def _wanted_classes(file: AnnotationFile, spec: DatasetSpec) -> Mapping[int, str]:
+    """Return category id to the name it must have (empty: any), in the order of the classes."""
+    if spec.category_ids is None:
+        return file.categories
+    names = spec.class_names or ("",) * len(spec.category_ids)
+    return dict(zip(spec.category_ids, names, strict=True))
+
+
+def _to_records(
+    file: AnnotationFile,
+    image_root: Path,
+    category_ids: tuple[int, ...],
+    boxes: np.ndarray,
+    usable: np.ndarray,
+) -> Records:
+    numbers = {category_id: number for number, category_id in enumerate(category_ids)}
+    classes = np.array([numbers.get(i, -1) for i in file.category_ids.tolist()], dtype=np.int64)
+    kept = np.flatnonzero(usable & (classes >= 0))
+    # By image; within one image as the file has them.
+    kept = kept[np.argsort(file.image_numbers[kept], kind="stable")]
+    counts = np.bincount(file.image_numbers[kept], minlength=len(file.image_ids))
+    return Records(
+        file_names=np.array([os.fsencode(image_root / name) for name in file.file_names]),
+        image_ids=file.image_ids,
+        heights=file.heights,
+        widths=file.widths,
+        box_starts=starts_from_counts(counts),
+        boxes=boxes[kept].astype(np.float32),
+        classes=classes[kept],
+    )
+
+
+def load_training_dataset(cfg: CfgNode) -> CocoDataset:
+    """Read ``DATASETS.TRAIN`` as one dataset, without images that have no boxes.
+
+    Images without boxes stay where ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` is False.
+
+    Raises:
+        DataError: if a dataset is faulty, if they differ in their classes, if no image is left.
+    """
+    names = _training_names(cfg)
+    parts = [load_dataset(name, key="DATASETS.TRAIN") for name in names]
+    for part in parts[1:]:
+        if part.class_names != parts[0].class_names:
+            raise DataError([_class_fault("DATASETS.TRAIN", part, parts[0])])
+    records = parts[0].records if len(parts) == 1 else concatenate([p.records for p in parts])
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        before, records = len(records), records.with_boxes_only()
+        logger.info("left out %d of %d images without boxes", before - len(records), before)
+    if not len(records):
+        advice = "use another dataset, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False"
+        allowed = "datasets with boxes of their classes"
+        raise DataError([Fault("DATASETS.TRAIN", names, allowed, advice)])
+    return CocoDataset(
+        name=",".join(names),
+        class_names=parts[0].class_names,
+        category_ids=parts[0].category_ids,
+        records=records,
+        json_file=parts[0].json_file if len(parts) == 1 else "",
+    )
+
+
+def _training_names(cfg: CfgNode) -> tuple[str, ...]:
+    names = tuple(cfg.DATASETS.TRAIN)
+    if not names:
+        raise DataError(
+            [Fault("DATASETS.TRAIN", names, "at least one dataset", "name the training dataset")]
+        )
+    return names
+
+
+def _class_fault(key: str, dataset: CocoDataset, trained: CocoDataset) -> Fault:
+    return Fault(
+        key,
+        dataset.name,
+        f"datasets with the {len(trained.class_names)} classes of {trained.name}",
+        f"it has {len(dataset.class_names)} classes; use the same split for all",
+    )
+
+
+def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> int:
+    """Read every dataset that a run will use, before any rank starts.
+
+    Args:
+        cfg: its ``DATASETS`` and ``DATALOADER``.
+        eval_only: the run does not train, so only ``DATASETS.TEST`` must be there.
+
+    Returns:
+        The number of training images; 0 if the run does not train.
+
+    Raises:
+        DataError: every fault of every dataset.
+    """
+    faults: dict[str, Fault] = {}
+    trained = None
+    if not eval_only:
+        try:
+            trained = load_training_dataset(cfg)
+        except DataError as error:
+            faults.update({str(fault): fault for fault in error.faults})
+    if eval_only and not cfg.DATASETS.TEST:
+        fault = Fault("DATASETS.TEST", (), "at least one dataset", "name the dataset to evaluate")
+        faults[str(fault)] = fault
+    for name in cfg.DATASETS.TEST:
+        try:
+            tested = load_dataset(name, key="DATASETS.TEST")
+        except DataError as error:
+            # Two splits of one file share its faults.
+            faults.update({str(fault): fault for fault in error.faults})
+            continue
+        if trained and tested.class_names != trained.class_names:
+            fault = _class_fault("DATASETS.TEST", tested, trained)
+            faults[str(fault)] = fault
+    if faults:
+        raise DataError(list(faults.values()))
+    return len(trained) if trained else 0

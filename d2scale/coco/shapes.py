@@ -1,0 +1,297 @@
+"""A COCO-format dataset of drawn shapes, for machines that have no COCO.
+
+It has COCO's folder layout and lists COCO's 80 categories. Each kind of shape stands for a real
+base class, so that recipes, class splits and metrics work on it as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from d2scale.coco.classes import COCO_CLASSES
+from d2scale.errors import DataError, Fault
+
+# Marks a folder as made here, and by which settings.
+MARKER = ".d2scale_shapes.json"
+_VERSION = 1
+_TRAIN_STREAM, _VAL_STREAM = 0, 1
+# Every tenth image shows nothing, every ninth also a crowd.
+_EMPTY_EVERY = 10
+_CROWD_EVERY = 9
+
+Corners = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A class.
+
+    Attributes:
+        category_id: COCO's.
+        colour: red, green, blue.
+        corners: their angles on the unit circle, in turns from the top.
+        waist: reach of a further corner between each two: below 1 makes a star.
+        hole: reach of a hole in the middle.
+    """
+
+    category_id: int
+    colour: tuple[int, int, int]
+    corners: tuple[float, ...]
+    waist: float = 1.0
+    hole: float = 0.0
+
+
+def _regular(corners: int, turn: float = 0.0) -> tuple[float, ...]:
+    """Return the angles of a regular polygon."""
+    return tuple(corner / corners + turn for corner in range(corners))
+
+
+# Stop sign, sports ball, kite, pizza, donut and book: base classes all.
+KINDS = (
+    _Kind(13, (215, 35, 40), _regular(8, 1 / 16)),
+    _Kind(37, (245, 240, 235), _regular(48)),
+    _Kind(38, (120, 60, 200), _regular(5), waist=0.45),
+    _Kind(59, (245, 170, 30), _regular(3)),
+    _Kind(60, (235, 110, 170), _regular(48), hole=0.45),
+    _Kind(84, (30, 110, 220), _regular(4, 1 / 8)),
+)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    version: int
+    train_images: int
+    val_images: int
+    seed: int
+    image_size: tuple[int, int]
+
+
+def write_shapes_dataset(
+    root: str | Path,
+    train_images: int,
+    val_images: int,
+    seed: int = 0,
+    image_size: tuple[int, int] = (160, 256),
+) -> Path:
+    """Write ``root/coco``, unless it is there already with the same settings.
+
+    The result depends on the arguments alone. It appears as a whole or not at all.
+
+    Args:
+        root: what ``DETECTRON2_DATASETS`` is to be set to.
+        train_images, val_images: how many of each.
+        seed: not negative.
+        image_size: smallest and largest edge, pixels.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        DataError: if ``root/coco`` holds files that were not written here, or cannot be written.
+        ValueError: if a number is out of its range.
+    """
+    low, high = image_size
+    if min(train_images, val_images) < 1 or seed < 0 or not 32 <= low <= high:
+        raise ValueError(
+            f"need at least one image each, a seed from 0 and edges from 32 pixels, got "
+            f"{train_images}, {val_images}, {seed}, {image_size}"
+        )
+    root = Path(root)
+    settings = _Settings(_VERSION, train_images, val_images, seed, (low, high))
+    target = root / "coco"
+    if _settings_of(target) == _as_json(settings):
+        return root
+    _refuse_foreign(target)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _write_and_swap(target, settings)
+    except OSError as error:
+        advice = f"choose another folder ({error.strerror})"
+        raise DataError([Fault("folder", str(root), "a writable folder", advice)]) from error
+    return root
+
+
+def _as_json(settings: _Settings) -> dict[str, Any]:
+    return {**asdict(settings), "image_size": list(settings.image_size)}
+
+
+def _settings_of(folder: Path) -> Any:
+    try:
+        return json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _refuse_foreign(target: Path) -> None:
+    ours = (target / MARKER).is_file()
+    if target.exists() and not ours and not (target.is_dir() and not any(target.iterdir())):
+        raise DataError(
+            [
+                Fault(
+                    "folder",
+                    str(target),
+                    "a folder that is empty, not there, or holds drawn shapes",
+                    "choose another root, or move its files away",
+                )
+            ]
+        )
+
+
+def _write_and_swap(target: Path, settings: _Settings) -> None:
+    """Write next to ``target``, then rename into place."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".shapes-") as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        (new / "annotations").mkdir(parents=True)
+        for part, images, stream in (
+            ("train", settings.train_images, _TRAIN_STREAM),
+            ("val", settings.val_images, _VAL_STREAM),
+        ):
+            (new / f"{part}2017").mkdir()
+            content = _write_images(new / f"{part}2017", images, settings, stream)
+            path = new / "annotations" / f"instances_{part}2017.json"
+            path.write_text(json.dumps(content))
+        (new / MARKER).write_text(json.dumps(_as_json(settings)))
+        if target.exists():
+            os.replace(target, old)
+        os.replace(new, target)
+
+
+def _write_images(folder: Path, count: int, settings: _Settings, stream: int) -> dict[str, Any]:
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number in range(1, count + 1):
+        rng = np.random.default_rng((settings.seed, stream, number))
+        picture, found = _draw_picture(number, rng, settings.image_size)
+        name = f"{number:012d}.jpg"
+        picture.save(folder / name, quality=90)
+        width, height = picture.size
+        images.append({"id": number, "file_name": name, "width": width, "height": height})
+        for annotation in found:
+            annotations.append({"id": len(annotations) + 1, "image_id": number, **annotation})
+    return {
+        "info": {"description": "drawn shapes in COCO's format"},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in COCO_CLASSES.items()],
+    }
+
+
+def _draw_picture(
+    number: int, rng: np.random.Generator, image_size: tuple[int, int]
+) -> tuple[Image.Image, list[dict[str, Any]]]:
+    low, high = image_size
+    width, height = (int(edge) for edge in rng.integers(low, high + 1, size=2))
+    picture = _background(rng, width, height)
+    if number % _EMPTY_EVERY == 0:
+        return picture, []
+    annotations = []
+    taken: list[tuple[float, float, float]] = []
+    for _ in range(int(rng.integers(1, 5))):
+        place = _free_place(rng, width, height, taken)
+        if place is not None:
+            taken.append(place)
+            kind = KINDS[int(rng.integers(len(KINDS)))]
+            annotations.append(_draw_shape(picture, rng, kind, place))
+    if number % _CROWD_EVERY == 0:
+        annotations.append(_draw_crowd(picture, rng))
+    return picture, annotations
+
+
+def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Return a dull picture: soft patches of grey-green and brown, with grain."""
+    patches = rng.integers(70, 130, size=(5, 5, 3)).astype(np.uint8)
+    soft = Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
+    grain = rng.integers(-12, 13, size=(height, width, 1))
+    return Image.fromarray((np.asarray(soft) + grain).clip(0, 255).astype(np.uint8))
+
+
+def _free_place(
+    rng: np.random.Generator, width: int, height: int, taken: list[tuple[float, float, float]]
+) -> tuple[float, float, float] | None:
+    """Return centre and radius, in pixels, of a circle that covers no other's centre."""
+    short = min(width, height)
+    for _ in range(20):
+        radius = float(rng.uniform(0.1, 0.3)) * short
+        # A few reach over the edge.
+        x = float(rng.uniform(0.8 * radius, width - 0.8 * radius))
+        y = float(rng.uniform(0.8 * radius, height - 0.8 * radius))
+        if all(math.hypot(x - a, y - b) > 0.9 * (radius + r) for a, b, r in taken):
+            return x, y, radius
+    return None
+
+
+def _draw_shape(
+    picture: Image.Image,
+    rng: np.random.Generator,
+    kind: _Kind,
+    place: tuple[float, float, float],
+) -> dict[str, Any]:
+    x, y, radius = place
+    stretch = float(rng.uniform(0.75, 1.0))
+    turn = float(rng.uniform(-0.04, 0.04))
+    colour = tuple(
+        int(c) for c in np.clip(np.array(kind.colour) + rng.integers(-20, 21, 3), 0, 255)
+    )
+    corners = _corners(kind, x, y, radius, stretch, turn)
+    background = picture.getpixel((int(x), int(y)))
+    draw = ImageDraw.Draw(picture)
+    draw.polygon(corners, fill=colour, outline=(20, 20, 20))
+    if kind.hole:
+        hole = _corners(kind, x, y, radius * kind.hole, stretch, turn)
+        draw.polygon(hole, fill=background, outline=(20, 20, 20))
+    return _annotation(corners, kind.category_id, picture.size)
+
+
+def _corners(
+    kind: _Kind, x: float, y: float, radius: float, stretch: float, turn: float
+) -> Corners:
+    between = 0.5 / len(kind.corners)
+    angles = [(angle, 1.0) for angle in kind.corners]
+    if kind.waist < 1:
+        angles = [p for a, _ in angles for p in ((a, 1.0), (a + between, kind.waist))]
+    return [
+        (
+            x + radius * reach * math.sin(2 * math.pi * (angle + turn)) * stretch,
+            y - radius * reach * math.cos(2 * math.pi * (angle + turn)),
+        )
+        for angle, reach in angles
+    ]
+
+
+def _annotation(
+    corners: Corners, category_id: int, size: tuple[int, int], iscrowd: int = 0
+) -> dict[str, Any]:
+    columns, rows = zip(*corners, strict=True)
+    x0, y0 = max(min(columns), 0.0), max(min(rows), 0.0)
+    # A pixel's corner is its number; the outline fills the pixel it ends in.
+    x1, y1 = min(max(columns) + 1, size[0]), min(max(rows) + 1, size[1])
+    box = [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)]
+    return {
+        "category_id": category_id,
+        "bbox": box,
+        "area": round(box[2] * box[3], 2),
+        "iscrowd": iscrowd,
+    }
+
+
+def _draw_crowd(picture: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
+    """Draw small shapes of one kind in a corner; one crowd region covers them all."""
+    kind = KINDS[int(rng.integers(len(KINDS)))]
+    radius = min(picture.size) / 40
+    all_corners: Corners = []
+    for row in range(2):
+        for column in range(4):
+            x, y = (2.5 * column + 2) * radius, (2.5 * row + 2) * radius
+            corners = _corners(kind, x, y, radius, 1.0, 0.0)
+            ImageDraw.Draw(picture).polygon(corners, fill=kind.colour)
+            all_corners += corners
+    return _annotation(all_corners, kind.category_id, picture.size, iscrowd=1)

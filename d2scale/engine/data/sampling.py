@@ -1,0 +1,197 @@
+"""Which images an optimizer step holds, on any number of ranks.
+
+The order is a function of the seed alone. Nothing here knows a rank, a worker or a device: the
+loader of a rank takes its slice of a step (:func:`rank_slice`), and a run that continues with
+another total batch goes on at the image where it stopped.
+
+Random words come from numpy's PCG64 bit generator, whose stream numpy promises to keep, so that
+a run can continue under another numpy version too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from d2scale.errors import CheckpointError, Fault
+from d2scale.planning.rules import split_evenly
+
+# Keep the streams for different purposes apart.
+_ORDER_STREAM = 0
+_IMAGE_STREAM = 1
+
+
+class Draw(NamedTuple):
+    """One image of a step: its number in the dataset, and the epoch that it was drawn in."""
+
+    image: int
+    epoch: int
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return a permutation of ``range(size)``, shape (size,), int64."""
+    words = _random_words(seed, (_ORDER_STREAM, epoch), size)
+    return np.argsort(words, kind="stable")
+
+
+def uniform_numbers(seed: int, epoch: int, image: int, count: int) -> np.ndarray:
+    """Return numbers in [0, 1) for the augmentation of one image in one epoch, shape (count,)."""
+    words = _random_words(seed, (_IMAGE_STREAM, epoch, image), count)
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def _random_words(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
+    sequence = np.random.SeedSequence(seed, spawn_key=key)
+    return np.asarray(np.random.PCG64(sequence).random_raw(count), dtype=np.uint64)
+
+
+def rank_slice(total: int, world_size: int, rank: int) -> slice:
+    """Return the part of a step of ``total`` images that belongs to ``rank``.
+
+    >>> rank_slice(16, 3, 1)
+    slice(6, 11, None)
+    """
+    shares = split_evenly(total, world_size)
+    start = sum(shares[:rank])
+    return slice(start, start + shares[rank])
+
+
+def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """Return 0 for images wider than high and 1 for the others, as detectron2 groups them."""
+    return np.where(np.asarray(widths) > np.asarray(heights), 0, 1)
+
+
+class StepSampler(Iterator[tuple[Draw, ...]]):
+    """An endless stream of optimizer steps, each exactly ``ims_per_batch`` images.
+
+    Every epoch shows every image once, in an order drawn from (seed, epoch). With ``groups``, a
+    step holds images of one group only: each drawn image waits in its group until the group
+    can fill a step, across the end of an epoch if need be.
+
+    Args:
+        size: images in the dataset.
+        ims_per_batch: images in one step, over all ranks and micro-batches.
+        seed: not negative.
+        groups: group number of each image, shape (size,); None puts all images in one group.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    def __init__(
+        self, size: int, ims_per_batch: int, seed: int, *, groups: np.ndarray | None = None
+    ) -> None:
+        if size < 1 or ims_per_batch < 1 or seed < 0:
+            raise ValueError(
+                f"size and ims_per_batch must be positive and seed not negative, got "
+                f"size={size}, ims_per_batch={ims_per_batch}, seed={seed}"
+            )
+        if groups is not None and len(groups) != size:
+            raise ValueError(f"{len(groups)} group numbers for {size} images")
+        self.size = size
+        self.ims_per_batch = ims_per_batch
+        self.seed = seed
+        self.groups = np.zeros(size, dtype=np.int64) if groups is None else np.asarray(groups)
+        self._start(epoch=0, position=0, waiting=())
+
+    def _start(self, epoch: int, position: int, waiting: Sequence[Draw]) -> None:
+        self._epoch = epoch
+        self._position = position
+        self._order = epoch_order(self.size, self.seed, epoch)
+        self._waiting: list[list[Draw]] = [[] for _ in range(int(self.groups.max()) + 1)]
+        for draw in waiting:
+            self._waiting[self.groups[draw.image]].append(draw)
+
+    def __next__(self) -> tuple[Draw, ...]:
+        while (full := self._full_group()) is None:
+            self._draw_image()
+        step = tuple(full[: self.ims_per_batch])
+        del full[: self.ims_per_batch]
+        return step
+
+    def advance(self, steps: int) -> None:
+        """Skip ``steps`` steps, an epoch at a time."""
+        while steps > 0 and self._full_group() is not None:
+            next(self)
+            steps -= 1
+        while steps > 0:
+            self._open_epoch()
+            rest = self._order[self._position :]
+            finished = self._steps_finished(rest)
+            # No further than the image that completes the last step to skip.
+            count = min(int(np.searchsorted(finished, steps)) + 1, len(rest))
+            self._take(rest[:count])
+            steps -= int(finished[count - 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream stands: plain numbers and lists.
+
+        ``waiting`` lists the images, with their epochs, that were drawn and not yet shown. The
+        total batch is no part of it: a sampler with another one continues at the same image.
+        """
+        return {
+            "size": self.size,
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "waiting": [list(draw) for group in self._waiting for draw in group],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where another sampler over the same dataset stood; its seed is taken over.
+
+        Raises:
+            CheckpointError: if the state belongs to a dataset of another size.
+        """
+        if state["size"] != self.size:
+            raise CheckpointError(
+                [
+                    Fault(
+                        "sampler.size",
+                        state["size"],
+                        f"{self.size}, the images of this run's training dataset",
+                        "continue with the dataset that the run was started with",
+                    )
+                ]
+            )
+        self.seed = int(state["seed"])
+        waiting = [Draw(int(image), int(epoch)) for image, epoch in state["waiting"]]
+        self._start(int(state["epoch"]), int(state["position"]), waiting)
+
+    def _full_group(self) -> list[Draw] | None:
+        for group in self._waiting:
+            if len(group) >= self.ims_per_batch:
+                return group
+        return None
+
+    def _open_epoch(self) -> None:
+        if self._position == self.size:
+            self._epoch += 1
+            self._position = 0
+            self._order = epoch_order(self.size, self.seed, self._epoch)
+
+    def _draw_image(self) -> None:
+        self._open_epoch()
+        image = int(self._order[self._position])
+        self._waiting[self.groups[image]].append(Draw(image, self._epoch))
+        self._position += 1
+
+    def _steps_finished(self, images: np.ndarray) -> np.ndarray:
+        """Return how many steps are complete after each of the next images, shape (n,)."""
+        finished = np.zeros(len(images), dtype=np.int64)
+        for number, group in enumerate(self._waiting):
+            drawn = len(group) + np.cumsum(self.groups[images] == number)
+            finished += drawn // self.ims_per_batch
+        return finished
+
+    def _take(self, images: np.ndarray) -> None:
+        """Draw images and show every step that they complete."""
+        for number, group in enumerate(self._waiting):
+            drawn = images[self.groups[images] == number]
+            left = (len(group) + len(drawn)) % self.ims_per_batch
+            new = [Draw(int(image), self._epoch) for image in drawn[max(0, len(drawn) - left) :]]
+            kept = group[len(group) - (left - len(new)) :]
+            group[:] = kept + new
+        self._position += len(images)

@@ -1,0 +1,127 @@
+"""What must not go on: a loss that is not finite, and a scaler that skips step after step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.amp.grad_scaler import GradScaler
+
+from d2scale.engine.checkpoint.files import write_atomically
+from d2scale.errors import D2ScaleError
+from d2scale.step.micro_batches import MicroBatch
+from d2scale.step.ranks import rank, world_size
+
+logger = logging.getLogger(__name__)
+
+# The scale halves with every skipped step: from 2**16 it is down to 1 after 16.
+MOST_SKIPPED_STEPS = 20
+
+
+class NotFiniteLossError(D2ScaleError):
+    """The loss of a step is not finite; the weights are those before that step.
+
+    Attributes:
+        iteration: the step.
+        lr: its learning rate.
+        losses: by name, over the whole step.
+    """
+
+    def __init__(self, iteration: int, lr: float, losses: Mapping[str, float]) -> None:
+        told = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+        super().__init__(
+            f"the loss is not finite at iteration {iteration} (learning rate {lr:g}): {told}; "
+            "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip with "
+            "SOLVER.CLIP_GRADIENTS, and use --resume to go on from the last checkpoint"
+        )
+        self.iteration = iteration
+        self.lr = lr
+        self.losses = dict(losses)
+
+    def __reduce__(self) -> tuple[type[NotFiniteLossError], tuple[int, float, dict[str, float]]]:
+        return (type(self), (self.iteration, self.lr, self.losses))
+
+
+def check_finite(losses: Mapping[str, float], iteration: int, lr: float) -> None:
+    """Raise if a loss is not finite. Losses of the whole step: every rank raises, or none.
+
+    Raises:
+        NotFiniteLossError: if so.
+    """
+    if not all(math.isfinite(value) for value in losses.values()):
+        raise NotFiniteLossError(iteration, lr, losses)
+
+
+def write_down(error: NotFiniteLossError, share: MicroBatch, folder: Path) -> None:
+    """Write ``not_finite_0000123.json``: iteration, rate, losses and the images of all ranks.
+
+    Every rank calls it with its share of the step.
+    """
+    mine = [
+        {"image_id": each.get("image_id"), "file_name": each.get("file_name"), "rank": rank()}
+        for each in share
+    ]
+    shares = [mine]
+    if world_size() > 1:
+        shares = [[] for _ in range(world_size())]
+        dist.all_gather_object(shares, mine)
+    if rank() != 0:
+        return
+    content = {
+        "iteration": error.iteration,
+        "lr": error.lr,
+        # JSON has no word for what is not a number.
+        "losses": {k: v if math.isfinite(v) else str(v) for k, v in error.losses.items()},
+        "images": [image for images in shares for image in images],
+    }
+    path = folder / f"not_finite_{error.iteration:07d}.json"
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    logger.error("the images of the step are listed in %s", path)
+
+
+class SkippedSteps:
+    """Counts the steps that a scaler leaves out because a gradient overflowed.
+
+    Now and then that is normal: the scaler looks for the largest scale that works.
+
+    Attributes:
+        total: steps left out so far.
+    """
+
+    def __init__(self, scaler: GradScaler) -> None:
+        self._scaler = scaler
+        self._scale: float | None = None
+        self._streak = 0
+        self.total = 0
+
+    def check(self, iteration: int) -> None:
+        """Look at the step before ``iteration``: the scale falls when one is left out.
+
+        To be called once a step, when its losses are known: a device has nothing to wait for.
+
+        Raises:
+            D2ScaleError: after too many in a row. All ranks have the same scale, so all raise.
+        """
+        scale = self._scaler.get_scale()
+        skipped = self._scale is not None and scale < self._scale
+        self._scale = scale
+        self._streak = self._streak + 1 if skipped else 0
+        self.total += skipped
+        if skipped:
+            logger.info(
+                "iteration %d left the weights alone, for a gradient overflowed: the scale is "
+                "now %g, steps left out so far: %d",
+                *(iteration - 1, scale, self.total),
+            )
+        if self._streak >= MOST_SKIPPED_STEPS:
+            raise D2ScaleError(
+                f"gradients overflowed in {self._streak} steps in a row, up to iteration "
+                f"{iteration - 1}, although the scale fell to {scale:g}; lower SOLVER.BASE_LR, "
+                "set SOLVER.AMP.PRECISION to bfloat16 or SOLVER.AMP.ENABLED to False, and use "
+                "--resume to go on from the last checkpoint"
+            )

@@ -1,0 +1,29 @@
+"""``d2scale demo``: plan, train and compare in small."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from d2scale.commands.common import add_command
+
+if TYPE_CHECKING:
+    from d2scale.commands.common import Commands
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``d2scale demo``."""
+    parser = add_command(
+        commands, "demo", "plan, train and compare the three published experiments in small"
+    )
+    parser.add_argument("--output-dir", default="demo", metavar="DIR", help="run folders (demo)")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``d2scale demo``."""
+    from meta_fcos.demo import run_demo
+
+    for part in run_demo(arguments.output_dir):
+        print(part, flush=True)
+    return 0

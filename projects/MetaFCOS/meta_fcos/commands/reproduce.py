@@ -1,0 +1,97 @@
+"""``d2scale reproduce``: the published comparison on the machine at hand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from d2scale.commands.common import add_command
+from d2scale.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    from d2scale.commands.common import Commands
+
+_EPILOG = """\
+Called again after an interruption, it goes on where it stopped. projects/MetaFCOS/README.md
+is its guide.
+
+example, a tenth of the published length:
+  $ d2scale reproduce --images-seen 48000 --output-dir output/reproduction
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``d2scale reproduce``."""
+    parser = add_command(
+        commands, "reproduce", "run the three published experiments and report on them", _EPILOG
+    )
+    parser.add_argument(
+        "--form",
+        choices=("full", "small"),
+        help="as published, or in small for a CPU (full where there is a GPU)",
+    )
+    parser.add_argument(
+        "--images-seen",
+        type=int,
+        metavar="N",
+        help="cut each training to N images, its schedule in proportion (the recipe's length)",
+    )
+    parser.add_argument(
+        "--num-gpus",
+        "--num-processes",
+        dest="num_gpus",
+        type=int,
+        metavar="N",
+        help="for experiments 1 and 3, published on two; one runs them too (two, if there are)",
+    )
+    parser.add_argument("--only", metavar="1,3", help="numbers of experiments (all)")
+    parser.add_argument(
+        "--method3",
+        choices=("published", "exact"),
+        default="published",
+        help="experiment 3 as published, rate and length as if the batch had doubled, or by its "
+        "ratio of 30/16 (published); small doubles",
+    )
+    parser.add_argument("--plan-only", action="store_true", help="show the plan and stop")
+    parser.add_argument(
+        "--output-dir",
+        default="output/reproduction",
+        metavar="DIR",
+        help="run folders and report (output/reproduction)",
+    )
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``d2scale reproduce``."""
+    only = _numbers(arguments.only)
+    from meta_fcos.reproduction.reproduction import reproduce
+    from meta_fcos.reproduction.request import Request
+
+    request = Request(
+        output_dir=arguments.output_dir,
+        form=arguments.form,
+        images_seen=arguments.images_seen,
+        num_gpus=arguments.num_gpus,
+        only=only,
+        third_method=arguments.method3,
+    )
+    try:
+        for part in reproduce(request, only_plan=arguments.plan_only):
+            print(part, flush=True)
+    except KeyboardInterrupt:
+        print("The same command goes on where this one stopped.", file=sys.stderr)
+        raise
+    return 0
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        allowed = "some of 1, 2, 3, separated by commas"
+        fault = Fault("--only", text, allowed, "correct it, or leave it out for all")
+        raise ConfigError([fault]) from None

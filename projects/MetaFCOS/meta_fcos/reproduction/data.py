@@ -1,0 +1,211 @@
+"""The data of a reproduction: COCO, a few images of it, or drawn shapes. Nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
+from d2scale.coco.catalog import ROOT_VARIABLE, datasets_root
+from d2scale.coco.shapes import write_shapes_dataset
+from d2scale.engine.checkpoint.files import write_atomically
+from d2scale.errors import DataError, Fault
+
+PARTS = ("train2017", "val2017")
+# Of the small form.
+TRAIN_IMAGES = 512
+VAL_IMAGES = 64
+SHAPES = "drawn shapes"
+_ZIPS = "http://images.cocodataset.org/"
+_ANNOTATIONS_ZIP = f"{_ZIPS}annotations/annotations_trainval2017.zip"
+_SOURCES = {
+    "annotations/instances_train2017.json": f"{_ANNOTATIONS_ZIP} (241 MB)",
+    "annotations/instances_val2017.json": f"{_ANNOTATIONS_ZIP} (241 MB)",
+    "train2017": f"{_ZIPS}zips/train2017.zip (18 GB)",
+    "val2017": f"{_ZIPS}zips/val2017.zip (1 GB)",
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the experiments train on.
+
+    Attributes:
+        root: what ``DETECTRON2_DATASETS`` is for them.
+        name: tells it from other data; kept in the folder of the reproduction.
+        text: for the reader.
+        real: COCO's folder, None for drawn shapes.
+        images: of training and validation, where COCO is cut; None: all of it.
+    """
+
+    root: Path
+    name: str
+    text: str
+    real: Path | None = None
+    images: tuple[int, int] | None = None
+
+
+def whole_coco() -> Data:
+    """Return COCO as it lies under ``DETECTRON2_DATASETS``.
+
+    Raises:
+        DataError: a line for each part that is missing, with where to get it.
+    """
+    root = datasets_root().absolute()
+    _refuse_missing(root)
+    return Data(root, f"COCO in {root / 'coco'}", f"COCO 2017 in {root / 'coco'}", root / "coco")
+
+
+def small_data(folder: Path, images: tuple[int, int] = (TRAIN_IMAGES, VAL_IMAGES)) -> Data:
+    """Return a few images of COCO if there is any of it, drawn shapes otherwise.
+
+    Args:
+        folder: where :func:`make` may put them.
+        images: of training and validation.
+
+    Raises:
+        DataError: if a part of COCO is missing.
+    """
+    root = datasets_root().absolute()
+    real = root / "coco"
+    most = "{} training and {} validation images".format(*images)
+    if not any((real / part).exists() for part in _SOURCES):
+        text = (
+            f"No COCO in {real}: shapes are drawn in its format, {most}.\n"
+            f"Set {ROOT_VARIABLE} to the folder that holds coco/ to use the real one."
+        )
+        return Data(folder / "shapes", SHAPES, text, images=images)
+    _refuse_missing(root)
+    text = (
+        f"COCO in {real}, of which at most the first {most} are used.\n"
+        "Minutes do not teach photographs: compare the losses, not the AP."
+    )
+    name = f"the first images of COCO in {real}"
+    return Data(folder / "coco-subset", name, text, real, images)
+
+
+def _refuse_missing(root: Path) -> None:
+    faults = [
+        Fault(
+            ROOT_VARIABLE,
+            str(root),
+            f"a folder that holds coco/{part}",
+            f"set it to that folder, or unpack {source} in {root / 'coco'}",
+        )
+        for part, source in _SOURCES.items()
+        if not (root / "coco" / part).exists()
+    ]
+    if faults:
+        raise DataError(faults)
+
+
+@contextmanager
+def datasets_under(root: Path) -> Iterator[None]:
+    """Within the context, dataset names resolve under ``root``."""
+    before = os.environ.get(ROOT_VARIABLE)
+    os.environ[ROOT_VARIABLE] = str(root.absolute())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ROOT_VARIABLE]
+        else:
+            os.environ[ROOT_VARIABLE] = before
+
+
+def read_subset(data: Data) -> dict[str, dict[str, Any]]:
+    """Return the annotations of the first images of COCO, by the names of ``PARTS``.
+
+    Empty where ``data`` is not cut from COCO.
+
+    Raises:
+        DataError: every fault of the annotation files, and images that are missing.
+    """
+    if data.real is None or data.images is None:
+        return {}
+    contents: dict[str, dict[str, Any]] = {}
+    faults: list[Fault] = []
+    for part, count in zip(PARTS, data.images, strict=True):
+        try:
+            file = read_annotation_file(data.real / "annotations" / f"instances_{part}.json")
+        except DataError as error:
+            faults += error.faults
+            continue
+        contents[part] = _first_images(file, count)
+        faults += _missing_images(data.real / part, contents[part])
+    if faults:
+        raise DataError(faults)
+    return contents
+
+
+def _first_images(file: AnnotationFile, count: int) -> dict[str, Any]:
+    """Return COCO's format again, with the first images only, and without polygons."""
+    fields = zip(file.image_ids, file.file_names, file.heights, file.widths, strict=True)
+    images = [
+        {"id": int(id_), "file_name": name, "height": int(height), "width": int(width)}
+        for id_, name, height, width in list(fields)[:count]
+    ]
+    kept = np.flatnonzero((file.image_numbers >= 0) & (file.image_numbers < count))
+    annotations = [
+        {
+            "id": int(file.annotation_ids[row]),
+            "image_id": int(file.image_ids[file.image_numbers[row]]),
+            "category_id": int(file.category_ids[row]),
+            "bbox": file.boxes[row].tolist(),
+            "area": float(file.areas[row]),
+            "iscrowd": int(file.crowds[row]),
+        }
+        for row in kept
+    ]
+    categories = [{"id": id_, "name": name} for id_, name in file.categories.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _missing_images(folder: Path, content: dict[str, Any]) -> list[Fault]:
+    names = [image["file_name"] for image in content["images"]]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not missing:
+        return []
+    found = f"without {len(missing)} of its first {len(names)} images ({missing[0]})"
+    advice = f"unpack {_SOURCES[folder.name]} again"
+    return [Fault(str(folder), found, "all images of the annotation file", advice)]
+
+
+def make(data: Data, contents: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what ``data`` needs: drawn shapes, or a layout of COCO with fewer images.
+
+    Args:
+        data: where to.
+        contents: as :func:`read_subset` returned them.
+
+    Raises:
+        DataError: if the folder cannot be written.
+    """
+    if data.real is None:
+        assert data.images is not None
+        write_shapes_dataset(data.root, *data.images)
+        return
+    target = data.root / "coco"
+    try:
+        (target / "annotations").mkdir(parents=True, exist_ok=True)
+        for part, content in contents.items():
+            link = target / part
+            link.unlink(missing_ok=True)
+            link.symlink_to(data.real / part)
+            path = target / "annotations" / f"instances_{part}.json"
+            write_atomically(path, partial(_write_json, content=content))
+    except OSError as error:
+        advice = f"choose another --output-dir ({error.strerror})"
+        raise DataError([Fault("folder", str(target), "a writable folder", advice)]) from error
+
+
+def _write_json(file: IO[bytes], content: Mapping[str, Any]) -> None:
+    file.write(json.dumps(content).encode())

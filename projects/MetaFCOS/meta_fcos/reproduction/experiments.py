@@ -1,0 +1,136 @@
+"""The three published experiments, in full and in small, at full length or cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from d2scale.errors import ConfigError, Fault
+from d2scale.planning import rules
+
+FORMS = ("full", "small")
+THIRD_METHODS = ("published", "exact")
+# Of each training: enough to lose little to a kill, few enough to keep.
+_CHECKPOINTS = 15
+# Rows that a training leaves in metrics.json at least, so that the noise of its loss is known.
+_REPORTS = 60
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One of the three.
+
+    Attributes:
+        number: as published.
+        name: what it is.
+        gpus: on how many it was published.
+        time: how long it took there, on Quadro RTX 5000.
+        full: its recipe.
+        small: its recipe for a CPU.
+    """
+
+    number: int
+    name: str
+    gpus: int
+    time: str
+    full: str
+    small: str
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return f"{self.number} {self.name}"
+
+    @property
+    def folder(self) -> str:
+        """The name of its run folder."""
+        return "experiment-" + self.title.replace(" ", "-")
+
+    def recipe(self, form: str, third_method: str) -> str:
+        """Return the address of its recipe.
+
+        Args:
+            form: one of ``FORMS``.
+            third_method: one of ``THIRD_METHODS``: experiment 3 in full as it was published, its
+                rate and length set as if the batch had doubled, or by its true ratio of 30/16. In
+                small the batch doubles, so both are the same.
+        """
+        name = self.full if form == "full" else self.small
+        if self.number == 3 and form == "full" and third_method == "exact":
+            name = "experiment-3-exact"
+        return f"d2scale://MetaFCOS/{name}.yaml"
+
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    Experiment(1, "baseline", 2, "11:17:36", "experiment-1-baseline", "small-cpu"),
+    Experiment(2, "same batch", 1, "20:15:22", "experiment-2-same-batch", "small-cpu"),
+    Experiment(3, "large batch", 2, "9:49:10", "experiment-3-large-batch", "small-cpu-large-batch"),
+)
+
+
+def images_of(cfg: Any) -> int:
+    """Return the images that a recipe's whole training shows."""
+    return int(cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH)
+
+
+def length_faults(images_seen: int, recipes: Sequence[Any]) -> list[Fault]:
+    """Return what is wrong with cutting every one of ``recipes`` to ``images_seen``."""
+    least = max(len(cfg.SOLVER.STEPS) * cfg.SOLVER.IMS_PER_BATCH + 1 for cfg in recipes)
+    most = min(images_of(cfg) for cfg in recipes)
+    if least <= images_seen <= most:
+        return []
+    allowed = f"{least} (a step for each learning rate) to {most} (the recipe's whole training)"
+    return [Fault("--images-seen", images_seen, allowed, "choose a number between them")]
+
+
+def length_settings(cfg: Any, images_seen: int | None) -> dict[str, Any]:
+    """Return the config keys that give a recipe another length, and those that watch over it.
+
+    Cut to a third, before::
+
+        SOLVER: {IMS_PER_BATCH: 16, MAX_ITER: 30000, STEPS: [20000, 25000], WARMUP_ITERS: 1000}
+
+    After::
+
+        SOLVER: {IMS_PER_BATCH: 16, MAX_ITER: 10000, STEPS: [6667, 8333], WARMUP_ITERS: 333}
+
+    Warm-up and learning-rate drops stand at the same fraction of the training, so a cut training
+    sees every learning rate; it is evaluated at its end only.
+
+    Args:
+        cfg: the recipe; it is not changed.
+        images_seen: images that the whole training shows, rounded up to a whole step; None: the
+            recipe's own.
+    """
+    solver, settings = cfg.SOLVER, {}
+    max_iter = solver.MAX_ITER
+    if images_seen is not None:
+        ratio = Fraction(images_of(cfg), images_seen)
+        max_iter = rules.scale_max_iter(max_iter, ratio)
+        settings = {
+            "SOLVER.MAX_ITER": max_iter,
+            "SOLVER.STEPS": rules.scale_steps(solver.STEPS, ratio, max_iter),
+            "SOLVER.WARMUP_ITERS": rules.scale_count(solver.WARMUP_ITERS, ratio),
+            "TEST.EVAL_PERIOD": 0,
+        }
+    return {
+        **settings,
+        "SOLVER.CHECKPOINT_PERIOD": -(-max_iter // _CHECKPOINTS),
+        "WRITER_PERIOD": max(1, min(cfg.WRITER_PERIOD, max_iter // _REPORTS)),
+    }
+
+
+def chosen(numbers: Sequence[int]) -> tuple[Experiment, ...]:
+    """Return the experiments with these numbers, in the published order; all for none.
+
+    Raises:
+        ConfigError: if there is no such experiment.
+    """
+    known = [experiment.number for experiment in EXPERIMENTS]
+    if any(number not in known for number in numbers):
+        allowed = "some of 1, 2, 3, separated by commas"
+        text = ",".join(map(str, numbers))
+        raise ConfigError([Fault("--only", text, allowed, "correct it, or leave it out for all")])
+    return tuple(each for each in EXPERIMENTS if not numbers or each.number in numbers)

@@ -1,0 +1,210 @@
+"""One experiment on the machine at hand: its recipe, its plan, and how far it has come."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2scale.config import load_cfg
+from d2scale.engine.checkpoint.files import LAST_CHECKPOINT
+from d2scale.engine.telemetry.writers import METRICS_FILE
+from d2scale.errors import ConfigError, Fault
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.memory_profile import GIB
+from d2scale.planning.plan import Plan, make_plan
+from d2scale.planning.progress import Progress, recipe_changes, recipe_of
+from meta_fcos.reproduction.experiments import Experiment, length_settings
+
+# One order of images for all experiments; 1 and 2 then take the same steps.
+_SEED = 1
+_FINAL = "model_final.pth"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the experiments run on.
+
+    Attributes:
+        device: ``cuda`` or ``cpu``.
+        ranks: processes of the experiments that were published on two GPUs, one to a GPU.
+        name: of the device.
+        gib: memory of one GPU, None for a CPU.
+    """
+
+    device: str
+    ranks: int
+    name: str
+    gib: float | None = None
+
+    @classmethod
+    def at_hand(cls, form: str, num_gpus: int | None) -> Machine:
+        """Look at the machine. The small form runs on a CPU everywhere.
+
+        Args:
+            form: of the experiments.
+            num_gpus: ranks asked for; None: the two of the publication, if there are two GPUs.
+
+        Raises:
+            ConfigError: for more ranks than the machine has GPUs, on a CPU cores.
+        """
+        gpus = torch.cuda.device_count() if form == "full" and torch.cuda.is_available() else 0
+        most = gpus or max(2, os.cpu_count() or 1)
+        if num_gpus is not None and not 1 <= num_gpus <= most:
+            what = "GPUs of this machine" if gpus else "processes that its cores can hold"
+            advice = "use fewer" if num_gpus > most else "use one at least"
+            raise ConfigError([Fault("--num-gpus", num_gpus, f"1 to {most}, the {what}", advice)])
+        if not gpus:
+            ranks = 1 if form == "full" else 2
+            return cls("cpu", num_gpus or ranks, f"CPU with {os.cpu_count()} cores")
+        properties = torch.cuda.get_device_properties(0)
+        return cls(
+            "cuda",
+            num_gpus or min(2, gpus),
+            str(properties.name),
+            float(properties.total_memory / GIB),
+        )
+
+    @property
+    def unit(self) -> str:
+        """What one rank runs on."""
+        return "GPU" if self.device == "cuda" else "process"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment, decided.
+
+    Attributes:
+        experiment: which one.
+        recipe: address of its recipe.
+        settings: what is set beyond the recipe, by config key.
+        cfg: recipe and settings.
+        plan: how it runs on this machine.
+        machine: this one.
+    """
+
+    experiment: Experiment
+    recipe: str
+    settings: Mapping[str, Any]
+    cfg: Any
+    plan: Plan
+    machine: Machine
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return Path(self.cfg.OUTPUT_DIR)
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows ``d2scale`` to begin it, or to go on with it."""
+        pairs = [text for key, value in self.settings.items() for text in (key, str(value))]
+        ranks = ["--num-gpus", str(self.plan.world_size)]
+        options = ["--config-file", self.recipe, *ranks, "--method", self.plan.method, "--resume"]
+        return ["train", *options, *pairs]
+
+    def is_equivalent(self) -> bool:
+        """Tell whether fewer GPUs than published take its steps in more micro-batches."""
+        return self.plan.world_size < self.experiment.gpus
+
+
+def decide(
+    experiment: Experiment, recipe: str, folder: Path, machine: Machine, images_seen: int | None
+) -> Run:
+    """Plan an experiment for the machine.
+
+    On fewer GPUs than it was published on, a step runs in micro-batches no larger than one of
+    those GPUs had, and so with the same result: ``D2SCALE.EXACT``.
+
+    Args:
+        experiment: which one.
+        recipe: address of its recipe.
+        folder: of the reproduction.
+        machine: see :class:`Machine`.
+        images_seen: see :func:`~meta_fcos.reproduction.experiments.length_settings`.
+
+    Raises:
+        ConfigError: if it cannot run here.
+    """
+    cfg = load_cfg(recipe)
+    settings: dict[str, Any] = {
+        "OUTPUT_DIR": str(folder / experiment.folder),
+        "MODEL.DEVICE": machine.device,
+        "SEED": _SEED,
+        "D2SCALE.EXACT": True,
+        **length_settings(cfg, images_seen),
+    }
+    ranks = 1 if experiment.gpus == 1 else machine.ranks
+    share = -(-cfg.SOLVER.IMS_PER_BATCH // experiment.gpus)
+    run = _decided(experiment, recipe, cfg, settings, machine, ranks)
+    if run.is_equivalent() and run.plan.ims_per_gpu > share:
+        settings["D2SCALE.IMS_PER_GPU"] = share
+        run = _decided(experiment, recipe, cfg, settings, machine, ranks)
+    return run
+
+
+def _decided(
+    experiment: Experiment,
+    recipe: str,
+    cfg: Any,
+    settings: Mapping[str, Any],
+    machine: Machine,
+    ranks: int,
+) -> Run:
+    cfg = cfg.clone()
+    cfg.merge_from_list([part for pair in settings.items() for part in pair])
+    hardware = Hardware.from_cfg(cfg, ranks, device_gib=machine.gib)
+    if machine.gib is None:
+        # What is known of memory is known of a GPU's.
+        hardware = replace(hardware, profile=None, alternatives=())
+    plan = make_plan(cfg, hardware, method="keep_total")
+    return Run(experiment, recipe, dict(settings), cfg, plan, machine)
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether a run has been trained to its end, and evaluated."""
+    try:
+        last = (folder / LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
+        rows = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        # The evaluation that ends a run is the last thing that it writes.
+        evaluated = bool(rows) and "bbox/AP" in json.loads(rows[-1])
+    except (OSError, ValueError):
+        return False
+    return evaluated and last == _FINAL and (folder / _FINAL).is_file()
+
+
+def standing(folder: Path) -> str:
+    """Return how far a run has come, for a reader."""
+    if is_finished(folder):
+        return "finished"
+    try:
+        last = (folder / LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return "from the start"
+    return f"goes on from {last}"
+
+
+def recipe_faults(run: Run) -> list[Fault]:
+    """Return in which keys the run in its folder was begun with another recipe."""
+    try:
+        changes = json.loads((run.folder / "plan.json").read_text(encoding="utf-8"))["changes"]
+        begun = load_cfg(str(run.folder / "config.yaml"))
+    except (OSError, ValueError, KeyError):
+        return []  # It was ended before its first step.
+    recipe = recipe_of(begun, changes)
+    stopped = Progress(iteration=0, images_seen=0, recipe=recipe, plan={})
+    return [
+        Fault(
+            f"{key} of experiment {run.experiment.title}",
+            new,
+            f"{old!r}, as in {run.folder}",
+            "go on with the version that began it, or choose another --output-dir",
+        )
+        for key, (old, new) in recipe_changes(stopped, recipe_of(run.cfg)).items()
+    ]

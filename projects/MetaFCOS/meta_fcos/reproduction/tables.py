@@ -1,0 +1,99 @@
+"""What a reproduction shows before it begins, and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from tabulate import tabulate
+
+from d2scale.coco.metric import METRICS
+from d2scale.report.columns import show_metric
+from d2scale.report.history import History, read_history
+from meta_fcos.reproduction.losses import NOISE_ERRORS, FinalLoss, compare, final_loss
+from meta_fcos.reproduction.runs import Run, standing
+
+Columns = Mapping[str, Mapping[str, str]]
+
+
+def plan_table(runs: Sequence[Run]) -> str:
+    """Return what will run, one column an experiment."""
+    return _table({run.experiment.title: _plan_column(run) for run in runs})
+
+
+def _plan_column(run: Run) -> dict[str, str]:
+    plan, solver = run.plan, run.plan.apply(run.cfg).SOLVER
+    column = {
+        "published on": f"{count(run.experiment.gpus, 'GPU')}, in {run.experiment.time}",
+        "runs on": count(plan.world_size, run.machine.unit),
+        "a step on each": f"{plan.accumulation_steps} x {plan.ims_per_gpu} images",
+        "total batch": str(plan.ims_per_batch),
+        "BASE_LR": f"{solver.BASE_LR:g}",
+        "WARMUP_ITERS": str(solver.WARMUP_ITERS),
+        "STEPS": ", ".join(map(str, solver.STEPS)),
+        "MAX_ITER": str(solver.MAX_ITER),
+        "images seen": str(solver.MAX_ITER * plan.ims_per_batch),
+    }
+    if plan.predicted_peak_gib is not None and run.machine.gib is not None:
+        column["predicted memory"] = f"{plan.predicted_peak_gib:.1f} of {run.machine.gib:.1f} GiB"
+    return {**column, "standing": standing(run.folder)}
+
+
+def count(number: int, what: str) -> str:
+    """Return ``2 GPUs``, ``1 process`` and so on."""
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number} {what if number == 1 else plural}"
+
+
+def result_table(runs: Sequence[Run]) -> str:
+    """Return settings and results of finished experiments, one column each."""
+    return _table({run.experiment.title: _result_column(run) for run in runs})
+
+
+def _result_column(run: Run) -> dict[str, str]:
+    history = _history(run)
+    loss = _final_loss(history)
+    _, seconds = history.curve("time")
+    plan = run.plan
+    return {
+        "total batch": str(plan.ims_per_batch),
+        "MAX_ITER": str(run.cfg.SOLVER.MAX_ITER),
+        "images seen": f"{history.rows[-1].images_seen:.0f}" if history.rows else "",
+        "seconds a step": f"{median(seconds):.3f}" if len(seconds) else "",
+        "final total_loss": "" if loss is None else str(loss),
+        **{name: show_metric(history.last(f"bbox/{name}")) for name in METRICS},
+    }
+
+
+def loss_verdicts(runs: Sequence[Run]) -> str:
+    """Say whether the final losses agree with the baseline's, a line each; empty without one."""
+    losses = {run.experiment: _final_loss(_history(run)) for run in runs}
+    first, *others = losses.items()
+    baseline = first[1]
+    if first[0].number != 1 or baseline is None or not others:
+        return ""
+    lines = [
+        f"final loss of {each.title} against {first[0].title}: {compare(loss, baseline)}"
+        for each, loss in others
+        if loss is not None
+    ]
+    lines.append(
+        "(the mean over the last sixth of the images ± its standard error, of which up to "
+        f"{NOISE_ERRORS:g} count as noise)"
+    )
+    return "\n".join(lines)
+
+
+def _history(run: Run) -> History:
+    return read_history(run.folder, run.plan.ims_per_batch)
+
+
+def _final_loss(history: History) -> FinalLoss | None:
+    images, losses = history.curve("total_loss")
+    return final_loss(images.tolist(), losses.tolist())
+
+
+def _table(columns: Columns) -> str:
+    names = next(iter(columns.values())).keys()
+    rows = [(name, *(column.get(name, "") for column in columns.values())) for name in names]
+    return tabulate(rows, headers=["", *columns], tablefmt="pipe", disable_numparse=True)

@@ -1,0 +1,81 @@
+import pytest
+
+from d2scale.config import load_cfg
+from d2scale.errors import ConfigError
+from d2scale.planning.plan import Hardware, make_plan
+from meta_fcos.reproduction.experiments import (
+    EXPERIMENTS,
+    chosen,
+    images_of,
+    length_faults,
+    length_settings,
+)
+
+BASELINE, SAME, LARGE = EXPERIMENTS
+
+
+def full(experiment, third="published"):
+    return load_cfg(experiment.recipe("full", third))
+
+
+def test_a_cut_training_keeps_every_part_of_its_schedule():
+    found = length_settings(full(BASELINE), 48000)
+    assert found["SOLVER.MAX_ITER"] == 3000
+    assert found["SOLVER.STEPS"] == (2000, 2500)
+    assert found["SOLVER.WARMUP_ITERS"] == 100
+    assert found["TEST.EVAL_PERIOD"] == 0
+    assert found["SOLVER.CHECKPOINT_PERIOD"] == 200
+
+
+def test_a_training_of_full_length_only_saves_more_often():
+    found = length_settings(full(BASELINE), None)
+    assert found == {"SOLVER.CHECKPOINT_PERIOD": 2000, "WRITER_PERIOD": 20}
+
+
+@pytest.mark.parametrize("third", ["published", "exact"])
+@pytest.mark.parametrize("images", [61, 1000, 48000, 450000])
+def test_all_see_the_same_images_up_to_their_last_step(images, third):
+    for experiment in EXPERIMENTS:
+        cfg = full(experiment, third)
+        settings = length_settings(cfg, images)
+        seen = settings["SOLVER.MAX_ITER"] * cfg.SOLVER.IMS_PER_BATCH
+        assert images <= seen < images + cfg.SOLVER.IMS_PER_BATCH
+        assert settings["SOLVER.STEPS"][-1] < settings["SOLVER.MAX_ITER"]
+
+
+def test_lengths_out_of_range_are_refused_with_the_range():
+    recipes = [full(each) for each in EXPERIMENTS]
+    for images in (0, -5, 60, 450001):
+        (fault,) = length_faults(images, recipes)
+        assert "61" in fault.allowed
+        assert "450000" in fault.allowed
+    assert length_faults(61, recipes) == []
+
+
+def test_a_short_training_tells_its_loss_often_enough_to_know_its_noise():
+    assert length_settings(load_cfg(BASELINE.recipe("small", "")), None)["WRITER_PERIOD"] == 5
+    assert length_settings(load_cfg(BASELINE.recipe("small", "")), 48)["WRITER_PERIOD"] == 1
+
+
+def test_only_known_experiments_are_chosen():
+    assert chosen(()) == EXPERIMENTS
+    assert chosen((3, 1)) == (BASELINE, LARGE)
+    with pytest.raises(ConfigError, match="--only"):
+        chosen((1, 4))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "large", "ims_per_gpu"),
+    [
+        (BASELINE.recipe("full", ""), LARGE.recipe("full", "exact"), 15),
+        (BASELINE.recipe("small", ""), LARGE.recipe("small", ""), 8),
+    ],
+)
+def test_the_exact_large_batch_is_what_max_memory_plans(recipe, large, ims_per_gpu):
+    cfg = load_cfg(recipe)
+    planned = make_plan(cfg, Hardware(2, ims_per_gpu=ims_per_gpu), method="max_memory").apply(cfg)
+    shipped = load_cfg(large)
+    assert shipped.SOLVER == planned.SOLVER
+    assert shipped.TEST == planned.TEST
+    assert shipped.INPUT == planned.INPUT
+    assert images_of(shipped) == images_of(cfg)

@@ -1,0 +1,37 @@
+from dataclasses import replace
+
+import pytest
+
+from d2scale.cli import main
+from d2scale.coco.catalog import ROOT_VARIABLE
+from meta_fcos import demo
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    """The demo on one process, a few images and steps."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "nowhere"))
+    request = replace(demo.REQUEST, images_seen=17, only=(2,), images=(24, 2))
+    monkeypatch.setattr(demo, "REQUEST", request)
+
+
+def test_the_demo_plans_trains_and_ends_with_the_report(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    assert main(["demo", "--output-dir", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "| SOLVER.MAX_ITER                                 | 90000        | 5760000" in printed
+    report = folder / "runs" / "report.html"
+    assert printed.splitlines()[-1] == f"Report: {report}"
+    assert report.exists()
+    # Begun again, it runs anew.
+    assert (folder / "runs" / "experiment-2-same-batch" / "model_final.pth").exists()
+    demo._claim(folder)
+    assert not (folder / "runs").exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["demo", "--output-dir", str(tmp_path)]) == 2
+    assert "--output-dir" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -1,0 +1,105 @@
+import dataclasses
+
+import pytest
+
+from d2scale.config import get_cfg, load_recipe
+from d2scale.errors import ConfigError
+from d2scale.planning.schedule import ITERATION_KEYS, Schedule, differences
+
+
+def schedule_of(path, *opts):
+    return Schedule.from_cfg(load_recipe(str(path), opts)[0])
+
+
+def test_the_64_gpu_recipe_on_one_gpu_is_the_published_table(recipes):
+    recipe = schedule_of(recipes / "Meta-FCOS-pretrain.yaml")
+    assert differences(recipe, recipe.scaled(2, 1, "linear")) == {
+        "QUANTIZATION.QAT.DISABLE_OBSERVER_ITER": (38000, 2432000),
+        "QUANTIZATION.QAT.ENABLE_LEARNABLE_OBSERVER_ITER": (36000, 2304000),
+        "QUANTIZATION.QAT.ENABLE_OBSERVER_ITER": (35000, 2240000),
+        "QUANTIZATION.QAT.FREEZE_BN_ITER": (37000, 2368000),
+        "QUANTIZATION.QAT.START_ITER": (35000, 2240000),
+        "SOLVER.BASE_LR": (0.01, 0.00015625),
+        "SOLVER.CHECKPOINT_PERIOD": (10000, 640000),
+        "SOLVER.IMS_PER_BATCH": (128, 2),
+        "SOLVER.MAX_ITER": (90000, 5760000),
+        "SOLVER.REFERENCE_WORLD_SIZE": (64, 1),
+        "SOLVER.STEPS": ((60000, 80000), (3840000, 5120000)),
+        "SOLVER.WARMUP_ITERS": (1000, 64000),
+    }
+
+
+def test_a_period_that_d2go_would_round_to_never_stays_a_period(recipes):
+    recipe = schedule_of(recipes / "Meta-FCOS-pretrain.yaml", "TEST.EVAL_PERIOD", "3")
+    assert recipe.scaled(1024, 512, "linear").iterations["TEST.EVAL_PERIOD"] == 1
+
+
+def test_ema_decay_is_scaled_only_where_ema_is_enabled(recipes):
+    path = recipes / "experiment-1-baseline.yaml"
+    off = schedule_of(path)
+    assert "MODEL_EMA.DECAY" not in differences(off, off.scaled(32, 2, "linear"))
+    on = schedule_of(path, "MODEL_EMA.ENABLED", "True")
+    assert differences(on, on.scaled(32, 2, "linear"))["MODEL_EMA.DECAY"] == (0.999, 0.999**2)
+
+
+def test_a_config_without_d2go_keys_has_none_of_them_in_its_schedule():
+    cfg = get_cfg()
+    del cfg["QUANTIZATION"]
+    del cfg["MODEL_EMA"]
+    keys = Schedule.from_cfg(cfg).to_config()
+    assert not [key for key in keys if key.startswith(("QUANTIZATION", "MODEL_EMA"))]
+    assert "TEST.EVAL_PERIOD" in keys
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"reference_world_size": 0}, "SOLVER.REFERENCE_WORLD_SIZE"),
+        ({"reference_world_size": -4}, "SOLVER.REFERENCE_WORLD_SIZE"),
+        ({"ims_per_batch": 7}, "SOLVER.IMS_PER_BATCH"),
+        ({"ims_per_batch": 0}, "SOLVER.IMS_PER_BATCH"),
+        ({"base_lr": 0.0}, "SOLVER.BASE_LR"),
+        ({"base_lr": -0.1}, "SOLVER.BASE_LR"),
+        ({"base_lr": float("nan")}, "SOLVER.BASE_LR"),
+        ({"base_lr": float("inf")}, "SOLVER.BASE_LR"),
+        ({"base_lr_end": -0.1}, "SOLVER.BASE_LR_END"),
+        ({"max_iter": 0}, "SOLVER.MAX_ITER"),
+        ({"steps": (3, 2)}, "SOLVER.STEPS"),
+        ({"steps": (2, 2)}, "SOLVER.STEPS"),
+        ({"steps": (0, 2)}, "SOLVER.STEPS"),
+        ({"steps": (10, 40000)}, "SOLVER.STEPS"),
+        ({"steps": (10.5,)}, "SOLVER.STEPS"),
+        ({"ema_decay": 1.5}, "MODEL_EMA.DECAY"),
+        ({"iterations": {"TEST.EVAL_PERIOD": -1}}, "TEST.EVAL_PERIOD"),
+    ],
+)
+def test_every_fault_names_its_key(change, key):
+    schedule = Schedule.from_cfg(get_cfg())
+    assert schedule.faults() == []
+    found = dataclasses.replace(schedule, **change).faults()
+    assert [fault.key for fault in found] == [key]
+    assert "\n" not in str(found[0])
+
+
+def test_all_faults_are_found_together():
+    schedule = dataclasses.replace(
+        Schedule.from_cfg(get_cfg()),
+        base_lr=-1.0,
+        steps=(3, 2),
+        max_iter=0,
+        reference_world_size=0,
+    )
+    keys = {fault.key.removeprefix("SOLVER.") for fault in schedule.faults()}
+    assert keys == {"BASE_LR", "STEPS", "MAX_ITER", "REFERENCE_WORLD_SIZE"}
+
+
+def test_a_batch_too_large_for_the_drops_is_an_error():
+    schedule = dataclasses.replace(
+        Schedule.from_cfg(get_cfg()), max_iter=8, steps=(2, 4, 6), iterations={}
+    )
+    with pytest.raises(ConfigError, match=r"SOLVER\.STEPS is \(2, 4, 6\)"):
+        schedule.scaled(16 * 4, 8, "linear")
+
+
+def test_every_iteration_key_of_the_defaults_is_read():
+    assert set(Schedule.from_cfg(get_cfg()).iterations) == set(ITERATION_KEYS)

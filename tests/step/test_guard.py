@@ -1,0 +1,142 @@
+"""Errors of memory, injected into real ranks: no hang, and the weights of an undisturbed run."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from d2scale.engine.launch import RankError, launch
+from d2scale.step.guard import AllocatorRetries, OomGuard
+from d2scale.step.micro_batches import MicroBatchStep
+from rank_functions import guarded_training, one_image_does_not_fit, other_error_on_the_last_rank
+from standins import StandIn, make_samples
+
+# A rank that waits for ever must not make the suite wait.
+pytestmark = pytest.mark.timeout(120)
+
+PARTS = ("normalizers", "forward", "backward", "optimizer")
+
+
+def assert_undisturbed(found, expected):
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=1e-10, atol=1e-12)
+    for name, value in expected["momentum"].items():
+        torch.testing.assert_close(found["momentum"][name], value, rtol=1e-10, atol=1e-12)
+    assert found["drawn"] == expected["drawn"]
+    assert found["moving"] == expected["moving"]
+    for mine, theirs in zip(found["losses"], expected["losses"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_weights_are_those_without_the_failure(ranks):
+    failing = [(0,), (ranks - 1,), tuple(range(ranks))]
+    # In the first step there is no momentum yet, and no moving statistic.
+    cases = [
+        (part, who, step) for part in PARTS for who in dict.fromkeys(failing) for step in (0, 1)
+    ]
+    undisturbed, *results = launch(guarded_training, [[None, *cases]], num_processes=ranks)
+    assert undisturbed["split_to"] == []
+    for case, result in zip(cases, results, strict=True):
+        assert_undisturbed(result, undisturbed)
+        # 6 images on 3 ranks are 2 for each, although 4 were allowed.
+        assert result["split_to"] == ([2] if ranks == 1 else [1]), case
+        assert result["failures"] == (0 in case[1]), case
+
+
+def test_guarded_step_is_the_plain_step():
+    (result,) = launch(guarded_training, [[None]], num_processes=2)
+    model = StandIn(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        MicroBatchStep(model)([make_samples(6, seed=step)])
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(result["weights"][name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_image_that_does_not_fit_stops_all_ranks(ranks):
+    message, same, ims_per_gpu = launch(one_image_does_not_fit, num_processes=ranks)
+    assert f"the optimizer on rank {ranks - 1}" in message
+    assert "INPUT.MAX_SIZE_TRAIN" in message
+    assert "\n" not in message
+    assert same
+    assert ims_per_gpu == 1
+
+
+def test_other_errors_pass_unchanged():
+    with pytest.raises(ZeroDivisionError):
+        other_error_on_the_last_rank()
+    with pytest.raises(RankError, match="ZeroDivisionError: a fault of the program"):
+        launch(other_error_on_the_last_rank, num_processes=2)
+
+
+def test_failed_forward_holds_no_memory(caplog):
+    kept = []
+
+    class Greedy(StandIn):
+        def forward(self, samples, normalizers=None):
+            if len(samples) > 1:
+                activation = torch.zeros(3)
+                kept.append(
+                    torch.multiprocessing.reductions.StorageWeakRef(activation.untyped_storage())
+                )
+                raise MemoryError
+            assert all(reference.expired() for reference in kept)
+            return super().forward(samples, normalizers)
+
+    model = Greedy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = OomGuard(model, optimizer, ims_per_batch=4, ims_per_gpu=3)
+    with caplog.at_level(logging.WARNING):
+        guard(make_samples(4), lambda _: optimizer.step())
+    assert guard.ims_per_gpu == 1
+    # 4 images, 3 at a time, are 2 and 2.
+    (line,) = caplog.messages
+    assert "1 images per GPU at a time instead of 2" in line
+    assert len(kept) == 1
+
+
+def test_scaler_and_its_step_are_undone():
+    def train(failing):
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+        model = StandIn(torch.float64)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        guard = OomGuard(model, optimizer, ims_per_batch=4, ims_per_gpu=4, scaler=scaler)
+        failures = []
+
+        def finish(_):
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            if failing and not failures:
+                failures.append(1)
+                raise MemoryError
+            scaler.update()
+
+        for step in range(3):
+            guard(make_samples(4, seed=step), finish)
+        return model.state_dict(), scaler.state_dict()
+
+    weights, scale = train(failing=False)
+    found_weights, found_scale = train(failing=True)
+    assert found_scale == scale
+    assert scale["scale"] == 128.0
+    for name, value in weights.items():
+        torch.testing.assert_close(found_weights[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_allocator_retries_are_told_once_for_a_while(monkeypatch, caplog):
+    counts = iter([1, 1, 3, 4, *[4] * 200])
+    monkeypatch.setattr(
+        torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": next(counts)}
+    )
+    retries = AllocatorRetries(torch.device("cuda"))
+    for _ in range(202):
+        retries.check()
+    assert ["2 times" in line or "1 times" in line for line in caplog.messages] == [True, True]
+    AllocatorRetries(torch.device("cpu")).check()

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from d2scale.engine.launch import launch
+from d2scale.planning.rules import micro_batch_sizes
+from d2scale.step.micro_batches import (
+    MicroBatchStep,
+    inexact_reasons,
+    synchronised_norms,
+    without_synchronised_norms,
+)
+from rank_functions import gradients_in_ranks, split, step_gradients, unused_parameters
+from standins import PlainStandIn, StandIn, make_samples
+
+
+def assert_same(found, expected, relative=1e-10):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).norm() / value.norm()
+        assert error < relative, (name, error)
+
+
+def whole_step(model_class, total):
+    return step_gradients(model_class(torch.float64), [make_samples(total)])
+
+
+@pytest.mark.parametrize("ims_per_gpu", [1, 3, 4, 16])
+@pytest.mark.parametrize("model_class", [StandIn, PlainStandIn])
+def test_micro_batches_give_the_step_of_the_big_batch(model_class, ims_per_gpu):
+    sizes = micro_batch_sizes(16, 1, ims_per_gpu)
+    expected_losses, expected = whole_step(model_class, 16)
+    losses, found = step_gradients(model_class(torch.float64), split(make_samples(16), sizes)[0])
+    assert_same(found, expected)
+    assert losses.losses == pytest.approx(expected_losses.losses, rel=1e-12)
+    assert losses.images == 16
+
+
+def test_mean_of_means_would_not():
+    # The reason for the protocol: with counts of each micro-batch the gradient is another one.
+    expected = whole_step(StandIn, 16)[1]
+    model = StandIn(torch.float64)
+    for micro_batch in split(make_samples(16), [(4, 4, 4, 4)])[0]:
+        (sum(model(micro_batch).values()) / 4).backward()
+    error = (model.score.weight.grad - expected["score.weight"]).norm()
+    assert error > 1e-3 * expected["score.weight"].norm()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_give_the_step_of_the_big_batch(world_size):
+    # On 3 ranks 16 images are 6, 5 and 5: with 5 a GPU that is 2, 1 and 1 micro-batches.
+    cases = [
+        (model_class, total, ims_per_gpu)
+        for model_class in (StandIn, PlainStandIn)
+        for total, ims_per_gpu in ((16, 16), (16, 5), (16, 2), (5, 1))
+    ]
+    results = launch(gradients_in_ranks, [cases], num_processes=world_size)
+    for (model_class, total, _), (losses, found) in zip(cases, results, strict=True):
+        expected_losses, expected = whole_step(model_class, total)
+        assert_same(found, expected)
+        assert losses.losses == pytest.approx(expected_losses.losses, rel=1e-12)
+        assert losses.images == total
+
+
+def test_parameter_that_only_an_early_micro_batch_uses():
+    assert launch(unused_parameters, num_processes=2)
+
+
+def test_bfloat16_autocast_reaches_the_model():
+    seen = []
+
+    class Watched(StandIn):
+        def features(self, sample):
+            seen.append(
+                torch.is_autocast_enabled("cpu") and self.stem(torch.zeros(1, 3, 4, 4)).dtype
+            )
+            return super().features(sample)
+
+    MicroBatchStep(Watched(), precision=torch.bfloat16)([make_samples(2)])
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_scaler_scales_the_gradients():
+    micro_batches = [make_samples(4)[:1], make_samples(4)[1:]]
+    _, expected = step_gradients(StandIn(torch.float64), micro_batches)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    losses, found = step_gradients(StandIn(torch.float64), micro_batches, scaler=scaler)
+    assert_same(found, {name: value * 1024 for name, value in expected.items()})
+    assert losses.total < 1000
+
+
+@pytest.mark.parametrize("micro_batches", [[], [[]], [make_samples(1), []]])
+def test_empty_micro_batches_are_refused(micro_batches):
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        MicroBatchStep(StandIn())(micro_batches)
+
+
+def test_reasons_are_told_once(caplog):
+    model = nn.Sequential()
+    model.inner = PlainStandIn()
+    model.forward = model.inner.forward
+    model.add_module("batch_norm", nn.BatchNorm2d(3))
+    step = MicroBatchStep(model)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            step([make_samples(1), make_samples(1)])
+    assert len(caplog.records) == 1
+    assert "loss normalizers" in caplog.text
+    assert "batch_norm" in caplog.text
+
+
+def test_no_reasons_for_one_micro_batch_or_an_exact_model(caplog):
+    MicroBatchStep(PlainStandIn())([make_samples(2)])
+    MicroBatchStep(StandIn())([make_samples(2), make_samples(1)])
+    assert not caplog.records
+
+
+def test_frozen_batch_norm_is_exact():
+    model = StandIn()
+    model.add_module("batch_norm", nn.BatchNorm2d(3).eval())
+    assert inexact_reasons(model) == ()
+
+
+def test_synchronised_batch_norm_becomes_plain_on_one_rank(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4, momentum=0.3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    assert synchronised_norms(model) == ("1",)
+    with caplog.at_level(logging.INFO):
+        plain = without_synchronised_norms(model).train()
+    assert "1 synchronised batch norm layers become plain" in caplog.text
+    assert type(plain[1]) is nn.BatchNorm2d
+    assert synchronised_norms(plain) == ()
+    before = plain[1].bias.clone()
+    plain(torch.rand(2, 3, 4, 4)).sum().backward()
+    optimizer.step()
+    assert plain[1].running_mean.abs().sum() > 0
+    assert not torch.equal(plain[1].bias, before)
+    caplog.clear()
+    without_synchronised_norms(plain)
+    assert not caplog.records
