@@ -23,9 +23,10 @@ from tabulate import tabulate
 
 from d2scale.coco.dataset import load_training_dataset
 from d2scale.coco.records import CocoDataset
+from d2scale.coco.sizes import aspect_ratio_groups
 from d2scale.config import load_cfg
 from d2scale.engine.data.loader import build_train_loader
-from d2scale.engine.data.sampling import StepSampler, aspect_ratio_groups
+from d2scale.engine.data.sampling import StepSampler
 from d2scale.engine.data.transforms import ResizeAndFlip
 from d2scale.errors import DataError
 

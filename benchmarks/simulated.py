@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from d2scale.coco.sizes import aspect_ratio_groups, output_size
 from d2scale.config import load_cfg
-from d2scale.engine.data.sampling import aspect_ratio_groups
-from d2scale.engine.data.transforms import output_size
 from d2scale.engine.memory.workload import workload_of
 from d2scale.memory.devices import SimulatedDevice
 from d2scale.memory.predict import Workload, predict

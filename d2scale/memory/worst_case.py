@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from d2scale.coco.records import Records
-from d2scale.engine.data.sampling import aspect_ratio_groups
-from d2scale.engine.data.transforms import output_size
+from d2scale.coco.sizes import aspect_ratio_groups, output_size
 from d2scale.errors import ConfigError, DataError, Fault
 
 Size = tuple[int, int]

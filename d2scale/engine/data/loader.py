@@ -14,8 +14,9 @@ import torch
 from fvcore.common.config import CfgNode
 
 from d2scale.coco.records import CocoDataset, Records
+from d2scale.coco.sizes import aspect_ratio_groups
 from d2scale.engine.data.chunks import ChunkDataset, ChunkStream, Request, Sample
-from d2scale.engine.data.sampling import Draw, StepSampler, aspect_ratio_groups, rank_slice
+from d2scale.engine.data.sampling import Draw, StepSampler, rank_slice
 from d2scale.engine.data.transforms import ResizeAndFlip
 from d2scale.errors import DataError
 

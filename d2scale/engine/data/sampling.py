@@ -58,11 +58,6 @@ def rank_slice(total: int, world_size: int, rank: int) -> slice:
     return slice(start, start + shares[rank])
 
 
-def aspect_ratio_groups(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """Return 0 for images wider than high and 1 for the others, as detectron2 groups them."""
-    return np.where(np.asarray(widths) > np.asarray(heights), 0, 1)
-
-
 class StepSampler(Iterator[tuple[Draw, ...]]):
     """An endless stream of optimizer steps, each exactly ``ims_per_batch`` images.
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from d2scale.coco.sizes import output_size
 from d2scale.engine.data.sampling import Draw, uniform_numbers
 from d2scale.errors import ConfigError, Fault
 
@@ -84,29 +85,6 @@ class ResizeAndFlip:
             short_edge = self.short_edges[int(for_size * len(self.short_edges))]
         new_height, new_width = output_size(height, width, short_edge, self.max_size)
         return Augmentation(new_height, new_width, self.flip and for_flip < 0.5)
-
-
-def output_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
-    """Return the (height, width) of a resized image, with detectron2's arithmetic.
-
-    Args:
-        height, width: the image, pixels.
-        short_edge: what its shorter edge becomes; 0 leaves the image as it is.
-        max_size: unless the longer edge would exceed this.
-    """
-    if short_edge == 0:
-        return height, width
-    scale = short_edge / min(height, width)
-    # The shorter edge is set, not multiplied: a product could round to one pixel less.
-    if height < width:
-        new_height, new_width = float(short_edge), scale * width
-    else:
-        new_height, new_width = scale * height, float(short_edge)
-    longest = max(new_height, new_width)
-    if longest > max_size:
-        new_height *= max_size / longest
-        new_width *= max_size / longest
-    return max(1, int(new_height + 0.5)), max(1, int(new_width + 0.5))
 
 
 def transform_boxes(

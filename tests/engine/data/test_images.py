@@ -6,8 +6,9 @@ import torch
 from PIL import Image, ImageOps
 
 from d2scale.coco.dataset import load_dataset
+from d2scale.coco.sizes import output_size
 from d2scale.engine.data.images import check_size, read_image, resize_and_flip
-from d2scale.engine.data.transforms import Augmentation, output_size
+from d2scale.engine.data.transforms import Augmentation
 from d2scale.errors import DataError
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from d2scale.engine.data.sampling import (
     Draw,
     StepSampler,
-    aspect_ratio_groups,
     epoch_order,
     rank_slice,
     uniform_numbers,
@@ -178,11 +177,6 @@ def test_ranks_share_a_step_without_overlap(world_size):
     parts = [step[rank_slice(16, world_size, rank)] for rank in range(world_size)]
     assert tuple(itertools.chain(*parts)) == step
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_square_images_go_with_the_high_ones():
-    widths, heights = np.array([4, 3, 3]), np.array([3, 3, 4])
-    assert aspect_ratio_groups(widths, heights).tolist() == [0, 1, 1]
 
 
 def test_numbers_of_an_image_are_its_own():
