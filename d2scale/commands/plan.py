@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale plan``."""
     from d2scale.config.loading import load_recipe, resolve_config_path
     from d2scale.planning import formats as plan_formats
-    from d2scale.planning.plan import Hardware, make_plan
+    from d2scale.planning.hardware import Hardware
+    from d2scale.planning.plan import make_plan
 
     cfg, settings = load_recipe(arguments.config, arguments.opts)
     hardware = Hardware.from_cfg(

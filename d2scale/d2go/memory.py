@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +15,6 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from d2scale.engine.memory.filling import refuse_more_than_all
 from d2scale.engine.memory.measure import measure_workload
 from d2scale.memory.agreement import of_first_rank
 from d2scale.memory.devices import CudaDevice
@@ -26,7 +24,7 @@ from d2scale.memory.worst_case import Size, WorstCase, worst_case_of_images
 from d2scale.planning.coverage import coverage
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.memory_profile import GIB, MemoryProfile
-from d2scale.planning.plan import Plan
+from d2scale.planning.plan import Plan, refuse_more_than_all
 
 ENGINE = "d2go"
 
@@ -46,14 +44,15 @@ def hardware_for_training(cfg: Any, world_size: int, method: str) -> Hardware:
     Raises:
         ConfigError: for a budget that cannot be, or what :func:`memory_profile` raises.
     """
-    hardware = Hardware.from_cfg(cfg, world_size, device_gib=_device_gib(cfg), engine=ENGINE)
-    known = hardware.ims_per_gpu or hardware.profile is not None
-    if method != "max_memory" or known or hardware.budget_gib is None:
-        return hardware
-    found = replace(hardware, profile=memory_profile(cfg))
-    if found.holds_one_image():
-        return found
-    return replace(found, alternatives=_alternatives(cfg))
+    return Hardware.for_training(
+        cfg,
+        world_size,
+        method=method,
+        device_gib=_device_gib(cfg),
+        engine=ENGINE,
+        make_profile=lambda: memory_profile(cfg),
+        make_variants=lambda: _alternatives(cfg),
+    )
 
 
 def _alternatives(cfg: Any) -> tuple[MemoryProfile, ...]:

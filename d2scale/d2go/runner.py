@@ -20,7 +20,7 @@ from d2scale.d2go.micro_batches import MicroBatches
 from d2scale.d2go.progress import ProgressRecord, resume_by_images
 from d2scale.d2go.scaling_methods import applied_plan, names_own_method, scale_in_place
 from d2scale.errors import ConfigError
-from d2scale.planning.plan import method_of
+from d2scale.planning.methods import method_of
 from d2scale.planning.progress import RECORD, recipe_of
 from d2scale.planning.schedule import Schedule
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
+from d2scale.config.keys import set_key
 from d2scale.d2go.config import exit_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.formats import to_table
-from d2scale.planning.plan import METHOD_PREFIX, METHODS, Plan, make_plan, method_of
-from d2scale.planning.schedule import set_key
+from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_of
+from d2scale.planning.plan import Plan, make_plan
 
 logger = logging.getLogger(__name__)
 

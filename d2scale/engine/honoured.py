@@ -13,8 +13,8 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from d2scale.config.keys import get_key
 from d2scale.errors import Fault
-from d2scale.planning.schedule import get_key
 
 # d2go's multi-tensor variants compute what the plain ones do.
 SGD_NAMES = ("sgd", "sgd_mt")

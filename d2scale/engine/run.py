@@ -23,13 +23,13 @@ from d2scale.engine.launch import (
     planned_world_size,
     under_torchrun,
 )
-from d2scale.engine.memory.filling import hardware_for_training, refuse_more_than_all
+from d2scale.engine.memory.filling import hardware_for_training
 from d2scale.engine.memory.measure import measure_profile
 from d2scale.engine.models import check_model
 from d2scale.engine.worker import Job, Results, run_rank
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.memory_profile import MemoryProfile
-from d2scale.planning.plan import Plan, make_plan
+from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
 from d2scale.planning.progress import recipe_of
 from d2scale.run_folder.lock import refuse_locked
 

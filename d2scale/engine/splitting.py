@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.planning.plan import Plan
-from d2scale.step.guard import OnSplit, OomGuard, split_plan, write_plan
+from d2scale.step.guard import OnSplit, OomGuard, write_plan
 from d2scale.step.micro_batches import synchronised_norms
 from d2scale.step.ranks import rank, world_size
 
@@ -57,7 +57,7 @@ class RecordSplit:
         self._checkpointer = checkpointer
 
     def __call__(self, ims_per_gpu: int) -> None:
-        self._plan = split_plan(self._plan, ims_per_gpu)
+        self._plan = self._plan.with_smaller_micro_batches(ims_per_gpu)
         self._checkpointer.facts["plan"] = self._plan.to_json()
         if rank() == 0:
             write_plan(self._plan, Path(self._checkpointer.save_dir))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from d2scale.config.keys import get_key
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.coverage import (
     DEFAULT_ENGINE,
@@ -17,8 +18,8 @@ from d2scale.planning.coverage import (
     variant,
 )
 from d2scale.planning.memory_profile import GIB, MemoryProfile, load_profiles
+from d2scale.planning.methods import method_of
 from d2scale.planning.profile_tables import name_of_variant
-from d2scale.planning.schedule import get_key
 from d2scale.planning.shipped import shipped_profiles
 
 # Sides of padded images are multiples of it.
@@ -114,6 +115,55 @@ class Hardware:
             max(get_key(cfg, "INPUT.MIN_SIZE_TRAIN", (0,))),
             fraction,
         )
+
+    @classmethod
+    def for_training(
+        cls,
+        cfg: Any,
+        world_size: int,
+        *,
+        method: str | None,
+        device_gib: float | None,
+        engine: str,
+        make_profile: Callable[[], MemoryProfile] | None,
+        make_variants: Callable[[], Sequence[MemoryProfile]] | None = None,
+    ) -> Hardware:
+        """Return the hardware of a run that begins now, with a profile where its plan needs one.
+
+        ``max_memory`` without ``IMS_PER_GPU`` and ``MEMORY.PROFILE`` needs one: on a device it
+        is measured, unless ``MEMORY.PROBE`` is False; otherwise a shipped one is taken, or else
+        it is predicted.
+
+        Args:
+            cfg: a detectron2, d2go or d2scale config.
+            world_size: ranks.
+            method: one of ``METHODS``; None: the one that ``SOLVER.AUTO_SCALING_METHODS`` names.
+            device_gib: memory of the GPU, None on a CPU.
+            engine: what trains; a profile holds for one engine.
+            make_profile: measures or predicts ``cfg``. Called only if the plan needs a profile,
+                which is the same on all ranks that are given the same arguments. None: the run
+                ends with other faults anyhow, so one image per GPU is planned instead.
+            make_variants: profiles of the other precisions and of activation checkpointing, for
+                advice. Called only if ``make_profile`` leaves no room for one image.
+
+        Raises:
+            ConfigError: see :meth:`from_cfg`; and what the two functions raise.
+        """
+        hardware = cls.from_cfg(cfg, world_size, device_gib=device_gib, engine=engine)
+        if (method or method_of(cfg.SOLVER.AUTO_SCALING_METHODS)) != "max_memory":
+            return hardware
+        memory = cfg.D2SCALE.MEMORY
+        if hardware.ims_per_gpu or memory.PROFILE or hardware.budget_gib is None:
+            return hardware
+        measures = device_gib is not None and memory.PROBE
+        if hardware.profile is not None and not measures:
+            return hardware
+        if make_profile is None:
+            return replace(hardware, ims_per_gpu=1)
+        hardware = replace(hardware, profile=make_profile(), alternatives=())
+        if make_variants is None or hardware.holds_one_image():
+            return hardware
+        return replace(hardware, alternatives=tuple(make_variants()))
 
     @property
     def room_gib(self) -> float | None:

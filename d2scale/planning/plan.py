@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from d2scale.errors import ConfigError, Fault
+from d2scale.config.keys import get_key, set_key
+from d2scale.errors import ConfigError, DataError, Fault
 from d2scale.planning import rules
 from d2scale.planning.hardware import Hardware
-from d2scale.planning.schedule import Schedule, differences, get_key, set_key
-
-METHODS = ("per_gpu", "keep_total", "max_memory")
-METHOD_PREFIX = "d2scale_"
-D2GO_METHODS = ("default_scale_d2_configs", "default_scale_quantization_configs")
+from d2scale.planning.methods import METHODS, method_of
+from d2scale.planning.schedule import Schedule, differences
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,22 @@ class Plan:
         if frozen:
             planned.freeze()
         return planned
+
+    def with_smaller_micro_batches(self, ims_per_gpu: int) -> Plan:
+        """Return the plan of a run that an out-of-memory error has cut to ``ims_per_gpu``."""
+        sizes = rules.micro_batch_sizes(self.ims_per_batch, self.world_size, ims_per_gpu)
+        note = (
+            f"images per GPU cut from {self.ims_per_gpu} to {ims_per_gpu} during the run, by an "
+            "out-of-memory error"
+        )
+        return replace(
+            self,
+            ims_per_gpu=max(map(max, sizes)),
+            accumulation_steps=max(map(len, sizes)),
+            # It was too low, or other programs have taken memory.
+            predicted_peak_gib=None,
+            notes=(*self.notes, note),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values, in the documented order."""
@@ -125,35 +139,20 @@ def make_plan(
     )
 
 
-def method_of(scaling_methods: Sequence[str]) -> str:
-    """Return the scaling method that ``SOLVER.AUTO_SCALING_METHODS`` asks for.
+def refuse_more_than_all(plan: Plan, images: int) -> None:
+    """Refuse a total batch that was chosen to fill the memory and exceeds the dataset.
 
-    d2go's own methods mean ``per_gpu``; an empty list means ``keep_total``.
+    Args:
+        plan: of any method; only ``max_memory`` chooses its total batch.
+        images: in the training dataset, 0 if that is not known.
 
     Raises:
-        ConfigError: for a name that is not known, or a list that would scale twice.
+        DataError: if the batch is larger.
     """
-    key = "SOLVER.AUTO_SCALING_METHODS"
-    ours = [name for name in scaling_methods if name.startswith(METHOD_PREFIX)]
-    theirs = [name for name in scaling_methods if name not in ours]
-    known = [METHOD_PREFIX + method for method in METHODS]
-    if any(name not in known for name in ours) or any(n not in D2GO_METHODS for n in theirs):
-        allowed = f"one of {', '.join(known)}, or d2go's {', '.join(D2GO_METHODS)}"
-        raise ConfigError([Fault(key, tuple(scaling_methods), allowed, "correct the name")])
-    if len(ours) > 1 or (ours and theirs):
-        raise ConfigError(
-            [
-                Fault(
-                    key,
-                    tuple(scaling_methods),
-                    "one d2scale method, alone",
-                    "keep one: each scales the whole schedule, two would scale it twice",
-                )
-            ]
-        )
-    if theirs:
-        return "per_gpu"
-    return ours[0].removeprefix(METHOD_PREFIX) if ours else "keep_total"
+    if plan.method == "max_memory" and 0 < images < plan.ims_per_batch:
+        advice = f"set D2SCALE.MAX_IMS_PER_BATCH to at most {images}, or train on more images"
+        allowed = f"at least the {plan.ims_per_batch} images of the chosen total batch"
+        raise DataError([Fault("images in DATASETS.TRAIN", images, allowed, advice)])
 
 
 def _request_faults(cfg: Any, method: str | None, lr_rule: str) -> list[Fault]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from d2scale.config.keys import get_key
 from d2scale.config.loading import flatten
 from d2scale.errors import CheckpointError, Fault
-from d2scale.planning.schedule import get_key
 
 # Raised when an older d2scale can no longer read what this one writes.
 FORMAT = 1

@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from d2scale.config.defaults import QAT_ITERATION_KEYS
+from d2scale.config.keys import get_key
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
 
@@ -19,25 +20,6 @@ ITERATION_KEYS = (
     "TEST.EVAL_PERIOD",
     *(f"QUANTIZATION.QAT.{key}" for key in QAT_ITERATION_KEYS),
 )
-
-
-def get_key(cfg: Any, key: str, default: Any = None) -> Any:
-    """Return the value of a dotted ``key`` in any engine's config, or ``default``."""
-    node = cfg
-    for part in key.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return default
-        node = node[part]
-    return node
-
-
-def set_key(cfg: Any, key: str, value: Any) -> None:
-    """Set a dotted ``key`` that exists in ``cfg``, in place."""
-    *parents, last = key.split(".")
-    node = cfg
-    for part in parents:
-        node = node[part]
-    node[last] = value
 
 
 @dataclass(frozen=True)

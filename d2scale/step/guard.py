@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import logging
@@ -168,23 +167,6 @@ class AllocatorRetries:
         if self._device.type != "cuda":
             return 0
         return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
-
-
-def split_plan(plan: Plan, ims_per_gpu: int) -> Plan:
-    """Return ``plan`` with smaller micro-batches and a note that says why."""
-    sizes = micro_batch_sizes(plan.ims_per_batch, plan.world_size, ims_per_gpu)
-    note = (
-        f"images per GPU cut from {plan.ims_per_gpu} to {ims_per_gpu} during the run, by an "
-        "out-of-memory error"
-    )
-    return dataclasses.replace(
-        plan,
-        ims_per_gpu=max(map(max, sizes)),
-        accumulation_steps=max(map(len, sizes)),
-        # It was too low, or other programs have taken memory.
-        predicted_peak_gib=None,
-        notes=(*plan.notes, note),
-    )
 
 
 def write_plan(plan: Plan, folder: Path) -> None:

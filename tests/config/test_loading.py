@@ -3,7 +3,8 @@ import pytest
 from d2scale.config import load_cfg, load_recipe
 from d2scale.config.loading import load_yaml, shipped_configs
 from d2scale.errors import ConfigError
-from d2scale.planning.plan import Hardware, make_plan
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.plan import make_plan
 
 
 def message_of(load, *arguments):

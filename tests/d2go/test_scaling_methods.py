@@ -1,10 +1,12 @@
 import pytest
 
 from d2scale.config import load_recipe
+from d2scale.config.keys import get_key
 from d2scale.errors import ConfigError
 from d2scale.planning.formats import to_yaml
-from d2scale.planning.plan import METHODS, Hardware, make_plan
-from d2scale.planning.schedule import get_key
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.methods import METHODS
+from d2scale.planning.plan import make_plan
 
 
 @pytest.fixture

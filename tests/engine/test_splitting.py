@@ -10,8 +10,9 @@ import torch
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
 from d2scale.engine.run import train
-from d2scale.planning.plan import Hardware, make_plan
-from d2scale.step.guard import StepDoesNotFitError, split_plan
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.plan import make_plan
+from d2scale.step.guard import StepDoesNotFitError
 from meta_fcos.detector import OneStageDetector
 
 RECIPE = """
@@ -111,6 +112,6 @@ def test_raise_ends_the_run_with_the_plain_error(recipe, tmp_path, out_of_memory
 
 def test_split_plan_is_that_of_the_real_micro_batches(recipe):
     plan = make_plan(recipe("plan", "SOLVER.IMS_PER_BATCH", 10), Hardware(world_size=2))
-    split = split_plan(plan, 4)
+    split = plan.with_smaller_micro_batches(4)
     assert (plan.ims_per_gpu, split.ims_per_gpu, split.accumulation_steps) == (5, 3, 2)
     assert split.notes[:-1] == plan.notes

@@ -2,7 +2,8 @@ import yaml
 
 from d2scale.config import load_recipe
 from d2scale.planning.formats import to_table, to_yaml
-from d2scale.planning.plan import Hardware, make_plan
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.plan import make_plan
 
 
 def test_the_table_has_d2go_columns_and_the_facts_above(recipes):

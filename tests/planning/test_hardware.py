@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 
 from d2scale.config import load_recipe
-from d2scale.errors import ConfigError
+from d2scale.errors import ConfigError, DataError
 from d2scale.planning.coverage import coverage, variant
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.memory_profile import GIB, MemoryProfile, Phase, dump_profiles
-from d2scale.planning.plan import make_plan
+from d2scale.planning.plan import make_plan, refuse_more_than_all
 
 
 def profile(static_gib, image_gib, covers=(), **options):
@@ -126,3 +126,78 @@ def test_a_total_that_does_not_fit_at_once_is_accumulated(recipe):
     assert (plan.ims_per_gpu, plan.accumulation_steps, plan.predicted_peak_gib) == (8, 1, 10.0)
     plan = make_plan(cfg, Hardware(2, 9.5, room), method="keep_total")
     assert (plan.ims_per_gpu, plan.accumulation_steps, plan.predicted_peak_gib) == (4, 2, 7.0)
+
+
+MADE = replace(profile(1, 1), source="measured")
+
+
+def never():
+    raise AssertionError("no profile is to be made here")
+
+
+def for_training(cfg, make_profile=never, *, device_gib=None, **options):
+    arguments = {"method": "max_memory", "engine": "an engine", **options}
+    return Hardware.for_training(
+        cfg, 2, device_gib=device_gib, make_profile=make_profile, **arguments
+    )
+
+
+def filling(recipes, *opts):
+    name = str(recipes / "experiment-1-baseline.yaml")
+    return load_recipe(name, ["D2SCALE.MEMORY.BUDGET_GIB", "16", *opts])[0]
+
+
+def test_filling_the_memory_needs_a_profile_and_nothing_else_does(recipes):
+    cfg = filling(recipes)
+    assert for_training(cfg, lambda: MADE).profile is MADE
+    assert for_training(cfg, method="keep_total").profile is None
+    assert for_training(cfg, method=None).profile is None
+    named = filling(recipes, "SOLVER.AUTO_SCALING_METHODS", "('d2scale_max_memory',)")
+    assert for_training(named, lambda: MADE, method=None).profile is MADE
+
+
+def test_no_profile_is_made_where_one_is_given(recipes, tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(dump_profiles([profile(1, 1)]))
+    given = filling(recipes, "D2SCALE.MEMORY.PROFILE", str(path))
+    assert for_training(given, device_gib=16.0).profile.source == "predicted"
+    assert for_training(filling(recipes, "D2SCALE.IMS_PER_GPU", "3")).ims_per_gpu == 3
+
+
+def test_a_device_is_measured_even_if_a_profile_is_shipped(recipes, monkeypatch):
+    shipped = profile(1, 1)
+    monkeypatch.setattr("d2scale.planning.hardware.shipped_profiles", lambda: (shipped,))
+    assert for_training(filling(recipes)).profile is shipped
+    assert for_training(filling(recipes), lambda: MADE, device_gib=16.0).profile is MADE
+    unmeasured = filling(recipes, "D2SCALE.MEMORY.PROBE", "False")
+    assert for_training(unmeasured, device_gib=16.0).profile is shipped
+
+
+def test_without_a_budget_nothing_can_be_filled(recipes):
+    cfg = filling(recipes, "D2SCALE.MEMORY.BUDGET_GIB", "0")
+    with pytest.raises(ConfigError, match="the memory of the GPU"):
+        make_plan(cfg, for_training(cfg), method="max_memory")
+
+
+def test_a_run_that_ends_with_faults_makes_no_profile(recipes):
+    cfg = filling(recipes)
+    plan = make_plan(cfg, for_training(cfg, None), method="max_memory")
+    assert plan.ims_per_gpu == 1
+
+
+def test_variants_are_asked_for_only_where_not_one_image_fits(recipes):
+    cfg = filling(recipes)
+    assert for_training(cfg, lambda: MADE, make_variants=never).alternatives == ()
+    tight = for_training(cfg, lambda: profile(16, 1), make_variants=lambda: [MADE])
+    assert tight.alternatives == (MADE,)
+
+
+def test_a_total_batch_beyond_the_dataset_is_refused_if_it_was_chosen_here(recipes):
+    cfg = filling(recipes)
+    plan = make_plan(cfg, for_training(cfg, lambda: MADE), method="max_memory")
+    assert plan.ims_per_batch == 30
+    refuse_more_than_all(plan, 30)
+    refuse_more_than_all(plan, 0)
+    with pytest.raises(DataError, match=r"images in DATASETS.TRAIN is 29; .*at least the 30"):
+        refuse_more_than_all(plan, 29)
+    refuse_more_than_all(replace(plan, method="keep_total"), 29)

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from d2scale.config import get_cfg, load_recipe
 from d2scale.errors import ConfigError
+from d2scale.planning.hardware import Hardware
 from d2scale.planning.memory_profile import GIB, MemoryProfile, Phase
-from d2scale.planning.plan import METHODS, Hardware, make_plan, method_of
+from d2scale.planning.methods import METHODS, method_of
+from d2scale.planning.plan import make_plan
 
 PROFILE = MemoryProfile(
     (Phase("optimizer", 2 * GIB, 0), Phase("backward", GIB, GIB)), source="measured"

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from d2scale.coco.dataset import load_training_dataset
 from d2scale.engine.memory.predictions import predict_profile, predict_variants
-from d2scale.errors import DataError, Fault
-from d2scale.memory.worst_case import worst_case_of
+from d2scale.memory.worst_case import WorstCase, worst_case_of
+from d2scale.planning.coverage import DEFAULT_ENGINE
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.memory_profile import GIB, MemoryProfile
-from d2scale.planning.plan import Plan, method_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,32 +43,24 @@ def hardware_for_training(
     """
     on_cuda = cfg.MODEL.DEVICE == "cuda"
     device_gib = torch.cuda.get_device_properties(0).total_memory / GIB if on_cuda else None
-    hardware = Hardware.from_cfg(cfg, world_size, device_gib=device_gib)
-    fills = (method or method_of(cfg.SOLVER.AUTO_SCALING_METHODS)) == "max_memory"
-    if not fills or hardware.ims_per_gpu or cfg.D2SCALE.MEMORY.PROFILE:
-        return hardware
-    if measure is None:
-        return replace(hardware, ims_per_gpu=1)
-    if on_cuda and cfg.D2SCALE.MEMORY.PROBE:
-        return replace(hardware, profile=measure(), alternatives=())
-    if hardware.profile is None and hardware.budget_gib is not None:
+
+    def worst_case() -> WorstCase:
         dataset = load_training_dataset(cfg)
-        worst = worst_case_of(cfg, dataset.records, dataset.name)
+        return worst_case_of(cfg, dataset.records, dataset.name)
+
+    def make() -> MemoryProfile:
+        assert measure is not None
+        if on_cuda and cfg.D2SCALE.MEMORY.PROBE:
+            return measure()
         logger.info("No memory profile of this recipe is at hand: predicting it")
-        predicted = replace(hardware, profile=predict_profile(cfg, worst))
-        if predicted.holds_one_image():
-            return predicted
-        return replace(predicted, alternatives=predict_variants(cfg, worst))
-    return hardware
+        return predict_profile(cfg, worst_case())
 
-
-def refuse_more_than_all(plan: Plan, images: int) -> None:
-    """Refuse a total batch that was chosen to fill the memory and exceeds the dataset.
-
-    Raises:
-        DataError: if there are fewer images.
-    """
-    if plan.method == "max_memory" and 0 < images < plan.ims_per_batch:
-        advice = f"set D2SCALE.MAX_IMS_PER_BATCH to at most {images}, or train on more images"
-        allowed = f"at least the {plan.ims_per_batch} images of the chosen total batch"
-        raise DataError([Fault("images in DATASETS.TRAIN", images, allowed, advice)])
+    return Hardware.for_training(
+        cfg,
+        world_size,
+        method=method,
+        device_gib=device_gib,
+        engine=DEFAULT_ENGINE,
+        make_profile=None if measure is None else make,
+        make_variants=lambda: predict_variants(cfg, worst_case()),
+    )

@@ -11,7 +11,8 @@ from pathlib import Path
 from d2scale.config import load_recipe
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.formats import to_table
-from d2scale.planning.plan import Hardware, make_plan
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.plan import make_plan
 from meta_fcos.reproduction.reproduction import reproduce
 from meta_fcos.reproduction.request import Request
 

@@ -2,7 +2,8 @@ import pytest
 
 from d2scale.config import load_cfg
 from d2scale.errors import ConfigError
-from d2scale.planning.plan import Hardware, make_plan
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.plan import make_plan
 from meta_fcos.reproduction.experiments import (
     EXPERIMENTS,
     chosen,
