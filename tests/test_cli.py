@@ -43,6 +43,22 @@ def test_an_output_that_cannot_be_written_is_a_mistake(recipes, tmp_path, capsys
     assert "--output" in capsys.readouterr().err
 
 
+def test_an_output_file_is_readable_as_others_are_and_a_link_stays(recipes, tmp_path):
+    arguments = ["plan", str(recipes / "experiment-1-baseline.yaml"), "-o"]
+    (tmp_path / "link").symlink_to("target")
+    assert main([*arguments, str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_dev_stdout_can_be_the_output(recipes):
+    path = str(recipes / "experiment-1-baseline.yaml")
+    command = [sys.executable, "-m", "d2scale", "plan", path]
+    printed = subprocess.check_output([*command, "-o", "/dev/stdout"])
+    assert printed == subprocess.check_output(command)
+
+
 def test_a_missing_config_is_a_mistake(capsys):
     assert main(["plan", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
+from functools import partial
 from typing import TYPE_CHECKING
 
 from d2scale.errors import ConfigError, Fault
+from d2scale.run_folder.files import write_atomically
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -45,7 +45,7 @@ def add_command(
 
 
 def emit(text: str, path: str | None) -> None:
-    """Print ``text``, or put it whole into ``path``.
+    """Print ``text``, or write it to the file ``path``.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -53,13 +53,8 @@ def emit(text: str, path: str | None) -> None:
     if path is None:
         sys.stdout.write(text)
         return
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".d2scale-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ConfigError(
-            [Fault("--output", path, "a file that can be written", f"{error.strerror}")]
-        ) from error
+    write_atomically(path, text, partial(_output_error, path))
+
+
+def _output_error(path: str, reason: str) -> ConfigError:
+    return ConfigError([Fault("--output", path, "a file that can be written", reason)])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from d2scale.coco.catalog import ROOT_VARIABLE, DatasetSpec, dataset_names, dataset_spec
 from d2scale.errors import DataError, Fault
+from d2scale.run_folder.files import write_atomically
 
 
 def register_datasets(cfg: Any) -> None:
@@ -52,8 +51,5 @@ def write_class_split(name: str, spec: DatasetSpec, target: Path) -> None:
         entry for entry in content["annotations"] if entry["category_id"] in kept
     ]
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Every rank writes the same content; the rename leaves no moment with half a file.
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(content, file)
-    os.replace(temporary, target)
+    # Every rank writes the same content; no rank may read half a file.
+    write_atomically(target, json.dumps(content))

@@ -20,7 +20,8 @@ from d2scale.d2go.config import exit_on_user_error
 from d2scale.d2go.scaling_methods import applied_plan
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.rules import micro_batch_sizes
-from d2scale.step.guard import OomGuard, StepDoesNotFitError, write_plan
+from d2scale.run_folder.contents import write_plan
+from d2scale.step.guard import OomGuard, StepDoesNotFitError
 from d2scale.step.micro_batches import MicroBatchStep, StepLosses, cut, synchronised_norms
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class MicroBatches(HookBase):
         if self._plan is not None:
             self._plan = self._plan.with_smaller_micro_batches(ims_per_gpu)
             if comm.is_main_process():
-                write_plan(self._plan, Path(self._cfg.OUTPUT_DIR))
+                write_plan(Path(self._cfg.OUTPUT_DIR), self._plan)
 
     def _save_last_step(self) -> None:
         last = self.trainer.iter - 1

@@ -23,10 +23,10 @@ from d2scale.coco.records import CocoDataset
 from d2scale.coco.results import CocoResults
 from d2scale.engine.data.chunks import Sample
 from d2scale.errors import DataError, Fault
+from d2scale.run_folder.files import RESULTS_FILE, make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "coco_instances_results.json"
 # The first images pay for caches and autotuning.
 _WARMUP_IMAGES = 5
 
@@ -96,9 +96,9 @@ def evaluate(
         return None
     results = _to_coco_results(detections, dataset)
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / RESULTS_FILE
-    path.write_text(results.to_json())
+    write_atomically(path, results.to_json())
     logger.info("%d detections on %s written to %s", len(results), dataset.name, path)
     return coco_metrics(dataset, results, max_dets=max_dets)
 

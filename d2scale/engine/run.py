@@ -12,7 +12,6 @@ import torch
 from fvcore.common.config import CfgNode
 
 from d2scale.coco.dataset import check_datasets
-from d2scale.engine.checkpoint.files import LAST_CHECKPOINT
 from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
@@ -31,6 +30,8 @@ from d2scale.errors import ConfigError, Fault
 from d2scale.planning.memory_profile import MemoryProfile
 from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
 from d2scale.planning.progress import recipe_of
+from d2scale.run_folder.contents import holds_run
+from d2scale.run_folder.files import folder_faults, make_folder
 from d2scale.run_folder.lock import refuse_locked
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def train(
         ),
     )
     job = Job(_planned(cfg, plan), recipe_of(cfg), plan, resume, notes)
-    _make_folder(Path(cfg.OUTPUT_DIR))
+    make_folder(Path(cfg.OUTPUT_DIR))
     results: Results = launch(
         run_rank,
         [job],
@@ -154,7 +155,7 @@ def _check(
     # Under torchrun a sister rank may hold the lock already: the first rank itself takes it.
     if not eval_only and not under_torchrun():
         checks.append(partial(refuse_locked, Path(cfg.OUTPUT_DIR)))
-    if not (resume and _holds_run(Path(cfg.OUTPUT_DIR))):
+    if not (resume and holds_run(Path(cfg.OUTPUT_DIR))):
         checks.append(partial(_check_weights, cfg, eval_only))
     checks.append(read_datasets)
     # A broken number of processes would only lead to more faults. Last, for it may measure.
@@ -195,7 +196,7 @@ def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
 
 def _check_folder(name: str, *, may_hold_run: bool) -> None:
     folder = Path(name)
-    if not may_hold_run and _holds_run(folder):
+    if not may_hold_run and holds_run(folder):
         raise ConfigError(
             [
                 Fault(
@@ -206,17 +207,8 @@ def _check_folder(name: str, *, may_hold_run: bool) -> None:
                 )
             ]
         )
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError([_folder_fault(name, f"{existing} cannot be written to")])
-
-
-def _holds_run(folder: Path) -> bool:
-    return (folder / LAST_CHECKPOINT).exists() or any(folder.glob("model_*.pth"))
-
-
-def _folder_fault(name: str, reason: str) -> Fault:
-    return Fault("OUTPUT_DIR", name, "a folder that can be written", f"choose another ({reason})")
+    if faults := folder_faults(folder):
+        raise ConfigError(faults)
 
 
 def _planned(cfg: CfgNode, plan: Plan | None) -> CfgNode:
@@ -228,10 +220,3 @@ def _planned(cfg: CfgNode, plan: Plan | None) -> CfgNode:
     planned.D2SCALE.IMS_PER_GPU = plan.ims_per_gpu
     planned.D2SCALE.ACCUMULATION_STEPS = 0
     return planned
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError([_folder_fault(str(folder), str(error.strerror))]) from error

@@ -12,7 +12,8 @@ from torch.amp.grad_scaler import GradScaler
 
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.planning.plan import Plan
-from d2scale.step.guard import OnSplit, OomGuard, write_plan
+from d2scale.run_folder.contents import write_plan
+from d2scale.step.guard import OnSplit, OomGuard
 from d2scale.step.micro_batches import synchronised_norms
 from d2scale.step.ranks import rank, world_size
 
@@ -60,4 +61,4 @@ class RecordSplit:
         self._plan = self._plan.with_smaller_micro_batches(ims_per_gpu)
         self._checkpointer.facts["plan"] = self._plan.to_json()
         if rank() == 0:
-            write_plan(self._plan, Path(self._checkpointer.save_dir))
+            write_plan(Path(self._checkpointer.save_dir), self._plan)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,6 @@ from d2scale import __version__
 from d2scale.coco.dataset import load_dataset, load_training_dataset
 from d2scale.engine.actions import Evaluate, Report, Save
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
-from d2scale.engine.checkpoint.files import write_atomically
 from d2scale.engine.checkpoint.resume import Position, Resumer, record
 from d2scale.engine.data.loader import TrainLoader, build_test_loader, build_train_loader
 from d2scale.engine.evaluation import evaluate, format_results
@@ -29,12 +27,14 @@ from d2scale.engine.models import build_model, device_of, load_initial_weights, 
 from d2scale.engine.solver import build_gradient_clipper, build_lr_schedule, build_optimizer
 from d2scale.engine.splitting import RecordSplit, build_guard
 from d2scale.engine.telemetry.logs import logging_to
-from d2scale.engine.telemetry.machine import MACHINE_FILE, describe_machine
+from d2scale.engine.telemetry.machine import describe_machine
 from d2scale.engine.telemetry.writers import JsonWriter, Reporter, TensorBoardWriter, Writer
 from d2scale.engine.trainer import Trainer
 from d2scale.planning.formats import to_table
 from d2scale.planning.plan import Plan
 from d2scale.planning.rules import micro_batch_sizes
+from d2scale.run_folder.contents import write_config, write_machine, write_plan
+from d2scale.run_folder.files import INFERENCE_FOLDER
 from d2scale.run_folder.lock import run_lock
 from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.micro_batches import MicroBatchStep, without_synchronised_norms
@@ -109,7 +109,7 @@ def evaluate_all(cfg: CfgNode, model: nn.Module) -> Results:
     for name in names:
         dataset = load_dataset(name, key="DATASETS.TEST")
         loader = build_test_loader(cfg, dataset, world_size=world_size(), rank=rank())
-        folder, prefix = Path(cfg.OUTPUT_DIR) / "inference", "bbox/"
+        folder, prefix = Path(cfg.OUTPUT_DIR) / INFERENCE_FOLDER, "bbox/"
         if len(names) > 1:
             folder, prefix = folder / name, f"{name}/bbox/"
         metrics = evaluate(model, dataset, loader, folder, max_dets=cfg.TEST.DETECTIONS_PER_IMAGE)
@@ -185,18 +185,9 @@ def _write_facts(job: Job, plan: Plan, machine: Mapping[str, Any]) -> None:
     if rank() != 0:
         return
     folder = Path(job.cfg.OUTPUT_DIR)
-    files = {
-        "config.yaml": job.cfg.dump(),
-        "plan.json": json.dumps(plan.to_json(), indent=2) + "\n",
-        MACHINE_FILE: json.dumps(machine, indent=2) + "\n",
-    }
-    for name, text in files.items():
-        content = text.encode()
-        write_atomically(folder / name, partial(_write, content=content))
-
-
-def _write(file: IO[bytes], content: bytes) -> None:
-    file.write(content)
+    write_config(folder, job.cfg)
+    write_plan(folder, plan)
+    write_machine(folder, machine)
 
 
 def _run(

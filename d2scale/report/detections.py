@@ -15,8 +15,8 @@ from d2scale.coco.matching import Found, Truth, numbers_of
 from d2scale.coco.results import CocoResults
 from d2scale.errors import DataError, Fault
 from d2scale.report.runs import Run, whole_number
+from d2scale.run_folder.files import INFERENCE_FOLDER, RESULTS_FILE
 
-RESULTS_FILE = "coco_instances_results.json"
 _OFFICIAL_MAX_DETS = 100
 
 
@@ -144,7 +144,7 @@ def max_dets_of(run: Run) -> int:
 
 def _results_file(folder: Path, dataset: str) -> Path:
     """Return the file of the last evaluation, where any of the engines puts it."""
-    inference = folder / "inference"
+    inference = folder / INFERENCE_FOLDER
     for path in (
         inference / RESULTS_FILE,
         inference / dataset / RESULTS_FILE,

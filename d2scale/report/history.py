@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-METRICS_FILE = "metrics.json"
+from d2scale.run_folder.files import METRICS_FILE
+
 EVENT_FILES = "events.out.tfevents.*"
 
 Axis = Literal["images", "iterations", "time"]

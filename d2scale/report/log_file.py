@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from d2scale.coco.metric import METRICS
-
-LOG_FILE = "log.txt"
+from d2scale.run_folder.files import LOG_FILE
 
 _TOTAL_TIME = re.compile(r"Total training time: (?:(\d+) days?, )?(\d+):(\d\d):(\d\d)")
 _SPEED = re.compile(r"Overall training speed: .*\(([\d.]+) s / it\)")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2scale.errors import ConfigError, Fault
+from d2scale.run_folder.files import folder_faults
 
 # Marks a folder of pictures as written here, so that it may be replaced.
 _MARKER = ".made-by-d2scale-report"
@@ -50,9 +51,8 @@ def check_output(output: Path) -> None:
     if folder.exists() and not (folder / _MARKER).is_file():
         advice = f"choose another name ({folder} is needed for pictures, and holds other files)"
         raise _fault(output, "a report with a folder of its own", advice)
-    existing = next(path for path in output.absolute().parents if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise _fault(output, "a file that can be written", f"{existing} cannot be written to")
+    if faults := folder_faults(output.parent, key="--output"):
+        raise ConfigError(faults)
 
 
 def write_files(

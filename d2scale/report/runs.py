@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,10 +14,8 @@ from d2scale.config.loading import flatten, load_yaml
 from d2scale.errors import ConfigError
 from d2scale.report.history import History, Row, read_history
 from d2scale.report.log_file import LogFacts, read_log
-
-CONFIG_FILE = "config.yaml"
-PLAN_FILE = "plan.json"
-MACHINE_FILE = "machine.json"
+from d2scale.run_folder.contents import read_json
+from d2scale.run_folder.files import CONFIG_FILE, MACHINE_FILE, PLAN_FILE
 
 _RESULT = re.compile(r"^(?:(?P<prefix>.+)/)?bbox/(?P<metric>[^/].*)$")
 
@@ -105,7 +102,7 @@ def read_run(folder: Path, name: str) -> Run:
     if engine == "d2go":
         # d2go writes the config as it was before scaling.
         settings.update(log.scaled)
-    plan = _read_json(folder / PLAN_FILE, notes)
+    plan = _read(folder / PLAN_FILE, notes)
     ims_per_batch = whole_number(settings.get("SOLVER.IMS_PER_BATCH"))
     history = read_history(folder, ims_per_batch)
     results, class_results, dataset = _results(history, log, notes)
@@ -117,7 +114,7 @@ def read_run(folder: Path, name: str) -> Run:
         settings=settings,
         world_size=_world_size(folder, engine, settings, plan, log),
         plan=plan,
-        machine=_read_json(folder / MACHINE_FILE, notes),
+        machine=_read(folder / MACHINE_FILE, notes),
         history=history,
         test_set=dataset or _evaluated(folder) or _first_test_set(settings),
         results=results,
@@ -141,17 +138,12 @@ def _read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no JSON object")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except ConfigError:
         notes.append(f"{path.name} cannot be read")
         return {}
-    return content
 
 
 def _engine(folder: Path, settings: Mapping[str, Any]) -> str:

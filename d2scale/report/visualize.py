@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from d2scale.errors import CheckpointError, ConfigError, DataError, Fault
 from d2scale.report.detections import GroundTruth, GroundTruths
 from d2scale.report.drawing import draw_boxes, to_jpeg
 from d2scale.report.examples import spread_images
+from d2scale.run_folder.files import CONFIG_FILE, folder_fault, make_folder, write_atomically
 
-CONFIG_FILE = "config.yaml"
 DEFAULT_IMAGES = 8
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _JPEG_QUALITY = 90
@@ -95,7 +95,7 @@ def visualize(
     tasks, wanted = _tasks(cfg, inputs)
     model = build_model(cfg).eval()
     load_initial_weights(model, str(checkpoint))
-    _make_folder(output)
+    make_folder(output, key="--output")
     files: list[Path] = []
     notes: list[str] = []
     for task in tasks:
@@ -107,7 +107,9 @@ def visualize(
             notes.append(f"skipped: {error}")
             continue
         drawn = _draw(cfg, model, image, task, score_threshold)
-        files.append(_write(drawn, _free_name(output, task.path.stem, files)))
+        path = _free_name(output, task.path.stem, files)
+        write_atomically(path, to_jpeg(drawn, _JPEG_QUALITY), partial(_output_error, output))
+        files.append(path)
     if not files:
         allowed = "at least one image that can be read"
         found = ", ".join(map(str, inputs)) or "DATASETS.TEST"
@@ -222,13 +224,6 @@ def _class_names(cfg: CfgNode) -> tuple[str, ...]:
     return ()
 
 
-def _make_folder(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _output_fault(output, error) from error
-
-
 def _free_name(output: Path, stem: str, taken: Sequence[Path]) -> Path:
     """Return a name that no other picture of this call has; older ones are replaced."""
     number, path = 1, output / f"{stem}.jpg"
@@ -238,19 +233,5 @@ def _free_name(output: Path, stem: str, taken: Sequence[Path]) -> Path:
     return path
 
 
-def _write(picture: np.ndarray, path: Path) -> Path:
-    """Write a picture whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(to_jpeg(picture, _JPEG_QUALITY))
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise _output_fault(path.parent, error) from error
-    return path
-
-
-def _output_fault(output: Path, error: OSError) -> ConfigError:
-    advice = f"choose another ({error.strerror})"
-    return ConfigError([Fault("--output", str(output), "a folder that can be written", advice)])
+def _output_error(output: Path, reason: str) -> ConfigError:
+    return ConfigError([folder_fault(output, reason, key="--output")])

@@ -1,71 +1,105 @@
-"""One run to a folder: a lock that ends with the process that holds it."""
+"""The lock that keeps a folder to one run; it ends with the process that holds it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from d2scale.errors import ConfigError, Fault
+from d2scale.run_folder.files import LOCK_FILE, folder_fault, reason_of, remove_partial_checkpoints
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = ".lock"
+# Device and inode of the lock files that this process holds. The system would grant it a second
+# lock, and drop both as soon as the file is closed once.
+_HELD: set[tuple[int, int]] = set()
+_HELD_GUARD = threading.Lock()
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Within the context, no other run may write to ``folder``, which must exist.
 
-    The system releases the lock when the process dies, in whatever way. Where it has no such
-    locks, as on some network file systems, the run goes on without.
+    The system releases the lock when the process ends, even by a kill. On a file system
+    without locks, as some network file systems are, the run goes on unlocked.
 
     Raises:
-        ConfigError: if another run holds it.
+        ConfigError: if another run holds it, in this process or elsewhere.
     """
-    # Opened for both: some network file systems want that for an exclusive lock.
-    with open(folder / LOCK_FILE, "a+", encoding="utf-8") as file:
-        _take(file, folder)
+    path = folder / LOCK_FILE
+    with _HELD_GUARD:
+        # Opened for both: some network file systems want that for an exclusive lock.
+        file = _open_and_lock(path, "a+")
+        identity = _identity(path)
+        _HELD.add(identity)
+    try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        remove_partial_checkpoints(folder)
         yield
+    finally:
+        with _HELD_GUARD:
+            _HELD.discard(identity)
+            file.close()
 
 
 def refuse_locked(folder: Path) -> None:
-    """Raise if another run is writing to ``folder``; nothing is written.
+    """Raise if another run is writing to ``folder``. Writes nothing.
 
     Raises:
         ConfigError: if so.
     """
-    with suppress(OSError), open(folder / LOCK_FILE, "r+", encoding="utf-8") as file:
-        _take(file, folder)
+    path = folder / LOCK_FILE
+    with _HELD_GUARD:
+        if path.exists():
+            _open_and_lock(path, "r+").close()
 
 
-def _take(file: IO[str], folder: Path) -> None:
+def _open_and_lock(path: Path, mode: str) -> IO[str]:
+    if path.exists() and _identity(path) in _HELD:
+        # Not even opened: closing it again would drop the lock.
+        raise _locked(path.parent, "this process")
+    try:
+        file: IO[str] = open(path, mode, encoding="utf-8")  # noqa: SIM115  the caller closes it
+    except OSError as error:
+        raise ConfigError([folder_fault(path.parent, reason_of(error))]) from error
+    try:
+        _lock(file, path.parent)
+    except ConfigError:
+        file.close()
+        raise
+    return file
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _lock(file: IO[str], folder: Path) -> None:
     try:
         import fcntl
     except ImportError:  # Windows
         return
     try:
-        # A POSIX lock: it is the process's alone, so a loader's worker that outlives a killed
-        # run does not hold it.
+        # A POSIX lock, not flock: a forked loader worker that outlives a killed run must not
+        # keep the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
-        raise ConfigError([_fault(folder, file.read().strip())]) from error
+        raise _locked(folder, file.read().strip() or "not known") from error
     except OSError as error:
         logger.warning("%s cannot be locked: %s", folder, error.strerror)
 
 
-def _fault(folder: Path, holder: str) -> Fault:
-    return Fault(
-        "OUTPUT_DIR",
-        str(folder),
-        "a folder that no other run is writing to",
-        f"wait until that run has ended ({holder or 'not known'}), or choose another folder",
-    )
+def _locked(folder: Path, holder: str) -> ConfigError:
+    allowed = "a folder that no other run is writing to"
+    advice = f"wait until that run has ended ({holder}), or choose another folder"
+    return ConfigError([Fault("OUTPUT_DIR", str(folder), allowed, advice)])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,7 +13,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from d2scale.errors import D2ScaleError
-from d2scale.planning.plan import Plan
 from d2scale.planning.rules import micro_batch_sizes
 from d2scale.step.agreement import AgreedOutOfMemoryError, Agreement
 from d2scale.step.micro_batches import MicroBatch, MicroBatchStep, StepLosses, cut
@@ -167,13 +164,6 @@ class AllocatorRetries:
         if self._device.type != "cuda":
             return 0
         return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
-
-
-def write_plan(plan: Plan, folder: Path) -> None:
-    """Write ``plan.json`` anew, whole or not at all."""
-    partial = folder / ".plan.json.partial"
-    partial.write_text(json.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "plan.json")
 
 
 def _free_memory() -> None:

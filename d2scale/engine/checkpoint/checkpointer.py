@@ -12,13 +12,10 @@ from fvcore.common.checkpoint import Checkpointer
 from iopath.common.file_io import PathManager
 from torch import nn
 
-from d2scale.engine.checkpoint.files import (
-    LAST_CHECKPOINT,
-    last_whole_checkpoint,
-    write_atomically,
-)
+from d2scale.engine.checkpoint.files import last_whole_checkpoint
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.progress import FORMAT, RECORD
+from d2scale.run_folder.files import LAST_CHECKPOINT, Content, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +67,22 @@ class RunCheckpointer(Checkpointer):
         data.update(kwargs)
         path = Path(self.save_dir) / f"{name}.pth"
         logger.info("Saving checkpoint to %s", path)
-        write_atomically(path, lambda file: torch.save(data, file))
+        self._write(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the last checkpoint, whole or not at all."""
-        content = last_filename_basename.encode()
-        write_atomically(Path(self.save_dir) / LAST_CHECKPOINT, lambda file: file.write(content))
+        self._write(Path(self.save_dir) / LAST_CHECKPOINT, last_filename_basename)
+
+    @staticmethod
+    def _write(path: Path, content: Content) -> None:
+        def error_of(reason: str) -> CheckpointError:
+            advice = f"check it: {reason}"
+            return CheckpointError(
+                [Fault("checkpoint", str(path), "a file that can be written", advice)]
+            )
+
+        write_atomically(path, content, error_of)
 
     def resume(
         self, check: Callable[[dict[str, Any]], Sequence[Fault]] | None = None

@@ -1,22 +1,19 @@
-"""Checkpoint files: written whole or not at all, read safely, found when the last is broken."""
+"""Reading checkpoint files safely; falling back when the last one is broken."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from d2scale.errors import CheckpointError, Fault
+from d2scale.run_folder.contents import last_checkpoint
+from d2scale.run_folder.files import CHECKPOINTS, LAST_CHECKPOINT
 
 logger = logging.getLogger(__name__)
-
-LAST_CHECKPOINT = "last_checkpoint"
-_CHECKPOINTS = "model_*.pth"
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -32,7 +29,7 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         CheckpointError: if the one that is named is missing, or none is whole.
     """
-    named = _named_checkpoint(folder)
+    named = last_checkpoint(folder)
     broken: list[CheckpointError] = []
     candidates = [named] if named is not None else []
     candidates += [path for path in _by_images_seen(folder) if path != named]
@@ -49,62 +46,21 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         return path, content
     if broken:
         raise broken[0]
-    unreadable = sorted(folder.glob(_CHECKPOINTS))
+    unreadable = sorted(folder.glob(CHECKPOINTS))
     if unreadable:
         read_checkpoint(unreadable[-1])
     return None
 
 
-def _named_checkpoint(folder: Path) -> Path | None:
-    try:
-        name = (folder / LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return folder / name if name else None
-
-
 def _by_images_seen(folder: Path) -> list[Path]:
     """Readable checkpoints of d2scale in ``folder``, the most advanced first."""
     found = []
-    for path in folder.glob(_CHECKPOINTS):
+    for path in folder.glob(CHECKPOINTS):
         # Only a directory of the file's parts is read, not the weights.
         with suppress(Exception):
             content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
             found.append((int(content["images_seen"]), int(content["iteration"]), path))
     return [path for *_, path in sorted(found, reverse=True)]
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under a temporary name, bring it to the disk, and only then rename it.
-
-    Raises:
-        CheckpointError: if the system refuses.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer.
-        with suppress(OSError):
-            partial.unlink()
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        fault = Fault("checkpoint", str(path), "a file that can be written", f"check it: {reason}")
-        raise CheckpointError([fault]) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk, where the system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -11,8 +10,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.amp.grad_scaler import GradScaler
 
-from d2scale.engine.checkpoint.files import write_atomically
 from d2scale.errors import D2ScaleError
+from d2scale.run_folder.contents import write_json
 from d2scale.step.micro_batches import MicroBatch
 from d2scale.step.ranks import rank, world_size
 
@@ -79,8 +78,7 @@ def write_down(error: NotFiniteLossError, share: MicroBatch, folder: Path) -> No
         "images": [image for images in shares for image in images],
     }
     path = folder / f"not_finite_{error.iteration:07d}.json"
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_json(path, content)
     logger.error("the images of the step are listed in %s", path)
 
 

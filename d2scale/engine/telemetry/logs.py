@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from d2scale.run_folder.files import LOG_FILE
+
 # Loggers whose INFO lines belong to a run; of all others only warnings do.
 _CHATTY = ("d2scale", "meta_fcos")
 # Lines of this logger repeat what a progress bar shows.
@@ -40,7 +42,7 @@ def logging_to(folder: Path, rank: int) -> Iterator[None]:
     The first rank writes ``log.txt``, the others ``log.txt.rank1`` and so on, as detectron2
     names them. An existing file is continued.
     """
-    file_name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
+    file_name = LOG_FILE if rank == 0 else f"{LOG_FILE}.rank{rank}"
     handlers: list[logging.Handler] = [logging.FileHandler(folder / file_name, encoding="utf-8")]
     if rank == 0:
         handlers.append(_console_handler())

@@ -12,7 +12,6 @@ import torch
 from d2scale import __version__
 from d2scale.step.ranks import largest_over_ranks, world_size
 
-MACHINE_FILE = "machine.json"
 _CPU_FACTS = Path("/proc/cpuinfo")
 
 

@@ -18,8 +18,8 @@ from fvcore.common.history_buffer import HistoryBuffer
 from tqdm import tqdm
 
 from d2scale.engine.telemetry.logs import METRICS_LOGGER, on_terminal
+from d2scale.run_folder.files import METRICS_FILE, write_atomically
 
-METRICS_FILE = "metrics.json"
 # Steps whose median says how long the rest will take.
 _ETA_WINDOW = 1000
 
@@ -159,9 +159,7 @@ def _forget_later_lines(path: Path, start_iteration: int, images_before: int) ->
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _is_before(line, start_iteration, images_before)]
     if len(kept) < len(lines):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, "".join(kept))
     seconds = json.loads(kept[-1]).get("elapsed_seconds") if kept else None
     return float(seconds) if isinstance(seconds, (int, float)) else 0.0
 

@@ -7,17 +7,16 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
 from d2scale.coco.catalog import ROOT_VARIABLE, datasets_root
 from d2scale.coco.shapes import write_shapes_dataset
-from d2scale.engine.checkpoint.files import write_atomically
 from d2scale.errors import DataError, Fault
+from d2scale.run_folder.files import write_atomically
 
 PARTS = ("train2017", "val2017")
 # Of the small form.
@@ -201,11 +200,7 @@ def make(data: Data, contents: Mapping[str, Mapping[str, Any]]) -> None:
             link.unlink(missing_ok=True)
             link.symlink_to(data.real / part)
             path = target / "annotations" / f"instances_{part}.json"
-            write_atomically(path, partial(_write_json, content=content))
+            write_atomically(path, json.dumps(content))
     except OSError as error:
         advice = f"choose another --output-dir ({error.strerror})"
         raise DataError([Fault("folder", str(target), "a writable folder", advice)]) from error
-
-
-def _write_json(file: IO[bytes], content: Mapping[str, Any]) -> None:
-    file.write(json.dumps(content).encode())

@@ -1,39 +1,36 @@
-"""The folder of a reproduction: whose it is, and with which settings it was begun."""
+"""The folder of a reproduction, and the settings that it was begun with."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from d2scale.engine.checkpoint.files import write_atomically
 from d2scale.errors import ConfigError, Fault
+from d2scale.run_folder import files
+from d2scale.run_folder.contents import read_json, write_json
 
 RECORD = "reproduction.json"
 _FORMAT = 1
+_OPTION = "--output-dir"
+_ALLOWED = "a new or empty folder, or one of d2scale reproduce"
 
 
 def folder_faults(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> list[Fault]:
-    """Return why a reproduction with ``settings`` may not use ``folder``. Nothing is written.
+    """Return why a reproduction with ``settings`` may not use ``folder``. Writes nothing.
 
     Args:
         folder: need not exist.
         settings: by the option that chooses them, plain values.
-        begun: whether an experiment in it has been; only then do its settings bind.
+        begun: whether an experiment in it has started; only then do its settings bind.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        return [_fault(folder, f"{existing} is a file")]
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return [_fault(folder, f"{existing} cannot be written to")]
+    if faults := files.folder_faults(folder, key=_OPTION, allowed=_ALLOWED):
+        return faults
     if not folder.exists() or not any(folder.iterdir()):
         return []
     record = _read(folder)
     if record is None:
-        return [_fault(folder, "it holds other files")]
+        return [files.folder_fault(folder, "it holds other files", key=_OPTION, allowed=_ALLOWED)]
     before = record["settings"] if begun else {}
     return [
         Fault(
@@ -47,18 +44,13 @@ def folder_faults(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> 
     ]
 
 
-def _fault(folder: Path, reason: str) -> Fault:
-    allowed = "a new or empty folder, or one of d2scale reproduce"
-    return Fault("--output-dir", str(folder), allowed, f"choose one ({reason})")
-
-
 def _read(folder: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(folder / RECORD)
+    except ConfigError:
         return None
-    known = isinstance(record, dict) and isinstance(record.get("settings"), dict)
-    return record if known and record.get("format") == _FORMAT else None
+    known = record.get("format") == _FORMAT and isinstance(record.get("settings"), dict)
+    return record if known else None
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -67,13 +59,5 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: if the system refuses.
     """
-    text = json.dumps({"format": _FORMAT, "settings": dict(settings)}, indent=2) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError([_fault(folder, str(error.strerror))]) from error
-    write_atomically(folder / RECORD, partial(_write, content=text.encode()))
-
-
-def _write(file: IO[bytes], content: bytes) -> None:
-    file.write(content)
+    files.make_folder(folder, key=_OPTION, allowed=_ALLOWED)
+    write_json(folder / RECORD, {"format": _FORMAT, "settings": dict(settings)})

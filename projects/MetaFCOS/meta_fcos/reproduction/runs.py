@@ -12,18 +12,17 @@ from typing import Any
 import torch
 
 from d2scale.config import load_cfg
-from d2scale.engine.checkpoint.files import LAST_CHECKPOINT
-from d2scale.engine.telemetry.writers import METRICS_FILE
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.memory_profile import GIB
 from d2scale.planning.plan import Plan, make_plan
 from d2scale.planning.progress import Progress, recipe_changes, recipe_of
+from d2scale.run_folder.contents import last_checkpoint, read_json
+from d2scale.run_folder.files import CONFIG_FILE, FINAL_CHECKPOINT, METRICS_FILE, PLAN_FILE
 from meta_fcos.reproduction.experiments import Experiment, length_settings
 
 # One order of images for all experiments; 1 and 2 then take the same steps.
 _SEED = 1
-_FINAL = "model_final.pth"
 
 
 @dataclass(frozen=True)
@@ -170,32 +169,29 @@ def _decided(
 def is_finished(folder: Path) -> bool:
     """Tell whether a run has been trained to its end, and evaluated."""
     try:
-        last = (folder / LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
         rows = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
         # The evaluation that ends a run is the last thing that it writes.
         evaluated = bool(rows) and "bbox/AP" in json.loads(rows[-1])
     except (OSError, ValueError):
         return False
-    return evaluated and last == _FINAL and (folder / _FINAL).is_file()
+    final = folder / FINAL_CHECKPOINT
+    return evaluated and last_checkpoint(folder) == final and final.is_file()
 
 
 def standing(folder: Path) -> str:
     """Return how far a run has come, for a reader."""
     if is_finished(folder):
         return "finished"
-    try:
-        last = (folder / LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return "from the start"
-    return f"goes on from {last}"
+    last = last_checkpoint(folder)
+    return "from the start" if last is None else f"goes on from {last.name}"
 
 
 def recipe_faults(run: Run) -> list[Fault]:
     """Return in which keys the run in its folder was begun with another recipe."""
     try:
-        changes = json.loads((run.folder / "plan.json").read_text(encoding="utf-8"))["changes"]
-        begun = load_cfg(str(run.folder / "config.yaml"))
-    except (OSError, ValueError, KeyError):
+        changes = read_json(run.folder / PLAN_FILE)["changes"]
+        begun = load_cfg(str(run.folder / CONFIG_FILE))
+    except (ConfigError, KeyError):
         return []  # It was ended before its first step.
     recipe = recipe_of(begun, changes)
     stopped = Progress(iteration=0, images_seen=0, recipe=recipe, plan={})

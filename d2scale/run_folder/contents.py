@@ -1,0 +1,96 @@
+"""Writing and reading the config, plan and machine facts of a run's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2scale.errors import ConfigError, Fault
+from d2scale.run_folder.files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LAST_CHECKPOINT,
+    MACHINE_FILE,
+    PLAN_FILE,
+    write_atomically,
+)
+
+if TYPE_CHECKING:
+    from d2scale.planning.plan import Plan
+
+
+def write_config(folder: Path, cfg: Any) -> None:
+    """Write the config that a run uses to ``config.yaml``.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    write_atomically(folder / CONFIG_FILE, cfg.dump())
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Write ``plan.json``.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    write_json(folder / PLAN_FILE, plan.to_json())
+
+
+def write_machine(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write ``machine.json``: the devices, processor and versions of a run.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    write_json(folder / MACHINE_FILE, facts)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented, to end in a line feed.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if the file is not there.
+
+    Raises:
+        ConfigError: if it cannot be read or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise _broken(path) from error
+    if not isinstance(content, dict):
+        raise _broken(path)
+    return content
+
+
+def _broken(path: Path) -> ConfigError:
+    allowed = "a file that holds a JSON object"
+    return ConfigError([Fault("file", str(path), allowed, "restore it, or remove it")])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint that ``last_checkpoint`` names; None if it names none.
+
+    The checkpoint itself may be missing or broken.
+    """
+    try:
+        name = (folder / LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return folder / name if name else None
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether ``folder`` holds the checkpoints of a run."""
+    return (folder / LAST_CHECKPOINT).exists() or any(folder.glob(CHECKPOINTS))
