@@ -27,6 +27,7 @@ from fvcore.common.config import CfgNode
 from machine import keep
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from d2scale.coco.dataset import load_training_dataset
 from d2scale.coco.shapes import write_shapes_dataset
@@ -36,11 +37,12 @@ from d2scale.engine.data.sampling import rank_slice
 from d2scale.engine.launch import launch
 from d2scale.engine.models import build_model
 from d2scale.engine.solver import build_lr_schedule, build_optimizer
+from d2scale.engine.step import build_step
 from d2scale.engine.trainer import Trainer
-from d2scale.planning.rules import micro_batch_sizes, split_evenly
-from d2scale.step.guard import OomGuard
-from d2scale.step.micro_batches import MicroBatchStep, cut
-from d2scale.step.ranks import data_parallel, rank, world_size
+from d2scale.planning.rules import split_evenly
+from d2scale.step.micro_batches import cut
+from d2scale.step.optimizer_step import OptimizerStep
+from d2scale.step.ranks import rank, sum_over_ranks, world_size
 
 RECIPE = """
 _BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml
@@ -251,30 +253,19 @@ def big_batch(cfg: CfgNode, samples: list[Any]) -> tuple[Tensors, float]:
 def split_gradients(cfg: CfgNode, samples: list[Any], micro_batches: int, guard: bool) -> Tensors:
     """Gradient of a step that is split over all ranks, each with about so many micro-batches."""
     total = len(samples)
-    share = samples[rank_slice(total, world_size(), rank())]
-    largest_share = max(split_evenly(total, world_size()))
-    ims_per_gpu = math.ceil(largest_share / micro_batches)
+    rank_batch = samples[rank_slice(total, world_size(), rank())]
+    largest = max(split_evenly(total, world_size()))
     model = new_model(cfg)
-    step = guarded_or_plain(cfg, model, total, ims_per_gpu, guard=guard)
-    step(share, lambda _: None)
-    return gradients_of(model)
+    step = new_step(cfg, model, math.ceil(largest / micro_batches), guard=guard)
+    gradients: Tensors = {}
+    step(rank_batch, lambda _: gradients.update(gradients_of(model)))
+    return {name: gradient.clone() for name, gradient in gradients.items()}
 
 
-def guarded_or_plain(
-    cfg: CfgNode, model: nn.Module, total: int, ims_per_gpu: int, *, guard: bool
-) -> Callable[..., Any]:
-    """Return a function of (share, update) that takes one step without an update of its own."""
-    wrapped = data_parallel(model)
-    optimizer = build_optimizer(cfg, model)
-    if guard:
-        return OomGuard(wrapped, optimizer, ims_per_batch=total, ims_per_gpu=ims_per_gpu)
-    step = MicroBatchStep(wrapped)
-    sizes = micro_batch_sizes(total, world_size(), ims_per_gpu)[rank()]
-
-    def plain(share: list[Any], finish: Callable[[Any], None]) -> None:
-        finish(step(cut(share, sizes)))
-
-    return plain
+def new_step(cfg: CfgNode, model: nn.Module, ims_per_gpu: int, *, guard: bool) -> OptimizerStep:
+    own = cfg.clone()
+    own.D2SCALE.ON_OOM = "split" if guard else "raise"
+    return build_step(own, model, ims_per_gpu=ims_per_gpu)
 
 
 def trained_weights(
@@ -302,50 +293,51 @@ def new_trainer(
     exact: bool = True,
     total: int = 16,
 ) -> Trainer:
-    wrapped = data_parallel(model)
-    optimizer = build_optimizer(cfg, model)
-    return Trainer(
-        MicroBatchStep(wrapped),
-        loader(cfg, total, ranks=world_size(), this=rank(), exact=exact),
-        micro_batch_sizes(total, world_size(), ims_per_gpu)[rank()],
-        optimizer,
-        build_lr_schedule(cfg, optimizer),
-        seed=SEED,
-        guard=OomGuard(wrapped, optimizer, ims_per_batch=total, ims_per_gpu=ims_per_gpu)
-        if guard
-        else None,
-    )
+    step = new_step(cfg, model, ims_per_gpu, guard=guard)
+    data = loader(cfg, total, ranks=world_size(), this=rank(), exact=exact)
+    return Trainer(step, data, build_lr_schedule(cfg, step.optimizer), seed=SEED)
 
 
 def guard_seconds(cfg: CfgNode, steps: int) -> list[float]:
     """Median seconds of a step on this rank: plain, and guarded, without the loading of data."""
     samples = next(loader(cfg, 16))
-    share = samples[rank_slice(16, world_size(), rank())]
-    runs = []
-    for guard in (False, True):
-        model = new_model(cfg)
-        optimizer = build_optimizer(cfg, model)
-        step = guarded_or_plain(cfg, model, 16, 16 // world_size(), guard=guard)
-        runs.append(partial(take, step, share, optimizer))
-    return medians(runs, steps)
+    rank_batch = samples[rank_slice(16, world_size(), rank())]
+    guarded = new_step(cfg, new_model(cfg), 16 // world_size(), guard=True)
+    return medians([plain_step(cfg, rank_batch), partial(guarded, rank_batch)], steps)
 
 
-def take(step: Callable[..., Any], share: list[Any], optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    step(share, lambda _: optimizer.step())
+def plain_step(cfg: CfgNode, rank_batch: list[Any]) -> Callable[[], None]:
+    """Return what a user would write: DistributedDataParallel, one forward, exact normalizers."""
+    model = new_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    wrapped = DistributedDataParallel(model) if world_size() > 1 else model
+
+    def step() -> None:
+        optimizer.zero_grad()
+        totals = model.loss_normalizers(rank_batch)
+        totals = {name: sum_over_ranks(total) for name, total in totals.items()}
+        normalizers = model.finish_normalizers(totals, world_size())
+        losses = wrapped(rank_batch, normalizers=normalizers)
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+
+    return step
 
 
 def split_seconds(cfg: CfgNode, steps: int) -> list[float]:
     """Four micro-batches as they are without exactness, and with it."""
-    micro_batches = cut(next(loader(cfg, 16)), (4, 4, 4, 4))
-    model = new_model(cfg)
-    exact = MicroBatchStep(model)
+    samples = next(loader(cfg, 16))
+    plain_model = new_model(cfg)
+    exact = new_step(cfg, new_model(cfg), 4, guard=False)
+    optimizer = build_optimizer(cfg, plain_model)
 
     def plain() -> None:
-        for micro_batch in micro_batches:
-            (sum(model(micro_batch).values()) / 4).backward()
+        optimizer.zero_grad()
+        for micro_batch in cut(samples, 4):
+            (sum(plain_model(micro_batch).values()) / 4).backward()
+        optimizer.step()
 
-    return medians([plain, partial(exact, micro_batches)], steps)
+    return medians([plain, partial(exact, samples)], steps)
 
 
 def exact_seconds(cfg: CfgNode, steps: int) -> list[float]:

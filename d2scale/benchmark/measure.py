@@ -16,25 +16,18 @@ from fvcore.common.config import CfgNode
 from fvcore.common.param_scheduler import ConstantParamScheduler
 from tabulate import tabulate
 from torch import nn
-from torch.amp.grad_scaler import GradScaler
 
 from d2scale.benchmark.data import Source, find_source
 from d2scale.engine.checkpoint.weights import find_weights
-from d2scale.engine.data.chunks import Sample
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
-from d2scale.engine.models import (
-    build_model,
-    check_model,
-    device_of,
-    load_initial_weights,
-    precision_of,
-)
-from d2scale.engine.solver import LearningRateSchedule, build_gradient_clipper, build_optimizer
+from d2scale.engine.models import build_model, check_model, device_of, load_initial_weights
+from d2scale.engine.solver import LearningRateSchedule
+from d2scale.engine.step import build_step
 from d2scale.engine.trainer import Trainer
 from d2scale.errors import CheckpointError, ConfigError, Fault
 from d2scale.memory.tracker import StorageTracker
-from d2scale.step.micro_batches import MicroBatchStep
+from d2scale.step.optimizer_step import OptimizerStep
 
 PARTS = ("inference", "training")
 
@@ -197,10 +190,11 @@ def measure_training(
 ) -> dict[str, Any]:
     """Take training steps of one micro-batch; the weights stay as they are."""
     device = device_of(cfg)
-    model.train()
-    optimizer = build_optimizer(cfg, model)
+    step = build_step(cfg, model.train(), ims_per_gpu=source.ims_per_batch)
+    # Random weights behind frozen statistics could diverge.
+    schedule = LearningRateSchedule(step.optimizer, ConstantParamScheduler(0.0), max_iter=1 << 30)
     with source.open() as batches:
-        trainer = _trainer(cfg, model, optimizer, batches, source.ims_per_batch)
+        trainer = Trainer(step, batches, schedule, seed=0)
         for _ in range(request.warmup_steps):
             trainer.take_step()
         _reset_peak(device)
@@ -211,7 +205,7 @@ def measure_training(
         seconds = time.perf_counter() - start
         peak = _peak_gib(device)
         if peak is None:
-            peak = _counted_gib(model, optimizer, trainer)
+            peak = _counted_gib(step, trainer)
     return {
         "steps": len(taken),
         "images a step": source.ims_per_batch,
@@ -221,28 +215,6 @@ def measure_training(
         "data seconds a step": statistics.median(step.data_seconds for step in taken),
         "peak GiB": peak,
     }
-
-
-def _trainer(
-    cfg: CfgNode,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[list[Sample]],
-    count: int,
-) -> Trainer:
-    precision = precision_of(cfg)
-    scaler = GradScaler(device_of(cfg).type) if precision is torch.float16 else None
-    return Trainer(
-        MicroBatchStep(model, precision=precision, scaler=scaler),
-        batches,
-        [count],
-        optimizer,
-        # Random weights behind frozen statistics could diverge.
-        LearningRateSchedule(optimizer, ConstantParamScheduler(0.0), max_iter=1 << 30),
-        seed=0,
-        clip=build_gradient_clipper(cfg),
-        scaler=scaler,
-    )
 
 
 def _wait_for(device: torch.device) -> None:
@@ -263,14 +235,12 @@ def _peak_gib(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**30
 
 
-def _counted_gib(model: nn.Module, optimizer: torch.optim.Optimizer, trainer: Trainer) -> float:
+def _counted_gib(step: OptimizerStep, trainer: Trainer) -> float:
     """Take one more step with every storage counted: what a device would have to hold."""
-    states = (value for state in optimizer.state.values() for value in state.values())
-    held = [value for value in states if isinstance(value, torch.Tensor)]
-    optimizer.zero_grad()
+    step.optimizer.zero_grad()
     tracker = StorageTracker()
     with tracker:
-        tracker.count(*model.parameters(), *model.buffers(), *held)
+        tracker.count(*step.held_tensors())
         trainer.take_step()
     return tracker.peak_bytes / 2**30
 

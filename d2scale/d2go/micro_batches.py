@@ -19,14 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from d2scale.d2go.config import exit_on_user_error
 from d2scale.d2go.scaling_methods import applied_plan
 from d2scale.errors import ConfigError, Fault
-from d2scale.planning.rules import micro_batch_sizes
 from d2scale.run_folder.contents import write_plan
-from d2scale.step.guard import OomGuard, StepDoesNotFitError
-from d2scale.step.micro_batches import MicroBatchStep, StepLosses, cut, synchronised_norms
+from d2scale.step.guard import StepDoesNotFitError
+from d2scale.step.micro_batches import StepLosses
+from d2scale.step.optimizer_step import OptimizerStep, StepOptions
 
 logger = logging.getLogger(__name__)
-
-Take = Callable[[Sequence[Any], Callable[[StepLosses], None]], StepLosses]
 
 
 class MicroBatches(HookBase):
@@ -60,7 +58,7 @@ class MicroBatches(HookBase):
         obstacle = _obstacle(self.trainer)
         if not obstacle:
             self.trainer.run_step = RunStep(
-                self.trainer, self._take(ims_per_gpu, guarded), self._save_last_step
+                self.trainer, self._step(ims_per_gpu), self._save_last_step
             )
         elif ims_per_gpu < share:
             with exit_on_user_error():
@@ -70,35 +68,21 @@ class MicroBatches(HookBase):
         else:
             logger.warning("An out-of-memory error ends this run: d2go trains it with %s", obstacle)
 
-    def _take(self, ims_per_gpu: int, guarded: bool) -> Take:
-        trainer = self.trainer
-        options = {
-            "precision": getattr(trainer, "precision", None),
-            "scaler": getattr(trainer, "grad_scaler", None),
-        }
-        if guarded and comm.get_world_size() > 1 and synchronised_norms(trainer.model):
-            logger.warning(
-                "An out-of-memory error ends this run: synchronised batch norm makes ranks wait "
-                "for each other inside a forward"
-            )
-            guarded = False
-        if not guarded:
-            return Unguarded(MicroBatchStep(trainer.model, **options), trainer, ims_per_gpu)
-        guard = OomGuard(
-            trainer.model,
-            trainer.optimizer,
-            ims_per_batch=self._cfg.SOLVER.IMS_PER_BATCH,
-            ims_per_gpu=ims_per_gpu,
-            on_split=self._record_split,
-            **options,
+    def _step(self, ims_per_gpu: int) -> OptimizerStep:
+        trainer, model = self.trainer, self.trainer.model
+        options = StepOptions(
+            precision=getattr(trainer, "precision", None),
+            scaler=getattr(trainer, "grad_scaler", None),
+            on_oom=self._cfg.D2SCALE.ON_OOM,
+            compress=torch.float16 if self._cfg.MODEL.DDP_FP16_GRAD_COMPRESS else None,
         )
-
-        def take(share: Sequence[Any], finish: Callable[[StepLosses], None]) -> StepLosses:
-            # Quantization-aware training changes the loader's batch on the way.
-            guard.ims_per_batch = len(share) * comm.get_world_size()
-            return guard(share, finish)
-
-        return take
+        return OptimizerStep(
+            model.module if isinstance(model, DistributedDataParallel) else model,
+            trainer.optimizer,
+            ims_per_gpu=ims_per_gpu,
+            options=options,
+            on_split=self._record_split,
+        )
 
     def _record_split(self, ims_per_gpu: int) -> None:
         if self._plan is not None:
@@ -112,36 +96,20 @@ class MicroBatches(HookBase):
             self._checkpointer.save(f"model_{last:07d}", iteration=last)
 
 
-class Unguarded:
-    """Takes a step in micro-batches; an out-of-memory error passes through."""
-
-    def __init__(self, step: MicroBatchStep, trainer: SimpleTrainer, ims_per_gpu: int) -> None:
-        self._step = step
-        self._trainer = trainer
-        self._ims_per_gpu = ims_per_gpu
-
-    def __call__(self, share: Sequence[Any], finish: Callable[[StepLosses], None]) -> StepLosses:
-        self._trainer.optimizer.zero_grad()
-        (sizes,) = micro_batch_sizes(len(share), 1, self._ims_per_gpu)
-        losses = self._step(cut(share, sizes))
-        finish(losses)
-        return losses
-
-
 class RunStep:
     """One step as ``SimpleTrainer`` and ``AMPTrainer`` take it, with the same events around it.
 
     Args:
-        trainer: whose model, data and optimizer are used.
-        take: forward and backward of a share.
+        trainer: whose data and hooks are used.
+        step: around the trainer's model and optimizer.
         save_last_step: called when a step does not fit at all.
     """
 
     def __init__(
-        self, trainer: SimpleTrainer, take: Take, save_last_step: Callable[[], None]
+        self, trainer: SimpleTrainer, step: OptimizerStep, save_last_step: Callable[[], None]
     ) -> None:
         self._trainer = trainer
-        self._take = take
+        self._step = step
         self._save_last_step = save_last_step
 
     def __call__(self) -> None:
@@ -149,18 +117,8 @@ class RunStep:
         start = time.perf_counter()
         share = _padded_alike(next(trainer._data_loader_iter))
         data_seconds = time.perf_counter() - start
-        told: list[StepLosses] = []
-
-        def finish(losses: StepLosses) -> None:
-            _check_finite(losses, trainer.iter)
-            # Once, even if the update has to be taken again.
-            if not told:
-                told.append(losses)
-                trainer.after_backward()
-            self._update()
-
         try:
-            losses = self._take(share, finish)
+            losses = self._step(share, self._before_update)
         except StepDoesNotFitError:
             self._save_last_step()
             with exit_on_user_error():
@@ -169,16 +127,14 @@ class RunStep:
         values = {name: torch.tensor(value) for name, value in losses.losses.items()}
         trainer._write_metrics(values, data_seconds)
 
-    def _update(self) -> None:
+    def _before_update(self, losses: StepLosses) -> None:
         trainer = self._trainer
-        if not hasattr(trainer, "grad_scaler"):
-            trainer.optimizer.step()
-            return
-        if trainer.log_grad_scaler:
+        _check_finite(losses, trainer.iter)
+        # At every attempt: hooks may change the gradients.
+        trainer.after_backward()
+        if getattr(trainer, "log_grad_scaler", False):
             scale = trainer.grad_scaler.get_scale()
             get_event_storage().put_scalar("[metric]grad_scaler", scale)
-        trainer.grad_scaler.step(trainer.optimizer)
-        trainer.grad_scaler.update()
 
 
 def _obstacle(trainer: SimpleTrainer) -> str:

@@ -144,4 +144,4 @@ class Report:
         if self._device.type == "cuda":
             values["max_mem_mb"] = torch.cuda.max_memory_allocated(self._device) / 2**20
             values["max_reserved_mb"] = torch.cuda.max_memory_reserved(self._device) / 2**20
-        self._reporter.report(step.iteration, largest_over_ranks(values, self._device))
+        self._reporter.report(step.iteration, largest_over_ranks(values))

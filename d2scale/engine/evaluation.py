@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tabulate import tabulate
 from torch import nn
 
@@ -24,6 +21,7 @@ from d2scale.coco.results import CocoResults
 from d2scale.engine.data.chunks import Sample
 from d2scale.errors import DataError, Fault
 from d2scale.run_folder.files import RESULTS_FILE, make_folder, write_atomically
+from d2scale.step.ranks import gather_on_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -162,25 +160,8 @@ class _InferenceClock:
 
 def _gather(detections: Detections) -> Detections | None:
     """Return the detections of all ranks on rank 0, None elsewhere."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return detections
-    group = _host_group(dist.group.WORLD)
-    parts: list[Any] | None = None
-    if dist.get_rank() == 0:
-        parts = [None] * dist.get_world_size()
-    dist.gather_object(detections, parts, dst=0, group=group)
+    parts = gather_on_first_rank(detections)
     return None if parts is None else Detections.join(parts)
-
-
-@functools.lru_cache(maxsize=1)
-def _host_group(world: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return a group that works through host memory, made once for a world of ranks.
-
-    It is never destroyed by itself: with torch 2.5 that can hang right after a gather.
-    """
-    if dist.get_backend(world) == "gloo":
-        return world
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
 def _to_coco_results(detections: Detections, dataset: CocoDataset) -> CocoResults:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from fvcore.common.param_scheduler import (
 from torch import nn
 
 from d2scale.engine.honoured import ADAMW_NAMES
-
-GradientClipper = Callable[[Iterable[nn.Parameter]], None]
+from d2scale.step.update import GradientClipper
 
 _NORM_LAYERS = (
     nn.BatchNorm1d,

@@ -1,53 +1,13 @@
-"""The guard against out-of-memory errors in a run of the default engine."""
+"""What a run writes down when an out-of-memory error has made its micro-batches smaller."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-
-import torch
-from fvcore.common.config import CfgNode
-from torch import nn
-from torch.amp.grad_scaler import GradScaler
 
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.planning.plan import Plan
 from d2scale.run_folder.contents import write_plan
-from d2scale.step.guard import OnSplit, OomGuard
-from d2scale.step.micro_batches import synchronised_norms
-from d2scale.step.ranks import rank, world_size
-
-logger = logging.getLogger(__name__)
-
-
-def build_guard(
-    cfg: CfgNode,
-    plan: Plan,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    precision: torch.dtype | None,
-    scaler: GradScaler | None,
-    on_split: OnSplit,
-) -> OomGuard | None:
-    """Return the guard that ``D2SCALE.ON_OOM`` asks for; None: an error ends the run."""
-    if cfg.D2SCALE.ON_OOM == "raise":
-        return None
-    if world_size() > 1 and synchronised_norms(model):
-        logger.warning(
-            "D2SCALE.ON_OOM is split, but synchronised batch norm makes ranks wait for each other "
-            "inside a forward: an out-of-memory error ends this run"
-        )
-        return None
-    return OomGuard(
-        model,
-        optimizer,
-        ims_per_batch=plan.ims_per_batch,
-        ims_per_gpu=plan.ims_per_gpu,
-        precision=precision,
-        scaler=scaler,
-        on_split=on_split,
-    )
+from d2scale.step.ranks import rank
 
 
 class RecordSplit:

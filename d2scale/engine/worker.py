@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from fvcore.common.config import CfgNode
 from torch import nn
-from torch.amp.grad_scaler import GradScaler
 
 from d2scale import __version__
 from d2scale.coco.dataset import load_dataset, load_training_dataset
@@ -23,22 +22,22 @@ from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.engine.checkpoint.resume import Position, Resumer, record
 from d2scale.engine.data.loader import TrainLoader, build_test_loader, build_train_loader
 from d2scale.engine.evaluation import evaluate, format_results
-from d2scale.engine.models import build_model, device_of, load_initial_weights, precision_of
-from d2scale.engine.solver import build_gradient_clipper, build_lr_schedule, build_optimizer
-from d2scale.engine.splitting import RecordSplit, build_guard
+from d2scale.engine.models import build_model, device_of, load_initial_weights
+from d2scale.engine.solver import build_lr_schedule
+from d2scale.engine.splitting import RecordSplit
+from d2scale.engine.step import build_step
 from d2scale.engine.telemetry.logs import logging_to
 from d2scale.engine.telemetry.machine import describe_machine
 from d2scale.engine.telemetry.writers import JsonWriter, Reporter, TensorBoardWriter, Writer
 from d2scale.engine.trainer import Trainer
 from d2scale.planning.formats import to_table
 from d2scale.planning.plan import Plan
-from d2scale.planning.rules import micro_batch_sizes
 from d2scale.run_folder.contents import write_config, write_machine, write_plan
 from d2scale.run_folder.files import INFERENCE_FOLDER
 from d2scale.run_folder.lock import run_lock
 from d2scale.step.guard import StepDoesNotFitError
-from d2scale.step.micro_batches import MicroBatchStep, without_synchronised_norms
-from d2scale.step.ranks import data_parallel, rank, world_size
+from d2scale.step.norms import without_synchronised_norms
+from d2scale.step.ranks import broadcast_model, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -126,40 +125,23 @@ def _train(job: Job, plan: Plan) -> Results:
     model = build_model(cfg)
     if world_size() == 1:
         model = without_synchronised_norms(model)
-    optimizer = build_optimizer(cfg, model)
+    step = build_step(cfg, model, ims_per_gpu=plan.ims_per_gpu)
     # Before a checkpoint sets the groups to the rates of its own moment.
-    schedule = build_lr_schedule(cfg, optimizer)
-    precision = precision_of(cfg)
-    scaler = GradScaler(device.type) if precision is torch.float16 else None
-    others: dict[str, Any] = {} if scaler is None else {"scaler": scaler}
+    schedule = build_lr_schedule(cfg, step.optimizer)
+    others: dict[str, Any] = {} if step.options.scaler is None else {"scaler": step.options.scaler}
     checkpointer = RunCheckpointer(
-        model, cfg.OUTPUT_DIR, save_to_disk=rank() == 0, optimizer=optimizer, **others
+        model, cfg.OUTPUT_DIR, save_to_disk=rank() == 0, optimizer=step.optimizer, **others
     )
+    step.on_split = RecordSplit(plan, checkpointer)
     position = _position(job, plan, checkpointer, seed)
-    unused = cfg.MODEL.DDP_FIND_UNUSED_PARAMETERS
-    wrapped = data_parallel(model, find_unused_parameters=unused).train()
-    sizes = micro_batch_sizes(plan.ims_per_batch, world_size(), plan.ims_per_gpu)
-    guard = build_guard(
-        cfg,
-        plan,
-        wrapped,
-        optimizer,
-        precision=precision,
-        scaler=scaler,
-        on_split=RecordSplit(plan, checkpointer),
-    )
+    broadcast_model(model.train())
     with _build_loader(cfg, position) as data:
         _write_facts(job, plan, describe_machine(device))
         trainer = Trainer(
-            MicroBatchStep(wrapped, precision=precision, scaler=scaler),
+            step,
             data,
-            sizes[rank()],
-            optimizer,
             schedule,
             seed=position.seed,
-            clip=build_gradient_clipper(cfg),
-            scaler=scaler,
-            guard=guard,
             folder=Path(cfg.OUTPUT_DIR),
             start_iteration=position.next_iteration,
             images_before=position.images_seen,

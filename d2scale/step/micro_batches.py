@@ -1,10 +1,10 @@
-"""One optimizer step in several micro-batches, with the gradient of the one big batch.
+"""Forward and backward of one optimizer step in micro-batches, with the gradient of one batch.
 
 A detection loss is a sum over locations or boxes, divided by a count that is known only for the
 whole batch (the positives, say). Averaging the losses of micro-batches therefore trains another
-objective. A model that can name its counts from the ground truth alone makes the split exact:
-the counts are summed over all micro-batches and ranks before the first forward, and every
-forward divides by the same totals.
+objective. A model that can compute its counts from the ground truth alone makes the split exact:
+the counts are summed over all micro-batches and ranks before the first forward, and every forward
+divides by the same totals.
 """
 
 from __future__ import annotations
@@ -13,29 +13,26 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
-from d2scale.step.agreement import Agreement
+from d2scale.planning.rules import split_evenly
+from d2scale.step import ranks
+from d2scale.step.agreement import run_alone, run_together
+from d2scale.step.averaging import GradientAverager
+from d2scale.step.norms import trained_norms
 
 logger = logging.getLogger(__name__)
 
 Sample = Mapping[str, Any]
 MicroBatch = Sequence[Sample]
+PhaseMarker = Callable[[str], AbstractContextManager[None]]
 T = TypeVar("T")
-
-# Among the sums of a step; no loss has this name.
-_IMAGES = ""
-# detectron2's own; d2go's default for training on several GPUs.
-_NAIVE_SYNC_BATCH_NORM = "NaiveSyncBatchNorm"
 
 
 @runtime_checkable
@@ -51,144 +48,165 @@ class ExactModel(Protocol):
 
 @dataclass(frozen=True)
 class StepLosses:
-    """The losses of one optimizer step, as the one big batch would report them.
+    """The losses of one optimizer step, as one batch would report them, the same on every rank.
 
     Attributes:
-        losses: value by loss name, the same on every rank.
+        names: of the losses.
+        values: shape (names,), float64, on the model's device.
         images: images in the step, over all ranks and micro-batches.
     """
 
-    losses: dict[str, float]
+    names: tuple[str, ...]
+    values: Tensor
     images: int
+
+    @cached_property
+    def losses(self) -> dict[str, float]:
+        """Value by name. The first use waits for the device."""
+        return dict(zip(self.names, self.values.tolist(), strict=True))
 
     @property
     def total(self) -> float:
+        """Sum of the losses."""
         return sum(self.losses.values())
 
 
-class MicroBatchStep:
-    """Forward and backward of one optimizer step over this rank's micro-batches.
+def no_phase(name: str) -> AbstractContextManager[None]:
+    """Mark nothing: the default for what watches the phases of a step."""
+    return nullcontext()
 
-    Gradients are added to ``.grad`` (the caller zeroes them) and, under
-    ``DistributedDataParallel``, averaged over ranks in the backward of the last micro-batch
-    only. The ranks may hold different numbers of micro-batches and of images. Every rank makes
-    the same collective calls: one before the first forward, DDP's own, one after the last
-    backward. With an ``agreement`` there are none of DDP's: it averages after the last backward.
+
+class ForwardBackward:
+    """Adds the gradients of one optimizer step to ``.grad``, as means over the ranks.
+
+    The ranks may have different numbers of micro-batches and of images, but every rank makes the
+    same collective calls.
 
     Args:
-        model: in training mode, bare or wrapped in ``DistributedDataParallel``; called with a
-            micro-batch (and ``normalizers``, if it is an :class:`ExactModel`), it returns its
-            losses by name.
+        model: bare, in training mode; called with a micro-batch (and ``normalizers``, if it is an
+            :class:`ExactModel`), it returns its losses by name.
+        averager: of the parameters that train.
         precision: dtype of autocast; None: off.
-        scaler: scales the losses before backward, with float16.
-        agreement: if given, a rank that runs out of memory takes the others out of the step
-            (:class:`AgreedOutOfMemoryError`) instead of leaving them waiting.
+        scaler: scales the losses before backward, for float16.
+
+    Attributes:
+        phase: context managers around "forward" and "backward", for what watches them.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        averager: GradientAverager,
         *,
         precision: torch.dtype | None = None,
         scaler: GradScaler | None = None,
-        agreement: Agreement | None = None,
     ) -> None:
         self._model = model
-        self._bare = model.module if isinstance(model, DistributedDataParallel) else model
-        self._exact = self._bare if isinstance(self._bare, ExactModel) else None
+        self._averager = averager
+        self._exact = model if isinstance(model, ExactModel) else None
         self._precision = precision
         self._scaler = scaler
-        self._agreement = agreement
-        self._told_reasons = False
+        self._device = next(model.parameters()).device
+        self._warned = False
+        self.phase: PhaseMarker = no_phase
 
-    def __call__(self, micro_batches: Sequence[MicroBatch]) -> StepLosses:
+    def __call__(self, micro_batches: Sequence[MicroBatch], *, agrees: bool = True) -> StepLosses:
+        """Run all micro-batches of this rank.
+
+        Args:
+            micro_batches: at least one, none empty.
+            agrees: whether an out-of-memory error of any rank is raised on all of them.
+
+        Raises:
+            AgreedOutOfMemoryError: if so. The gradients then mean nothing.
+        """
         if not micro_batches or not all(micro_batches):
             raise ValueError("every rank needs at least one micro-batch, and none may be empty")
-        self._tell_reasons_once(len(micro_batches))
-        names, sums = self._run("the loss normalizers", partial(self._sums, micro_batches))
-        totals = dict(zip(names, _all_reduce(sums), strict=True))
-        images, losses, values = self._run(
-            "forward or backward", partial(self._accumulate, micro_batches, totals)
+        self._warn_once(len(micro_batches))
+        run = run_together if agrees else run_alone
+        images = torch.tensor([sum(map(len, micro_batches))])
+        totals = run("the loss normalizers", partial(self._normalizers, micro_batches), images)
+        if totals:
+            names = sorted(totals)
+            summed = ranks.sum_over_ranks(torch.stack([totals[name] for name in names]))
+            totals = dict(zip(names, summed, strict=True))
+        names, values = run(
+            "forward or backward",
+            partial(self._accumulate, micro_batches, totals, int(images), joins=agrees),
+            self._averager.counts,
         )
-        if self._agreement is not None:
-            self._agreement.average_gradients()
-        means = [value / _world_size() for value in _all_reduce(values).tolist()]
-        return StepLosses(dict(zip(losses, means, strict=True)), images)
+        self._averager.drop_unused()
+        means = ranks.sum_over_ranks(values) / ranks.world_size()
+        return StepLosses(tuple(names), means, int(images))
 
-    def _run(self, part: str, work: Callable[[], T]) -> T:
-        return work() if self._agreement is None else self._agreement.run(part, work)
-
-    def _sums(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[str], Tensor]:
-        """Names and values of what this rank adds to the step's images and loss divisors."""
-        device = next(self._bare.parameters()).device
-        images = sum(len(micro_batch) for micro_batch in micro_batches)
-        sums = {_IMAGES: torch.tensor(images, dtype=torch.float64, device=device)}
-        if self._exact:
-            for micro_batch in micro_batches:
-                with torch.no_grad():
-                    found = self._exact.loss_normalizers(micro_batch)
-                for name, value in found.items():
-                    value = value.to(device, torch.float64)
-                    sums[name] = sums[name] + value if name in sums else value
-        names = sorted(sums)
-        return names, torch.stack([sums[name] for name in names])
+    def _normalizers(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+        """Return what this rank adds to the step's loss divisors; nothing for other models."""
+        sums: dict[str, Tensor] = {}
+        if self._exact is None:
+            return sums
+        for micro_batch in micro_batches:
+            with torch.no_grad():
+                values = self._exact.loss_normalizers(micro_batch)
+            for name, value in values.items():
+                value = value.to(self._device, torch.float64)
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
 
     def _accumulate(
-        self, micro_batches: Sequence[MicroBatch], totals: dict[str, Tensor]
-    ) -> tuple[int, list[str], Tensor]:
-        """Add up this rank's gradients.
-
-        Returns:
-            Images of the whole step, names of the losses, and their sums over this rank's
-            micro-batches, shape (names,), float64.
-        """
-        totals = dict(totals)
-        images = round(totals.pop(_IMAGES).item())
+        self,
+        micro_batches: Sequence[MicroBatch],
+        totals: dict[str, Tensor],
+        images: int,
+        *,
+        joins: bool,
+    ) -> tuple[list[str], Tensor]:
+        """Run all micro-batches; return loss names and their sums on this rank, float64."""
         normalizers = None
         if self._exact:
-            normalizers = self._exact.finish_normalizers(totals, _world_size())
-        names: list[str] = []
+            normalizers = self._exact.finish_normalizers(totals, ranks.world_size())
         sums: Tensor | None = None
-        for index, micro_batch in enumerate(micro_batches):
-            with self._synchronised(last=index == len(micro_batches) - 1):
-                losses = self._forward(micro_batch, normalizers)
-                weight = 1.0 if self._exact else len(micro_batch) * _world_size() / images
-                self._backward(losses, weight)
-            names = sorted(losses)
-            values = torch.stack([losses[name].detach().double() for name in names]) * weight
-            sums = values if sums is None else sums + values
+        with self._averager.taking_part(joins=joins):
+            for index, micro_batch in enumerate(micro_batches):
+                with self.phase("forward"):
+                    losses = self._forward(micro_batch, normalizers)
+                    weight = 1.0
+                    if self._exact is None:
+                        weight = len(micro_batch) * ranks.world_size() / images
+                    objective = torch.stack(list(losses.values())).sum() * weight
+                last = index == len(micro_batches) - 1
+                with self.phase("backward"):
+                    self._backward(objective, last=last)
+                names = sorted(losses)
+                # Some losses are sums of shape (1,), as detectron2 has them.
+                parts = [losses[name].detach().double().reshape(()) for name in names]
+                values = torch.stack(parts) * weight
+                sums = values if sums is None else sums + values
         assert sums is not None
-        return images, names, sums
+        return names, sums
 
     def _forward(
         self, micro_batch: MicroBatch, normalizers: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        device_type = next(self._bare.parameters()).device.type
         enabled = self._precision is not None
-        with torch.autocast(device_type, dtype=self._precision, enabled=enabled):
+        with torch.autocast(self._device.type, dtype=self._precision, enabled=enabled):
             if self._exact:
-                return self._model(micro_batch, normalizers=normalizers)
-            losses = self._model(micro_batch)
+                losses = self._model(micro_batch, normalizers=normalizers)
+            else:
+                losses = self._model(micro_batch)
         # As detectron2's trainer has it.
         return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
-    def _backward(self, losses: Mapping[str, Tensor], weight: float) -> None:
-        objective = torch.stack(list(losses.values())).sum() * weight
+    def _backward(self, objective: Tensor, *, last: bool) -> None:
         if self._scaler is not None:
             objective = self._scaler.scale(objective)
-        objective.backward()
+        with self._averager.last_backward() if last else nullcontext():
+            objective.backward()
 
-    def _synchronised(self, *, last: bool) -> AbstractContextManager[None]:
-        if not isinstance(self._model, DistributedDataParallel):
-            return nullcontext()
-        # DDP averages in the middle of a backward, where no rank may fail.
-        return nullcontext() if last and self._agreement is None else self._model.no_sync()
-
-    def _tell_reasons_once(self, micro_batches: int) -> None:
-        if self._told_reasons or (micro_batches == 1 and _world_size() == 1):
+    def _warn_once(self, micro_batches: int) -> None:
+        if self._warned or (micro_batches == 1 and ranks.world_size() == 1):
             return
-        self._told_reasons = True
-        reasons = inexact_reasons(self._bare)
+        self._warned = True
+        reasons = inexact_reasons(self._model)
         if reasons:
             logger.warning(
                 "Splitting a step over micro-batches or ranks is approximate for this model: %s",
@@ -196,74 +214,25 @@ class MicroBatchStep:
             )
 
 
-def cut(share: MicroBatch, sizes: Sequence[int]) -> list[MicroBatch]:
-    """Cut a rank's share of a step into micro-batches of the given sizes."""
-    assert len(share) == sum(sizes), f"{len(share)} images for micro-batches of {sizes}"
-    samples = iter(share)
-    return [list(islice(samples, size)) for size in sizes]
+def cut(rank_batch: MicroBatch, ims_per_gpu: int) -> list[MicroBatch]:
+    """Cut a rank's images of a step into as few and as even micro-batches as possible."""
+    count = -(-len(rank_batch) // ims_per_gpu)
+    samples = iter(rank_batch)
+    return [list(islice(samples, size)) for size in split_evenly(len(rank_batch), count)]
 
 
 def inexact_reasons(model: nn.Module) -> tuple[str, ...]:
-    """Why a split step of ``model`` is not exactly the step of the one big batch; empty: it is."""
+    """Return why a split step of ``model`` is not exactly the step of one batch; empty: it is."""
     reasons = []
     if not isinstance(model, ExactModel):
         reasons.append(
             f"{type(model).__name__} does not tell its loss normalizers, so the losses of a "
             "micro-batch count by its images"
         )
-    trained = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.training
-    ]
+    trained = trained_norms(model)
     if trained:
         reasons.append(
             f"{len(trained)} batch norm layers (the first is {trained[0]}) take their statistics "
             "from one micro-batch"
         )
     return tuple(reasons)
-
-
-def synchronised_norms(model: nn.Module) -> tuple[str, ...]:
-    """Names of the batch norm layers of ``model`` that communicate in their forward."""
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.SyncBatchNorm) or type(module).__name__ == _NAIVE_SYNC_BATCH_NORM
-    )
-
-
-def without_synchronised_norms(model: nn.Module) -> nn.Module:
-    """Return ``model`` with plain batch norm for one rank, and log the change if there is one."""
-    found = [name for name, each in model.named_modules() if isinstance(each, nn.SyncBatchNorm)]
-    if found:
-        logger.info(
-            "%d synchronised batch norm layers become plain ones, for there is one rank (the "
-            "first is %s)",
-            *(len(found), found[0]),
-        )
-    for name in found:
-        owner, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(owner), own_name, _plain_norm(model.get_submodule(name)))
-    return model
-
-
-def _plain_norm(norm: nn.Module) -> nn.BatchNorm2d:
-    assert isinstance(norm, nn.SyncBatchNorm)
-    plain = nn.BatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-    )
-    # The very tensors: an optimizer may hold them.
-    plain._parameters, plain._buffers = norm._parameters, norm._buffers
-    return plain.train(norm.training)
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _all_reduce(values: Tensor) -> Tensor:
-    """Sum ``values`` over ranks; themselves on one."""
-    if _world_size() > 1:
-        dist.all_reduce(values)
-    return values

@@ -9,9 +9,10 @@ from torch import nn
 
 from d2scale.config import get_cfg
 from d2scale.engine.solver import build_lr_schedule, build_optimizer
-from d2scale.engine.trainer import Trainer, cut, seed_step
+from d2scale.engine.trainer import Trainer, seed_step
 from d2scale.errors import D2ScaleError
-from d2scale.step.micro_batches import MicroBatchStep
+from d2scale.step.optimizer_step import OptimizerStep, StepOptions
+from rank_functions import forward_backward
 from standins import StandIn, make_samples
 
 
@@ -26,18 +27,15 @@ def steps_of(count, size=4):
     return (make_samples(size, seed=step) for step in itertools.count(count))
 
 
-def make_trainer(model, sizes=(4,), data=None, scaler=None, **options):
+def make_trainer(model, ims_per_gpu=4, data=None, scaler=None, clip=None):
     cfg = config()
     optimizer = build_optimizer(cfg, model)
+    options = StepOptions(scaler=scaler, clip=clip)
     return Trainer(
-        MicroBatchStep(model, scaler=scaler),
+        OptimizerStep(model, optimizer, ims_per_gpu=ims_per_gpu, options=options),
         steps_of(0) if data is None else data,
-        sizes,
-        optimizer,
         build_lr_schedule(cfg, optimizer),
         seed=0,
-        scaler=scaler,
-        **options,
     )
 
 
@@ -69,7 +67,7 @@ def test_loss_falls():
 def test_micro_batches_train_the_same_weights():
     whole, split = StandIn(torch.float64), StandIn(torch.float64)
     make_trainer(whole).train(8, [])
-    make_trainer(split, sizes=(2, 1, 1)).train(8, [])
+    make_trainer(split, ims_per_gpu=2).train(8, [])
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(split.state_dict()[name], value, rtol=1e-10, atol=1e-12)
 
@@ -141,14 +139,8 @@ def test_clipping_sees_the_gradients_of_the_whole_step_unscaled():
 
     model, expected = StandIn(torch.float64), StandIn(torch.float64)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    make_trainer(model, sizes=(2, 2), scaler=scaler, clip=clip).train(1, [])
-    MicroBatchStep(expected)([make_samples(4)])
+    make_trainer(model, ims_per_gpu=2, scaler=scaler, clip=clip).train(1, [])
+    forward_backward(expected)([make_samples(4)])
     (found,) = seen
     norm = sum(gradient.norm() ** 2 for gradient in found)
     assert norm == pytest.approx(sum(p.grad.norm() ** 2 for p in expected.parameters()).item())
-
-
-def test_share_is_cut_in_order():
-    assert cut([1, 2, 3, 4, 5], (2, 2, 1)) == [[1, 2], [3, 4], [5]]
-    with pytest.raises(AssertionError):
-        cut([1, 2, 3], (2, 2))

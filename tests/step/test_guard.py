@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from d2scale.engine.launch import RankError, launch
-from d2scale.step.guard import AllocatorRetries, OomGuard
-from d2scale.step.micro_batches import MicroBatchStep
-from rank_functions import guarded_training, one_image_does_not_fit, other_error_on_the_last_rank
+from d2scale.step.guard import AllocatorRetries
+from d2scale.step.optimizer_step import OptimizerStep, StepOptions
+from rank_functions import (
+    forward_backward,
+    guarded_training,
+    one_image_does_not_fit,
+    other_error_on_the_last_rank,
+)
 from standins import StandIn, make_samples
 
 # A rank that waits for ever must not make the suite wait.
@@ -52,7 +57,7 @@ def test_guarded_step_is_the_plain_step():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(3):
         optimizer.zero_grad()
-        MicroBatchStep(model)([make_samples(6, seed=step)])
+        forward_backward(model)([make_samples(6, seed=step)])
         optimizer.step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(result["weights"][name], value, rtol=1e-10, atol=1e-12)
@@ -91,35 +96,41 @@ def test_failed_forward_holds_no_memory(caplog):
 
     model = Greedy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    guard = OomGuard(model, optimizer, ims_per_batch=4, ims_per_gpu=3)
+    step = OptimizerStep(model, optimizer, ims_per_gpu=3)
     with caplog.at_level(logging.WARNING):
-        guard(make_samples(4), lambda _: optimizer.step())
-    assert guard.ims_per_gpu == 1
+        step(make_samples(4))
+    assert step.ims_per_gpu == 1
     # 4 images, 3 at a time, are 2 and 2.
     (line,) = caplog.messages
     assert "1 images per GPU at a time instead of 2" in line
     assert len(kept) == 1
 
 
+class FailingAdamW(torch.optim.AdamW):
+    """Takes its first step, and then says that it ran out of memory."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        if not self.failures:
+            self.failures.append(1)
+            raise MemoryError
+
+
 def test_scaler_and_its_step_are_undone():
     def train(failing):
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
         model = StandIn(torch.float64)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        guard = OomGuard(model, optimizer, ims_per_batch=4, ims_per_gpu=4, scaler=scaler)
-        failures = []
+        optimizer = FailingAdamW(model.parameters(), lr=0.01)
+        optimizer.failures = [] if failing else [1]
 
-        def finish(_):
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            scaler.step(optimizer)
-            if failing and not failures:
-                failures.append(1)
-                raise MemoryError
-            scaler.update()
+        def clip(parameters):
+            torch.nn.utils.clip_grad_norm_(parameters, 0.1)
 
+        options = StepOptions(scaler=scaler, clip=clip)
+        take_step = OptimizerStep(model, optimizer, ims_per_gpu=4, options=options)
         for step in range(3):
-            guard(make_samples(4, seed=step), finish)
+            take_step(make_samples(4, seed=step))
+        assert take_step.ims_per_gpu == (2 if failing else 4)
         return model.state_dict(), scaler.state_dict()
 
     weights, scale = train(failing=False)

@@ -8,13 +8,14 @@ from torch import nn
 
 from d2scale.engine.launch import launch
 from d2scale.planning.rules import micro_batch_sizes
-from d2scale.step.micro_batches import (
-    MicroBatchStep,
-    inexact_reasons,
-    synchronised_norms,
-    without_synchronised_norms,
+from d2scale.step.micro_batches import cut, inexact_reasons
+from rank_functions import (
+    forward_backward,
+    gradients_in_ranks,
+    split,
+    step_gradients,
+    unused_parameters,
 )
-from rank_functions import gradients_in_ranks, split, step_gradients, unused_parameters
 from standins import PlainStandIn, StandIn, make_samples
 
 
@@ -80,7 +81,7 @@ def test_bfloat16_autocast_reaches_the_model():
             )
             return super().features(sample)
 
-    MicroBatchStep(Watched(), precision=torch.bfloat16)([make_samples(2)])
+    forward_backward(Watched(), precision=torch.bfloat16)([make_samples(2)])
     assert seen == [torch.bfloat16, torch.bfloat16]
 
 
@@ -96,7 +97,7 @@ def test_scaler_scales_the_gradients():
 @pytest.mark.parametrize("micro_batches", [[], [[]], [make_samples(1), []]])
 def test_empty_micro_batches_are_refused(micro_batches):
     with pytest.raises(ValueError, match="at least one micro-batch"):
-        MicroBatchStep(StandIn())(micro_batches)
+        forward_backward(StandIn())(micro_batches)
 
 
 def test_reasons_are_told_once(caplog):
@@ -104,7 +105,7 @@ def test_reasons_are_told_once(caplog):
     model.inner = PlainStandIn()
     model.forward = model.inner.forward
     model.add_module("batch_norm", nn.BatchNorm2d(3))
-    step = MicroBatchStep(model)
+    step = forward_backward(model)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             step([make_samples(1), make_samples(1)])
@@ -114,8 +115,8 @@ def test_reasons_are_told_once(caplog):
 
 
 def test_no_reasons_for_one_micro_batch_or_an_exact_model(caplog):
-    MicroBatchStep(PlainStandIn())([make_samples(2)])
-    MicroBatchStep(StandIn())([make_samples(2), make_samples(1)])
+    forward_backward(PlainStandIn())([make_samples(2)])
+    forward_backward(StandIn())([make_samples(2), make_samples(1)])
     assert not caplog.records
 
 
@@ -125,20 +126,17 @@ def test_frozen_batch_norm_is_exact():
     assert inexact_reasons(model) == ()
 
 
-def test_synchronised_batch_norm_becomes_plain_on_one_rank(caplog):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4, momentum=0.3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    assert synchronised_norms(model) == ("1",)
-    with caplog.at_level(logging.INFO):
-        plain = without_synchronised_norms(model).train()
-    assert "1 synchronised batch norm layers become plain" in caplog.text
-    assert type(plain[1]) is nn.BatchNorm2d
-    assert synchronised_norms(plain) == ()
-    before = plain[1].bias.clone()
-    plain(torch.rand(2, 3, 4, 4)).sum().backward()
-    optimizer.step()
-    assert plain[1].running_mean.abs().sum() > 0
-    assert not torch.equal(plain[1].bias, before)
-    caplog.clear()
-    without_synchronised_norms(plain)
-    assert not caplog.records
+def test_a_rank_batch_is_cut_in_order():
+    assert cut([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert cut([1, 2, 3, 4], 3) == [[1, 2], [3, 4]]
+
+
+def test_losses_of_shape_one_are_summed():
+    # detectron2 sums such losses.
+    class Summing(PlainStandIn):
+        def forward(self, samples):
+            return {"loss": super().forward(samples)["loss"].reshape(1)}
+
+    losses, _ = step_gradients(Summing(), [make_samples(2), make_samples(2)])
+    expected, _ = step_gradients(PlainStandIn(), [make_samples(2), make_samples(2)])
+    assert losses.losses == expected.losses

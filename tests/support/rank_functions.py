@@ -9,15 +9,15 @@ import time
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from d2scale.engine.data.sampling import rank_slice
 from d2scale.errors import DataError, Fault
 from d2scale.planning.rules import micro_batch_sizes
-from d2scale.step.agreement import Agreement
-from d2scale.step.guard import OomGuard, StepDoesNotFitError
-from d2scale.step.micro_batches import MicroBatchStep, StepLosses
-from d2scale.step.ranks import data_parallel, rank, world_size
+from d2scale.step.averaging import GradientAverager
+from d2scale.step.guard import StepDoesNotFitError
+from d2scale.step.micro_batches import ForwardBackward, StepLosses
+from d2scale.step.optimizer_step import OptimizerStep
+from d2scale.step.ranks import rank, sum_on_host, world_size
 from standins import FailingOptimizer, FailingStandIn, PlainStandIn, make_samples
 
 
@@ -27,10 +27,14 @@ def split(samples, rank_sizes):
     return [[[next(remaining) for _ in range(size)] for size in sizes] for sizes in rank_sizes]
 
 
+def forward_backward(model, **options) -> ForwardBackward:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return ForwardBackward(model, GradientAverager(parameters), **options)
+
+
 def step_gradients(model, micro_batches, **options) -> tuple[StepLosses, dict]:
-    result = MicroBatchStep(model, **options)(micro_batches)
-    named = (model.module if isinstance(model, DistributedDataParallel) else model).named_parameters
-    return result, {name: p.grad for name, p in named() if p.grad is not None}
+    result = forward_backward(model, **options)(micro_batches)
+    return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def gradients_in_ranks(cases):
@@ -39,8 +43,7 @@ def gradients_in_ranks(cases):
     for model_class, total, ims_per_gpu in cases:
         sizes = micro_batch_sizes(total, world_size(), ims_per_gpu)
         share = split(make_samples(total), sizes)[rank()]
-        model = data_parallel(model_class(torch.float64))
-        results.append(step_gradients(model, share))
+        results.append(step_gradients(model_class(torch.float64), share))
     return results
 
 
@@ -62,7 +65,7 @@ class Branching(nn.Module):
 def unused_parameters():
     """Gradient of a layer that only the first micro-batch of rank 0 uses."""
     torch.manual_seed(0)
-    model = data_parallel(Branching(), find_unused_parameters=True)
+    model = Branching()
     samples = make_samples(8)
     odd, even = samples[1::2], samples[::2]
     share = [odd[:2], even[:2]] if dist.get_rank() == 0 else [even[2:]]
@@ -129,23 +132,16 @@ def _guarded(case, ims_per_batch, ims_per_gpu, steps):
 
     model = FailingStandIn(torch.float64)
     model.fail = fail
-    wrapped = data_parallel(model, find_unused_parameters=True)
     optimizer = FailingOptimizer(model.parameters(), lr=0.05, momentum=0.9)
     optimizer.fail = lambda: fail("optimizer")
     split_to = []
-    guard = OomGuard(
-        wrapped,
-        optimizer,
-        ims_per_batch=ims_per_batch,
-        ims_per_gpu=ims_per_gpu,
-        on_split=split_to.append,
-    )
+    take_step = OptimizerStep(model, optimizer, ims_per_gpu=ims_per_gpu, on_split=split_to.append)
     losses, drawn = [], []
     for step in range(steps):
         now["step"] = step
         samples = make_samples(ims_per_batch, seed=step)
         share = samples[rank_slice(ims_per_batch, world_size(), rank())]
-        losses.append(guard(share, lambda _: optimizer.step()).losses)
+        losses.append(take_step(share).losses)
         drawn.append(torch.rand(()).item())
     momentum = {
         name: optimizer.state[parameter]["momentum_buffer"]
@@ -166,37 +162,41 @@ def one_image_does_not_fit():
     """The error and the weights, before and after, of a step that never fits on the last rank."""
     model = FailingStandIn(torch.float64)
     optimizer = FailingOptimizer(model.parameters(), lr=0.05, momentum=0.9)
-    guard = OomGuard(data_parallel(model), optimizer, ims_per_batch=4, ims_per_gpu=4)
+    take_step = OptimizerStep(model, optimizer, ims_per_gpu=4)
     share = make_samples(4)[rank_slice(4, world_size(), rank())]
-    guard(share, lambda _: optimizer.step())
+    take_step(share)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer.fail = lambda: rank() == world_size() - 1
     try:
-        guard(share, lambda _: optimizer.step())
+        take_step(share)
     except StepDoesNotFitError as error:
         same = all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-        return str(error), same, guard.ims_per_gpu
+        return str(error), same, take_step.ims_per_gpu
     return None
 
 
 def other_error_on_the_last_rank():
     model = FailingStandIn()
     optimizer = FailingOptimizer(model.parameters(), lr=0.05)
-    guard = OomGuard(data_parallel(model), optimizer, ims_per_batch=4, ims_per_gpu=4)
+    take_step = OptimizerStep(model, optimizer, ims_per_gpu=4)
 
     def finish(_):
         if rank() == world_size() - 1:
             raise ZeroDivisionError("a fault of the program")
 
-    guard(make_samples(4)[rank_slice(4, world_size(), rank())], finish)
+    take_step(make_samples(4)[rank_slice(4, world_size(), rank())], finish)
 
 
 def averaged_gradients():
     """Gradients that not all ranks have, averaged: (for all, for rank 0 alone, for none)."""
     parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 2, 1)]
-    agreement = Agreement(parameters)
-    parameters[0].grad = torch.full((3,), float(rank() + 1))
-    if rank() == 0:
-        parameters[1].grad = torch.ones(2)
-    agreement.average_gradients()
+    averager = GradientAverager(parameters)
+    used = parameters[:2] if rank() == 0 else parameters[:1]
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = None
+        with averager.taking_part(joins=True), averager.last_backward():
+            sum((p * (rank() + 1)).sum() for p in used).backward()
+        sum_on_host(averager.counts)
+        averager.drop_unused()
     return [parameter.grad for parameter in parameters]

@@ -16,6 +16,7 @@ from d2scale.engine.checkpoint.files import last_whole_checkpoint
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.progress import FORMAT, RECORD
 from d2scale.run_folder.files import LAST_CHECKPOINT, Content, write_atomically
+from d2scale.step.optimizer_state import load_optimizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -140,28 +141,6 @@ class RunCheckpointer(Checkpointer):
             advice = f"resume with the recipe that the run was started with ({error})"
             fault = Fault(f"{key} in {path}", "other state", f"this run's {key}", advice)
             raise CheckpointError([fault]) from error
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load the state of each parameter; learning rate, decay and so on stay the config's.
-
-    Raises:
-        ValueError, KeyError: if the state is of other parameters.
-    """
-    options = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    parameters = [each for group in optimizer.param_groups for each in group["params"]]
-    for index, values in state["state"].items():
-        shapes = [
-            value.shape for value in values.values() if torch.is_tensor(value) and value.dim()
-        ]
-        if any(shape != parameters[index].shape for shape in shapes if index < len(parameters)):
-            raise ValueError(f"parameter {index} has another shape")
-    optimizer.load_state_dict(dict(state))
-    for group, kept in zip(optimizer.param_groups, options, strict=True):
-        group.update(kept)
 
 
 def _record_faults(path: Path, content: Mapping[str, Any]) -> list[Fault]:

@@ -41,7 +41,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         # The largest of the negative is the smallest.
-        total = -largest_over_ranks({"bytes": -float(properties.total_memory)}, device)["bytes"]
+        total = -largest_over_ranks({"bytes": -float(properties.total_memory)})["bytes"]
         facts["device"] = properties.name
         facts["device_memory_mb"] = total / 2**20
         facts["description"] = f"{world_size()} x {properties.name}, {total / 2**30:.1f} GiB each"

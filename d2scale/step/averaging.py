@@ -1,0 +1,286 @@
+"""Averaging gradients over ranks while the backward pass is still running.
+
+DistributedDataParallel does it in buckets that hold a second copy of all gradients, and a rank that
+fails in its backward leaves the others waiting inside a reduction. Here two buffers serve all
+buckets in turn, and every rank takes part in every reduction, whatever happened to it: only then do
+the ranks agree on whether the step counts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from d2scale.step import ranks
+from d2scale.step.out_of_memory import is_out_of_memory
+
+# Large enough for the network, small beside a model.
+BUCKET_BYTES = 16 * 2**20
+# While one bucket is being reduced, the next is being filled.
+BUFFERS = 2
+
+
+@dataclass(eq=False)
+class _Bucket:
+    """Parameters of one dtype on one device whose gradients are reduced together.
+
+    Attributes:
+        parameters: in the order in which a backward pass usually reaches them.
+        buffers: flat tensors, shared with the other buckets of this kind.
+        missing: parameters whose gradient the running backward pass has not completed.
+        started: whether its reduction has begun.
+    """
+
+    parameters: list[nn.Parameter]
+    buffers: deque[Tensor] = field(default_factory=deque)
+    missing: set[nn.Parameter] = field(default_factory=set)
+    started: bool = False
+
+    @property
+    def numel(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+@dataclass
+class _Reduction:
+    """An all-reduce under way."""
+
+    bucket: _Bucket
+    buffer: Tensor
+    work: Any
+
+
+class GradientAverager:
+    """Replaces gradients by their means over the ranks. All ranks build one alike.
+
+    What it needs on the device is allocated here, once: two buffers of 16 MiB, or of the largest
+    gradient. On one rank it does nothing.
+
+    Args:
+        parameters: those that train, in the same order on every rank.
+        compress: dtype in which gradients cross the network; None: their own.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], compress: torch.dtype | None = None
+    ) -> None:
+        self._parameters = tuple(parameters)
+        self._buckets: list[_Bucket] = []
+        self._order: list[_Bucket] = []
+        self._running: deque[_Reduction] = deque()
+        self.buffers: list[Tensor] = []
+        # One number a parameter: ranks that have a gradient; then one a bucket: ranks on which
+        # the backward pass did not complete it. Summed over the ranks by the caller.
+        self.counts = torch.zeros(0, dtype=torch.int64)
+        if ranks.world_size() == 1:
+            return
+        for kind in _by_kind(self._parameters, compress):
+            buckets = _buckets(kind.parameters)
+            size = max(bucket.numel for bucket in buckets)
+            buffers = deque(
+                torch.zeros(size, device=kind.device, dtype=kind.dtype) for _ in range(BUFFERS)
+            )
+            for bucket in buckets:
+                bucket.buffers = buffers
+            self._buckets += buckets
+            self.buffers += buffers
+        self._order = list(self._buckets)
+        self.counts = torch.zeros(len(self._parameters) + len(self._buckets), dtype=torch.int64)
+        # The first call makes the backend allocate what it needs, while there is memory.
+        for buffer in self.buffers:
+            dist.all_reduce(buffer)
+
+    @contextmanager
+    def taking_part(self, *, joins: bool) -> Iterator[None]:
+        """Within the context, a rank that runs out of memory leaves no other rank waiting.
+
+        Args:
+            joins: after such an error take part in the reductions that are left, with whatever
+                the buffers hold. All ranks must then drop the step.
+        """
+        for bucket in self._buckets:
+            bucket.started = False
+        try:
+            yield
+        except Exception as error:
+            if joins and is_out_of_memory(error):
+                self._join()
+            raise
+
+    @contextmanager
+    def last_backward(self) -> Iterator[None]:
+        """Within the context, reduce each bucket as soon as its gradients are complete.
+
+        It is for the backward pass that adds the last gradients of a step. When it ends, all
+        gradients are means over the ranks, and ``counts`` are those of this rank.
+        """
+        if not self._buckets:
+            yield
+            return
+        hooks = self._add_hooks()
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._count()
+        self._fill_missing_gradients()
+        for bucket in self._order:
+            if not bucket.started:
+                self._start(bucket)
+        while self._running:
+            self._complete_first()
+
+    def drop_unused(self) -> None:
+        """Take the zeros back that stand in for gradients which no rank has.
+
+        To be called once ``counts`` are summed over the ranks.
+        """
+        if not self._buckets:
+            return
+        used, late = self.counts.split([len(self._parameters), len(self._buckets)])
+        for parameter, count in zip(self._parameters, used.tolist(), strict=True):
+            if not count:
+                parameter.grad = None
+        # A bucket with a parameter that is not always used would hold up those behind it. All
+        # ranks know the same counts, so all change their order alike.
+        waited = dict(zip(self._buckets, late.tolist(), strict=True))
+        self._order = sorted(self._buckets, key=lambda bucket: waited[bucket] > 0)
+
+    def _add_hooks(self) -> list[Any]:
+        hooks = []
+        for bucket in self._buckets:
+            bucket.missing, bucket.started = set(bucket.parameters), False
+            for parameter in bucket.parameters:
+                arrived = partial(self._arrived, bucket)
+                hooks.append(parameter.register_post_accumulate_grad_hook(arrived))
+        return hooks
+
+    def _arrived(self, bucket: _Bucket, parameter: nn.Parameter) -> None:
+        if bucket.started:
+            raise RuntimeError(
+                "a gradient was completed twice in one backward pass, as reentrant activation "
+                "checkpointing does; use torch.utils.checkpoint with use_reentrant=False"
+            )
+        bucket.missing.discard(parameter)
+        for waiting in self._order:
+            if waiting.missing:
+                return
+            if not waiting.started:
+                self._start(waiting)
+
+    def _count(self) -> None:
+        with_gradient = [int(parameter.grad is not None) for parameter in self._parameters]
+        late = [int(not bucket.started) for bucket in self._buckets]
+        self.counts.copy_(torch.tensor([*with_gradient, *late]))
+
+    def _fill_missing_gradients(self) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def _start(self, bucket: _Bucket, *, fill: bool = True) -> None:
+        """Begin the reduction of a bucket; ``fill`` False: of whatever its buffer holds."""
+        buffer = bucket.buffers[0]
+        bucket.buffers.rotate(-1)
+        while any(reduction.buffer is buffer for reduction in self._running):
+            self._complete_first(copy_back=fill)
+        flat = buffer[: bucket.numel]
+        if fill:
+            for view, parameter in zip(
+                _views(flat, bucket.parameters), bucket.parameters, strict=True
+            ):
+                view.copy_(_gradient(parameter))
+            # Before the sum, as DistributedDataParallel does it: half floats would overflow.
+            flat.div_(ranks.world_size())
+        bucket.started = True
+        self._running.append(_Reduction(bucket, buffer, dist.all_reduce(flat, async_op=True)))
+
+    @torch.no_grad()
+    def _complete_first(self, *, copy_back: bool = True) -> None:
+        reduction = self._running.popleft()
+        reduction.work.wait()
+        if copy_back:
+            parameters = reduction.bucket.parameters
+            for view, parameter in zip(
+                _views(reduction.buffer, parameters), parameters, strict=True
+            ):
+                _gradient(parameter).copy_(view)
+
+    def _join(self) -> None:
+        """Take part in all reductions that are left, without using their results."""
+        for bucket in self._order:
+            if not bucket.started:
+                self._start(bucket, fill=False)
+        while self._running:
+            self._complete_first(copy_back=False)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+@dataclass
+class _Kind:
+    """Parameters that can share a buffer, and the buffer's device and dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+    parameters: list[nn.Parameter]
+
+
+def _by_kind(parameters: Sequence[nn.Parameter], compress: torch.dtype | None) -> list[_Kind]:
+    kinds: dict[tuple[torch.device, torch.dtype], _Kind] = {}
+    for parameter in parameters:
+        dtype = compress or parameter.dtype
+        kind = kinds.setdefault((parameter.device, dtype), _Kind(parameter.device, dtype, []))
+        kind.parameters.append(parameter)
+    return list(kinds.values())
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> list[_Bucket]:
+    """Group parameters up to 16 MiB, the last ones first: backward reaches them first."""
+    buckets: list[_Bucket] = []
+    taken = BUCKET_BYTES
+    for parameter in reversed(parameters):
+        size = parameter.numel() * parameter.element_size()
+        if taken + size > BUCKET_BYTES:
+            buckets.append(_Bucket([]))
+            taken = 0
+        buckets[-1].parameters.append(parameter)
+        taken += size
+    return buckets
+
+
+def _views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Return consecutive parts of a flat tensor in the shapes of ``parameters``."""
+    views, start = [], 0
+    for parameter in parameters:
+        part = flat[start : start + parameter.numel()]
+        # In the parameter's memory layout, where copying a gradient is fastest.
+        dense = parameter.is_contiguous() or parameter.is_contiguous(
+            memory_format=torch.channels_last
+        )
+        shape, stride = parameter.shape, parameter.stride()
+        views.append(part.as_strided(shape, stride) if dense else part.view(shape))
+        start += parameter.numel()
+    return views
+
+
+def averaging_bytes(parameters: Sequence[nn.Parameter]) -> int:
+    """Return the bytes that averaging over several ranks holds on the device."""
+    largest: dict[Any, int] = {}
+    for kind in _by_kind(parameters, None):
+        size = max(bucket.numel for bucket in _buckets(kind.parameters))
+        largest[kind.device, kind.dtype] = size * kind.dtype.itemsize
+    return BUFFERS * sum(largest.values())

@@ -1,0 +1,196 @@
+"""One optimizer step: the same object trains, is timed and is measured, in every engine."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from d2scale.step import ranks
+from d2scale.step.agreement import AgreedOutOfMemoryError, run_alone, run_together
+from d2scale.step.averaging import GradientAverager
+from d2scale.step.guard import AllocatorRetries, does_not_fit, smaller_micro_batches
+from d2scale.step.micro_batches import (
+    ForwardBackward,
+    MicroBatch,
+    PhaseMarker,
+    StepLosses,
+    cut,
+)
+from d2scale.step.norms import synchronised_norms
+from d2scale.step.undo import StepUndo
+from d2scale.step.update import GradientClipper, trained_parameters, update_weights
+
+logger = logging.getLogger(__name__)
+
+BeforeUpdate = Callable[[StepLosses], None]
+OnSplit = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How steps are taken.
+
+    Attributes:
+        precision: dtype of autocast; None: off.
+        scaler: of the losses, for float16.
+        clip: limits the gradients, in place.
+        on_oom: "split" takes a step that runs out of memory again in smaller micro-batches;
+            "raise" lets the error pass.
+        compress: dtype in which gradients cross the network; None: their own.
+    """
+
+    precision: torch.dtype | None = None
+    scaler: GradScaler | None = None
+    clip: GradientClipper | None = None
+    on_oom: str = "split"
+    compress: torch.dtype | None = None
+
+
+class OptimizerStep:
+    """Takes optimizer steps: micro-batches forward and backward, averaging, update of the weights.
+
+    A step that runs out of memory on any rank is undone on all of them and taken again with half
+    the images per GPU, which stay halved. Total batch, learning rate and result stay the same;
+    only random draws inside the model (dropout) differ with other micro-batches.
+
+    Args:
+        model: bare, in training mode.
+        optimizer: over parameters of ``model``.
+        ims_per_gpu: most images in one forward, to begin with.
+        options: see :class:`StepOptions`.
+        on_split: called with the new images per GPU, on every rank, before the step is repeated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ims_per_gpu: int,
+        options: StepOptions | None = None,
+        on_split: OnSplit | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.options = options = options or StepOptions()
+        self.ims_per_gpu = ims_per_gpu
+        self.on_split = on_split
+        self._averager = GradientAverager(trained_parameters(optimizer), options.compress)
+        self._forward_backward = ForwardBackward(
+            model, self._averager, precision=options.precision, scaler=options.scaler
+        )
+        self._undo = StepUndo(model, optimizer, options.scaler)
+        self._retries = AllocatorRetries(next(model.parameters()).device)
+        # Ranks that wait for each other inside a forward cannot be told of an error there.
+        self._can_agree = ranks.world_size() == 1 or not synchronised_norms(model)
+        if options.on_oom == "split" and not self._can_agree:
+            logger.warning(
+                "D2SCALE.ON_OOM is split, but synchronised batch norm makes ranks wait for each "
+                "other inside a forward: an out-of-memory error ends this run"
+            )
+
+    @property
+    def phase(self) -> PhaseMarker:
+        """Context managers around "forward", "backward" and "optimizer", for what watches them."""
+        return self._forward_backward.phase
+
+    @phase.setter
+    def phase(self, marker: PhaseMarker) -> None:
+        self._forward_backward.phase = marker
+
+    def __call__(
+        self, rank_batch: MicroBatch, before_update: BeforeUpdate | None = None
+    ) -> StepLosses:
+        """Take one step.
+
+        Args:
+            rank_batch: this rank's images of the step.
+            before_update: called with the losses when the gradients of the whole step are there,
+                at every attempt. It makes no collective calls.
+
+        Raises:
+            StepDoesNotFitError: on every rank, if one image at a time is too much; model and
+                optimizer are as before the step.
+            Exception: any other error, unchanged.
+        """
+        if self.options.on_oom != "split" or not self._can_agree:
+            return self._attempt(rank_batch, before_update, agrees=False)
+        try:
+            run_together("copying the weights", self._undo.remember)
+        except AgreedOutOfMemoryError as error:
+            raise does_not_fit(error) from None
+        while True:
+            try:
+                losses = self._attempt(rank_batch, before_update, agrees=True)
+            except AgreedOutOfMemoryError as error:
+                failure = error.with_traceback(None)
+            else:
+                self._retries.check()
+                return losses
+            # Out of the handler: nothing holds the activations of the attempt any more.
+            self._undo.restore()
+            _free_memory()
+            self.ims_per_gpu = smaller_micro_batches(failure, len(rank_batch), self.ims_per_gpu)
+            if self.on_split is not None:
+                self.on_split(self.ims_per_gpu)
+
+    def attempt(
+        self, rank_batch: MicroBatch, before_update: BeforeUpdate | None = None
+    ) -> StepLosses:
+        """Take one step once; nothing is undone. On one rank it reads no values of tensors.
+
+        Raises:
+            AgreedOutOfMemoryError: on every rank, if any of them ran out of memory.
+        """
+        return self._attempt(rank_batch, before_update, agrees=self._can_agree)
+
+    def held_tensors(self) -> list[Tensor]:
+        """Return what lives between steps: weights, buffers, optimizer state, averaging buffers."""
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        state_tensors = [value for value in states if isinstance(value, Tensor)]
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        return [*weights, *state_tensors, *self._averager.buffers]
+
+    def _attempt(
+        self, rank_batch: MicroBatch, before_update: BeforeUpdate | None, *, agrees: bool
+    ) -> StepLosses:
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._forward_backward(cut(rank_batch, self.ims_per_gpu), agrees=agrees)
+        self._undo.settle()
+        run = run_together if agrees else run_alone
+        run("the optimizer", partial(self._update, losses, before_update))
+        return losses
+
+    def _update(self, losses: StepLosses, before_update: BeforeUpdate | None) -> None:
+        if before_update is not None:
+            before_update(losses)
+        with self.phase("optimizer"):
+            update_weights(self.optimizer, self.options.scaler, self.options.clip)
+
+
+@contextmanager
+def learning_rates_zero(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let steps move nothing, so that they cannot diverge."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    try:
+        yield
+    finally:
+        for group, learning_rate in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = learning_rate
+
+
+def _free_memory() -> None:
+    # Frames in reference cycles keep activations alive.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

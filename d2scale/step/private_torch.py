@@ -1,0 +1,61 @@
+"""What d2scale uses of torch that torch does not promise to keep, in one place.
+
+Tried on torch 2.4, 2.5, 2.9 and 2.15; ``tests/step/test_private_torch.py`` says what it relies on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = [
+    "BATCH_NORM",
+    "NOT_FAKEABLE",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "run_backward",
+    "share_tensors",
+    "storage_key",
+    "tree_leaves",
+    "tree_map_only",
+]
+
+# Base class of all batch norm layers.
+BATCH_NORM = _BatchNorm
+
+# What operations raise whose results depend on values, or that have no rule for fake tensors.
+NOT_FAKEABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+
+def share_tensors(module: nn.Module, source: nn.Module) -> None:
+    """Let ``module`` have the very parameters and buffers of ``source``."""
+    module._parameters, module._buffers = source._parameters, source._buffers
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number that tensors share exactly if they share their storage."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def run_backward(scalar: Tensor) -> None:
+    """Run autograd's engine from ``scalar`` to the leaves, without torch's functions around it."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    ones = (torch.ones_like(scalar),)
+    engine.run_backward(
+        (scalar,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True
+    )

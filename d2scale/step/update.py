@@ -1,0 +1,60 @@
+"""The update of the weights at the end of a step: unscale, clip, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+
+GradientClipper = Callable[[Iterable[nn.Parameter]], None]
+
+
+def update_weights(
+    optimizer: torch.optim.Optimizer,
+    scaler: GradScaler | None = None,
+    clip: GradientClipper | None = None,
+) -> None:
+    """Take the optimizer's step with the gradients that are there.
+
+    Args:
+        optimizer: of the weights.
+        scaler: has scaled the losses; a step whose gradients overflow is left out, and the scale
+            is lowered.
+        clip: limits the gradients, in place.
+    """
+    if clip is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        clip(p for p in trained_parameters(optimizer) if p.grad is not None)
+    if scaler is None:
+        optimizer.step()
+        return
+    _begin_momentum(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that the optimizer updates, in its order."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [p for p in parameters if p.requires_grad]
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Let momentum begin at zero where it has not begun.
+
+    torch's fused SGD makes it uninitialised and leaves it so when the first step overflows, which
+    is normal at a scale of 65536; the next step then adds garbage. From zero the first step is the
+    same, unless there is dampening.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if not (group.get("fused") and group["momentum"]) or group["dampening"]:
+            continue
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if parameter.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
