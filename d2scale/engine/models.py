@@ -76,7 +76,7 @@ def _class_faults(cfg: CfgNode, model: nn.Module) -> list[Fault]:
                     "number of classes of the model",
                     found,
                     f"{len(spec.category_ids)}, the classes of {name}",
-                    "set the model's NUM_CLASSES (MODEL.FCOS.NUM_CLASSES) to it",
+                    "set the model's NUM_CLASSES to it",
                 )
             )
     return faults

@@ -6,14 +6,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from tqdm import tqdm
 
 from d2scale.run_folder.files import LOG_FILE
 
-# Loggers whose INFO lines belong to a run; of all others only warnings do.
-_CHATTY = ("d2scale", "meta_fcos")
 # Lines of this logger repeat what a progress bar shows.
 METRICS_LOGGER = "d2scale.metrics"
 _FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
@@ -47,7 +46,7 @@ def logging_to(folder: Path, rank: int) -> Iterator[None]:
     if rank == 0:
         handlers.append(_console_handler())
     root = logging.getLogger()
-    chatty = [logging.getLogger(name) for name in _CHATTY]
+    chatty = [logging.getLogger(name) for name in _chatty_packages()]
     levels = [each.level for each in chatty]
     for handler in handlers:
         handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
@@ -62,6 +61,12 @@ def logging_to(folder: Path, rank: int) -> Iterator[None]:
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()
+
+
+def _chatty_packages() -> set[str]:
+    """Return the packages whose INFO lines belong to a run; of all others only warnings do."""
+    models = entry_points(group="d2scale.models")
+    return {"d2scale", *(entry.module.partition(".")[0] for entry in models)}
 
 
 def _console_handler() -> logging.Handler:
