@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from d2scale.coco.matching import GroundTruth, numbers_of
 from d2scale.errors import DataError, Fault
 
 _IMAGE_FIELDS = ("id", "file_name", "height", "width")
@@ -52,6 +53,14 @@ class AnnotationFile:
     boxes: np.ndarray
     areas: np.ndarray
     crowds: np.ndarray
+
+    def ground_truth(self, category_ids: np.ndarray, image_ids: np.ndarray) -> GroundTruth:
+        """Return the boxes of these classes and images, numbered by ascending id."""
+        classes = numbers_of(self.category_ids, category_ids)
+        images = numbers_of(self.image_ids[self.image_numbers], image_ids)
+        kept = (classes >= 0) & (images >= 0) & (self.image_numbers >= 0)
+        columns = (self.annotation_ids, images, classes, self.boxes, self.areas, self.crowds)
+        return GroundTruth(*columns).take(np.flatnonzero(kept))
 
 
 def read_annotation_file(path: Path) -> AnnotationFile:

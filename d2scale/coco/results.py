@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from d2scale.coco.matching import Detections, numbers_of
+
 _ENTRY = '{"image_id": %s, "category_id": %s, "bbox": [%s, %s, %s, %s], "score": %s}'
 
 
@@ -39,6 +41,16 @@ class CocoResults:
             np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4),
             np.array([entry["score"] for entry in entries], dtype=np.float64),
         )
+
+    def detections(self, category_ids: np.ndarray, image_ids: np.ndarray) -> Detections:
+        """Return the detections of these classes, with numbers in place of ids.
+
+        Numbers count the ascending ids; an image that is none of these has the number -1.
+        """
+        classes = numbers_of(self.category_ids, category_ids)
+        images = numbers_of(self.image_ids, image_ids)
+        detections = Detections(images, classes, self.boxes, self.scores)
+        return detections.take(np.flatnonzero(classes >= 0))
 
     def to_json(self) -> str:
         """Return the contents of a results file; every number reads back as it is.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from d2scale.coco.metric import METRICS
+from d2scale.coco.accumulate import METRICS
 from d2scale.errors import DataError
 from d2scale.report.detections import Detected, GroundTruths, max_dets_of, read_detected
 from d2scale.report.noise import Noise, bootstrap

@@ -11,7 +11,9 @@ import numpy as np
 
 from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
 from d2scale.coco.catalog import ROOT_VARIABLE, dataset_names, dataset_spec, datasets_root
-from d2scale.coco.matching import Found, Truth, numbers_of
+from d2scale.coco.matching import Detections as Found
+from d2scale.coco.matching import GroundTruth as Truth
+from d2scale.coco.matching import numbers_of
 from d2scale.coco.results import CocoResults
 from d2scale.errors import DataError, Fault
 from d2scale.report.runs import Run, whole_number

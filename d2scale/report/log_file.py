@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2scale.coco.metric import METRICS
+from d2scale.coco.accumulate import METRICS
 from d2scale.run_folder.files import LOG_FILE
 
 _TOTAL_TIME = re.compile(r"Total training time: (?:(\d+) days?, )?(\d+):(\d\d):(\d\d)")

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2scale.coco.matching import AREAS, IOU_THRESHOLDS, Matches, Truth, match
-from d2scale.coco.metric import METRICS, RECALL_THRESHOLDS
+from d2scale.coco.accumulate import accumulate, summarize
+from d2scale.coco.matching import match
 from d2scale.report.detections import Detected
 
 RESAMPLES = 200
@@ -82,8 +82,7 @@ def bootstrap(detected: Detected, resamples: int = RESAMPLES) -> Noise:
         images, np.full(images, 1 / images), size=resamples
     )
     # The first row counts every image once: the result itself.
-    counts = np.concatenate([np.ones((1, images)), draws]).astype(np.float64)
-    metrics = weighted_metrics(detected, counts)
+    metrics = weighted_metrics(detected, np.insert(draws, 0, 1, axis=0))
     return Noise(
         {name: float(values[0]) for name, values in metrics.items()},
         {name: values[1:] for name, values in metrics.items()},
@@ -95,139 +94,12 @@ def weighted_metrics(detected: Detected, counts: np.ndarray) -> dict[str, np.nda
 
     Args:
         detected: detections and ground truth.
-        counts: how often each image counts, whole numbers, shape (rows, images), float64.
+        counts: how often each image counts, shape (rows, images), int64.
 
     Returns:
         As :attr:`Noise.exact`, each shape (rows,).
     """
-    classes = len(detected.truth.category_ids)
-    truth = detected.truth.boxes
-    matches = match(truth, detected.found, classes, detected.max_dets)
-    limits = (1, min(10, detected.max_dets), detected.max_dets)
-    by_class = [_of_class(matches, truth, number, limits, counts) for number in range(classes)]
-    precision = np.stack([each.precision for each in by_class])
-    recall = np.stack([each.recall for each in by_class])
-    at50, at75 = (IOU_THRESHOLDS.round(2).tolist().index(level) for level in (0.5, 0.75))
-    values = [
-        _percent(precision[:, 0]),
-        _percent(precision[:, 0, at50 : at50 + 1]),
-        _percent(precision[:, 0, at75 : at75 + 1]),
-        *(_percent(precision[:, area]) for area in range(1, len(AREAS))),
-        *(_percent(recall[:, limit, 0]) for limit in range(len(limits))),
-        *(_percent(recall[:, -1, area]) for area in range(1, len(AREAS))),
-    ]
-    metrics = dict(zip(METRICS, values, strict=True))
-    for name, own in zip(detected.truth.class_names, precision, strict=True):
-        metrics[f"AP-{name}"] = _percent(own[None, 0])
-    return metrics
-
-
-@dataclass(frozen=True)
-class _OfClass:
-    """Average precision and recall of one class; nan where there is nothing to find.
-
-    Attributes:
-        precision: shape (areas, IoU thresholds, rows).
-        recall: shape (limits, areas, IoU thresholds, rows).
-    """
-
-    precision: np.ndarray
-    recall: np.ndarray
-
-
-def _of_class(
-    matches: Matches, truth: Truth, number: int, limits: tuple[int, ...], counts: np.ndarray
-) -> _OfClass:
-    first, last = np.searchsorted(matches.found.classes, (number, number + 1))
-    images, ranks = matches.found.images[first:last], matches.ranks[first:last]
-    shape = (len(AREAS), len(IOU_THRESHOLDS), len(counts))
-    precision = np.full(shape, np.nan)
-    recall = np.full((len(limits), *shape), np.nan)
-    positives = _positives(truth, number, counts)
-    step = max(1, _AT_ONCE // max(1, last - first))
-    for start in range(0, len(counts), step):
-        rows = slice(start, start + step)
-        weights = counts[rows, images]
-        for area in range(len(AREAS)):
-            hits = matches.hits[area, :, first:last]
-            misses = matches.misses[area, :, first:last]
-            wanted = positives[area, rows]
-            precision[area, :, rows] = _average_precision(hits, misses, weights, wanted)
-            for place, limit in enumerate(limits):
-                found = (hits & (ranks < limit)) @ weights.T
-                recall[place, area, :, rows] = np.divide(
-                    found, wanted, out=np.full(found.shape, np.nan), where=wanted > 0
-                ).reshape(found.shape)
-    return _OfClass(precision, recall)
-
-
-def _positives(truth: Truth, number: int, counts: np.ndarray) -> np.ndarray:
-    """Return how many boxes of a class there are to be found, shape (areas, rows)."""
-    own = truth.take(np.flatnonzero((truth.classes == number) & ~truth.crowds))
-    return np.stack(
-        [
-            counts[:, own.images[(own.areas >= low) & (own.areas <= high)]].sum(axis=1)
-            for low, high in AREAS.values()
-        ]
-    )
-
-
-def _average_precision(
-    hits: np.ndarray, misses: np.ndarray, weights: np.ndarray, positives: np.ndarray
-) -> np.ndarray:
-    """Return the mean of the best precision at or beyond each recall threshold.
-
-    Precision only falls between two hits, so it is looked at where hits are.
-
-    Args:
-        hits, misses: (IoU thresholds, n), by descending score.
-        weights: how often each detection counts, (rows, n).
-        positives: boxes to be found, (rows,).
-
-    Returns:
-        (IoU thresholds, rows), nan without boxes.
-    """
-    result = np.zeros((len(hits), len(weights)))
-    counted = hits | misses
-    kept = np.flatnonzero(counted.any(axis=0))
-    weights, hits, counted = weights[:, kept], hits[:, kept], counted[:, kept]
-    sums = weights.cumsum(axis=1)
-    for level in range(len(hits)):
-        at, left_out = np.flatnonzero(hits[level]), np.flatnonzero(~counted[level])
-        if len(at):
-            found = weights[:, at].cumsum(axis=1)
-            too_many = np.zeros((len(weights), len(left_out) + 1))
-            weights[:, left_out].cumsum(axis=1, out=too_many[:, 1:])
-            total = sums[:, at] - too_many[:, np.searchsorted(left_out, at)]
-            result[level] = _mean_over_recall(found, total, positives)
-    return np.where(positives > 0, result, np.nan)
-
-
-def _mean_over_recall(found: np.ndarray, total: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Return the mean over recall thresholds of the best precision from there on: (rows,).
-
-    Args:
-        found, total: hits, and all detections that count, up to each hit: (rows, hits).
-        positives: boxes to be found, (rows,).
-    """
-    precision = found / (total + np.spacing(1))
-    best = np.zeros((len(found), found.shape[1] + 1))
-    best[:, :-1] = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    means = np.zeros(len(found))
-    for row, wanted in enumerate(positives):
-        if wanted > 0:
-            places = (found[row] / wanted).searchsorted(RECALL_THRESHOLDS, "left")
-            means[row] = best[row, places].mean()
-    return means
-
-
-def _percent(values: np.ndarray) -> np.ndarray:
-    """Return 100 times the mean over classes and thresholds, shape (rows,).
-
-    Args:
-        values: (classes, thresholds, rows), nan for classes that do not count.
-    """
-    known = np.isfinite(values[:, 0])
-    number = known.sum(axis=0)
-    sums = np.where(known, values.mean(axis=1), 0).sum(axis=0)
-    return np.divide(100 * sums, number, out=np.full(len(number), np.nan), where=number > 0)
+    names, max_dets = detected.truth.class_names, detected.max_dets
+    matches = match(detected.truth.boxes, detected.found, max_dets)
+    curves = accumulate(matches, len(names), max_dets, counts, average=True)
+    return summarize(curves, {name: number for number, name in enumerate(names)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from d2scale.coco.metric import METRICS
+from d2scale.coco.accumulate import METRICS
 from d2scale.report.columns import NOTHING, show_difference, show_metric
 from d2scale.report.comparison import (
     Difference,

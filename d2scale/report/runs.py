@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2scale.coco.metric import METRICS
+from d2scale.coco.accumulate import METRICS
 from d2scale.config.loading import flatten, load_yaml
 from d2scale.errors import ConfigError
 from d2scale.report.history import History, Row, read_history

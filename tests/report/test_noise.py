@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from d2scale.coco.accumulate import METRICS
 from d2scale.coco.dataset import load_dataset
-from d2scale.coco.metric import METRICS, coco_metrics
+from d2scale.coco.metric import coco_metrics
 from d2scale.report.detections import GroundTruths, read_detected
 from d2scale.report.noise import bootstrap, weighted_metrics
 from d2scale.report.runs import read_run
@@ -68,7 +69,7 @@ def test_a_resample_is_what_pycocotools_makes_of_the_drawn_images(detect, shapes
     detected = detect(seed=seed)
     images = detected.truth.images
     counts = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images))
-    found = weighted_metrics(detected, np.stack([np.ones(images), counts, 3.0 * counts]))
+    found = weighted_metrics(detected, np.stack([np.ones_like(counts), counts, 3 * counts]))
     expected = official(shapes, counts, detections(shapes, seed))
     for name in METRICS:
         assert found[name][1] == pytest.approx(expected[name], abs=1e-9, nan_ok=True), name
@@ -79,7 +80,7 @@ def test_a_resample_is_what_pycocotools_makes_of_the_drawn_images(detect, shapes
 def test_large_test_sets_are_done_in_turns_with_the_same_result(detect, monkeypatch):
     detected = detect()
     at_once = bootstrap(detected, resamples=20)
-    monkeypatch.setattr("d2scale.report.noise._AT_ONCE", 30)
+    monkeypatch.setattr("d2scale.coco.accumulate._DETECTIONS_AT_ONCE", 30)
     in_turns = bootstrap(detected, resamples=20)
     for name, draws in at_once.draws.items():
         np.testing.assert_array_equal(in_turns.draws[name], draws)

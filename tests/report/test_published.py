@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from d2scale.coco.metric import METRICS
+from d2scale.coco.accumulate import METRICS
 from d2scale.errors import DataError
 from d2scale.report import published
 from d2scale.report.published import parse_publication, read_published

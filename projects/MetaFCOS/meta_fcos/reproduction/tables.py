@@ -7,7 +7,7 @@ from statistics import median
 
 from tabulate import tabulate
 
-from d2scale.coco.metric import METRICS
+from d2scale.coco.accumulate import METRICS
 from d2scale.report.columns import show_metric
 from d2scale.report.history import History, read_history
 from meta_fcos.reproduction.losses import NOISE_ERRORS, FinalLoss, compare, final_loss
