@@ -38,3 +38,11 @@ def test_the_machines_own_error_is_recognised():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(("free_mib", "is_memory"), [(100, True), (1000, False)])
+def test_a_library_that_fails_to_start_counts_on_a_full_device(monkeypatch, free_mib, is_memory):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_mib * 2**20, 2**34))
+    for status in ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_INTERNAL_ERROR"):
+        assert is_out_of_memory(RuntimeError(f"CUDA error: {status}")) == is_memory

@@ -17,7 +17,17 @@ from d2scale.step.averaging import GradientAverager
 from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.micro_batches import ForwardBackward, StepLosses
 from d2scale.step.optimizer_step import OptimizerStep
-from d2scale.step.ranks import rank, sum_on_host, world_size
+from d2scale.step.ranks import (
+    broadcast_model,
+    broadcast_object,
+    gather_objects,
+    largest_over_ranks,
+    rank,
+    refuse_differences,
+    same_on_all_ranks,
+    sum_on_host,
+    world_size,
+)
 from standins import FailingOptimizer, FailingStandIn, PlainStandIn, make_samples
 
 
@@ -200,3 +210,36 @@ def averaged_gradients():
         sum_on_host(averager.counts)
         averager.drop_unused()
     return [parameter.grad for parameter in parameters]
+
+
+def exchanges():
+    """Every exchange of values, with values of this rank."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, float(rank()))
+    broadcast_model(model)
+    return {
+        "largest": largest_over_ranks({"a": float(rank()), "b": 2.0 - rank()}),
+        "gathered": gather_objects(rank()),
+        "broadcast": broadcast_object(rank()),
+        "same": (same_on_all_ranks("x"), same_on_all_ranks(rank())),
+        "weights": gather_objects(model.weight[0].tolist()),
+    }
+
+
+def given_other_settings():
+    settings = {"SOLVER.BASE_LR": 0.2 if rank() == 1 else 0.1, "SOLVER.MAX_ITER": 5}
+    if rank() == 2:
+        del settings["SOLVER.MAX_ITER"]
+    refuse_differences(settings, "start all alike")
+
+
+def compressed_gradients():
+    """The mean of one gradient, in its own precision and in half precision."""
+    means = []
+    for compress in (None, torch.float16):
+        parameter = nn.Parameter(torch.zeros(1))
+        averager = GradientAverager([parameter], compress)
+        with averager.taking_part(joins=True), averager.last_backward():
+            (parameter / 3).sum().backward()
+        means.append(parameter.grad.item())
+    return means

@@ -1,0 +1,44 @@
+"""What d2scale relies on in private parts of torch, tried on 2.4.1, 2.5.1, 2.9.1 and 2.15.0."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from d2scale.step import private_torch
+
+
+def test_all_batch_norm_layers_have_one_base():
+    for layer in (nn.BatchNorm1d(1), nn.BatchNorm2d(1), nn.BatchNorm3d(1), nn.SyncBatchNorm(1)):
+        assert isinstance(layer, private_torch.BATCH_NORM)
+
+
+def test_views_share_a_key_and_copies_do_not():
+    tensor = torch.zeros(4)
+    assert private_torch.storage_key(tensor[1:]) == private_torch.storage_key(tensor)
+    assert private_torch.storage_key(tensor.clone()) != private_torch.storage_key(tensor)
+
+
+def test_the_engine_accumulates_into_leaves():
+    leaf = torch.ones(2, requires_grad=True)
+    private_torch.run_backward((leaf * 3).sum())
+    private_torch.run_backward((leaf * 3).sum())
+    assert leaf.grad.tolist() == [6.0, 6.0]
+
+
+def test_modules_can_share_their_tensors():
+    source, module = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+    private_torch.share_tensors(module, source)
+    assert module.weight is source.weight
+    assert module.running_mean is source.running_mean
+
+
+def test_fake_tensors_have_shapes_and_no_values():
+    with private_torch.FakeTensorMode():
+        tensor = torch.zeros(3) + 1
+        assert tensor.shape == (3,)
+        try:
+            tensor.sum().item()
+        except private_torch.NOT_FAKEABLE:
+            return
+    raise AssertionError("a fake tensor has given a value")
