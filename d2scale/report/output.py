@@ -1,15 +1,15 @@
-"""Writing a report: all of its files, or none."""
+"""Writing a report's files: all of them, or none."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from d2scale.errors import ConfigError, Fault
-from d2scale.run_folder.files import folder_faults
+from d2scale.run_folder.files import folder_faults, reason_of
 
 # Marks a folder of pictures as written here, so that it may be replaced.
 _MARKER = ".made-by-d2scale-report"
@@ -17,7 +17,7 @@ _MARKER = ".made-by-d2scale-report"
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where a report stands.
+    """The files of a report.
 
     Attributes:
         html: the page.
@@ -38,7 +38,7 @@ def picture_folder(output: Path) -> Path:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a place where a report cannot be written, before any work is done.
+    """Refuse a page that cannot be written, before any work is done.
 
     Raises:
         ConfigError: with the reason.
@@ -46,8 +46,9 @@ def check_output(output: Path) -> None:
     folder = picture_folder(output)
     if output.suffix != ".html":
         raise _fault(output, "a file that ends in .html", "name it so")
-    if output.is_dir():
-        raise _fault(output, "a file", "it is a folder; choose another name")
+    for file in (output, output.with_suffix(".md")):
+        if file.is_dir():
+            raise _fault(output, "a file", f"{file} is a folder; choose another name")
     if folder.exists() and not (folder / _MARKER).is_file():
         advice = f"choose another name ({folder} is needed for pictures, and holds other files)"
         raise _fault(output, "a report with a folder of its own", advice)
@@ -58,31 +59,43 @@ def check_output(output: Path) -> None:
 def write_files(
     output: Path, html: str, markdown: str, pictures: Mapping[str, bytes]
 ) -> ReportFiles:
-    """Write everything beside its place, then rename it into place.
+    """Write a page, its Markdown and its pictures.
 
     Raises:
-        ConfigError: if that cannot be done; then an older report is still there.
+        ConfigError: if that cannot be done; then an older report is still there, whole.
     """
     check_output(output)
+    folder, text = picture_folder(output), output.with_suffix(".md")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".report-") as scratch:
-            new = Path(scratch)
-            (new / "files").mkdir()
-            (new / "files" / _MARKER).touch()
+            new = Path(scratch, "new")
+            (new / folder.name).mkdir(parents=True)
+            (new / folder.name / _MARKER).touch()
             for name, content in pictures.items():
-                (new / "files" / name).write_bytes(content)
-            (new / "page").write_text(html, encoding="utf-8")
-            (new / "markdown").write_text(markdown, encoding="utf-8")
-            folder = picture_folder(output)
-            if folder.exists():
-                os.replace(folder, new / "old")
-            os.replace(new / "files", folder)
-            os.replace(new / "markdown", output.with_suffix(".md"))
-            os.replace(new / "page", output)
+                (new / folder.name / name).write_bytes(content)
+            (new / text.name).write_text(markdown, encoding="utf-8")
+            (new / output.name).write_text(html, encoding="utf-8")
+            _move_into_place(new, (folder, text, output), old=Path(scratch))
     except OSError as error:
-        raise _fault(output, "a file that can be written", f"{error.strerror}") from error
-    return ReportFiles(output, output.with_suffix(".md"), tuple(folder / name for name in pictures))
+        raise _fault(output, "a file that can be written", reason_of(error)) from error
+    return ReportFiles(output, text, tuple(folder / name for name in pictures))
+
+
+def _move_into_place(new: Path, targets: Sequence[Path], old: Path) -> None:
+    """Replace the targets by what has their names in ``new``; on a failure undo all of it."""
+    try:
+        for target in targets:
+            if target.exists():
+                os.replace(target, old / target.name)
+            os.replace(new / target.name, target)
+    except BaseException:
+        for target in targets:
+            if not (new / target.name).exists():
+                os.replace(target, new / target.name)
+            if (old / target.name).exists():
+                os.replace(old / target.name, target)
+        raise
 
 
 def _fault(output: Path, allowed: str, advice: str) -> ConfigError:
