@@ -20,6 +20,7 @@ TRAINING_PACKAGES = (
     "PIL",
     "numpy",
     "matplotlib",
+    "jinja2",
 )
 
 

@@ -6,13 +6,13 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from d2scale.report.columns import CURVES
 from d2scale.report.document import Picture
-from d2scale.report.history import Axis
+from d2scale.report.history import AXES, Axis
 from d2scale.report.runs import Run
 from d2scale.report.styles import DARK, LIGHT, Theme, line_of
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-AXES: tuple[Axis, ...] = get_args(Axis)
-AXIS_TITLES = {"images": "images seen", "iterations": "iterations", "time": "time"}
 _TITLES = {
     "total_loss": "total loss",
     "lr": "learning rate",
@@ -44,7 +42,7 @@ def draw_curves(runs: Sequence[Run]) -> tuple[Picture, ...]:
     return tuple(
         Picture(
             name=f"{_slug(name)}-{axis}.png",
-            title=f"{title_of(name)}, against {AXIS_TITLES[axis]}",
+            title=f"{title_of(name)}, against {AXES[axis]}",
             light=_draw_one(runs, name, axis, LIGHT),
             dark=_draw_one(runs, name, axis, DARK),
             axis=axis,
@@ -175,7 +173,7 @@ def _width(places: Sequence[np.ndarray], end: float) -> float:
 def _unit(axis: Axis, end: float) -> tuple[float, str]:
     """Return how many of an axis's numbers make one of its unit, and the title."""
     if axis != "time":
-        return 1.0, AXIS_TITLES[axis]
+        return 1.0, AXES[axis]
     for seconds, unit in ((3600.0, "hours"), (60.0, "minutes")):
         if end >= 2 * seconds:
             return seconds, f"{unit} of training"

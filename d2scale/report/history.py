@@ -16,6 +16,8 @@ from d2scale.run_folder.files import METRICS_FILE
 EVENT_FILES = "events.out.tfevents.*"
 
 Axis = Literal["images", "iterations", "time"]
+# What curves are drawn against, with its title; the first is shown until a reader chooses another.
+AXES: dict[Axis, str] = {"images": "images seen", "iterations": "iterations", "time": "time"}
 
 # Not curves, but places on the axes.
 _PLACES = ("iteration", "images_seen", "elapsed_seconds", "wall_time")

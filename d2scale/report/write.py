@@ -12,9 +12,8 @@ from d2scale.report.comparison import Judged, difference_of_runs, groups, judge
 from d2scale.report.curves import draw_curves, draw_overview
 from d2scale.report.document import Document, Section
 from d2scale.report.examples import examples_section
-from d2scale.report.markdown import to_markdown
 from d2scale.report.output import ReportFiles, check_output, picture_folder, write_files
-from d2scale.report.page import to_html
+from d2scale.report.page import to_html, to_markdown
 from d2scale.report.published import Publication, read_published
 from d2scale.report.results import results_section
 from d2scale.report.runs import Run, read_run

@@ -3,8 +3,7 @@ from base64 import b64decode
 from html.parser import HTMLParser
 
 from d2scale.report.document import Cell, Document, Picture, Section, Table
-from d2scale.report.markdown import to_markdown
-from d2scale.report.page import to_html
+from d2scale.report.page import to_html, to_markdown
 
 NASTY = "<script>alert(1)</script>&\"'|`*_"
 
