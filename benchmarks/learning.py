@@ -21,7 +21,7 @@ from tabulate import tabulate
 from d2scale.config import load_cfg
 from d2scale.engine.run import train
 from d2scale.run_folder.files import METRICS_FILE
-from meta_fcos.reproduction.losses import FinalLoss, compare, final_loss
+from meta_fcos.reproduction.final_loss import FinalLoss, compare, final_loss
 
 RECIPE = "d2scale://MetaFCOS/overfit-cpu.yaml"
 

@@ -1,4 +1,4 @@
-"""The ``d2scale`` command: finds the command that was typed, and tells mistakes."""
+"""The ``d2scale`` command line: runs a command and prints the mistakes that a user can mend."""
 
 from __future__ import annotations
 
@@ -37,19 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in TRAINING_PACKAGES:
             raise
-        print(f"d2scale: error: {_missing(error.name)}", file=sys.stderr)
+        missing = MissingPackageError(error.name, "this command", "pip install 'd2scale[train]'")
+        print(f"d2scale: error: {missing}", file=sys.stderr)
         return EXIT_STATUS_USER_ERROR
     except KeyboardInterrupt:
         print("d2scale: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe left; Python would complain again when it closes stdout.
+        # The reader of a pipe has left; Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _missing(package: str) -> MissingPackageError:
-    return MissingPackageError(package, "this command", "pip install 'd2scale[train]'")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

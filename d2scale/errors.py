@@ -1,8 +1,9 @@
-"""What d2scale tells a user who made a mistake: one line a fault, all faults at once."""
+"""The errors that a user can mend: one line for each fault, all faults at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +31,17 @@ class Fault:
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.key} is {self.value!r}; allowed: {self.allowed}; {self.advice}"
+        # A line feed in a key would look like two faults, and a terminal obeys escape sequences.
+        key = self.key if self.key.isprintable() else ascii(self.key)
+        return f"{key} is {self.value!r}; allowed: {self.allowed}; {self.advice}"
 
 
 class ConfigError(D2ScaleError):
     """Every fault that was found in a config, one line each."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        self.faults = tuple(faults)
+        # Several checks may find the same fault.
+        self.faults = tuple({str(fault): fault for fault in faults}.values())
         super().__init__("\n".join(str(fault) for fault in self.faults))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -51,6 +55,15 @@ class DataError(ConfigError):
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be read, or does not belong to this model."""
+
+
+@contextmanager
+def collecting(faults: list[Fault]) -> Iterator[None]:
+    """Within the context, add the faults of a ConfigError to ``faults`` instead of raising it."""
+    try:
+        yield
+    except ConfigError as error:
+        faults += error.faults
 
 
 class MissingPackageError(D2ScaleError):

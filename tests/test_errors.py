@@ -6,7 +6,7 @@ import pytest
 
 import d2scale
 from d2scale.cli import main
-from d2scale.errors import ConfigError, DataError, Fault, MissingPackageError
+from d2scale.errors import ConfigError, DataError, Fault, MissingPackageError, collecting
 
 FAULT = Fault("SOLVER.MAX_ITER", 0, "1 or more", "set it")
 
@@ -22,6 +22,19 @@ def test_an_error_survives_the_way_from_a_rank_to_its_parent(error):
 
 def test_a_fault_says_what_is_allowed_and_what_to_do():
     assert str(FAULT) == "SOLVER.MAX_ITER is 0; allowed: 1 or more; set it"
+
+
+def test_a_key_that_a_terminal_would_obey_is_shown_in_one_line():
+    text = str(Fault("A\n\x1b[31mB", 0, "1 or more", "set it"))
+    assert text.startswith(r"'A\n\x1b[31mB' is 0")
+
+
+def test_faults_of_several_checks_are_collected_once_each():
+    faults = []
+    for _ in range(2):
+        with collecting(faults):
+            raise DataError([FAULT])
+    assert ConfigError(faults).faults == (FAULT,)
 
 
 def test_the_runner_says_what_it_needs():

@@ -1,4 +1,4 @@
-"""One module a command: its arguments and its printing. The work is done elsewhere."""
+"""The commands: a module for each, with its arguments and its printing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from d2scale.commands import benchmark, doctor, memory, plan, report, train, vis
 
 
 def all_commands() -> list[Any]:
-    """Return the modules of d2scale's commands and of the projects', in the help's order."""
+    """Return the modules of all commands, the projects' among them, in the order of the help."""
     projects = [entry.load() for entry in entry_points(group="d2scale.commands")]
     return [plan, memory, train, *projects, report, visualize, benchmark, doctor]

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
-from d2scale.commands.common import add_command, emit
-
-if TYPE_CHECKING:
-    from d2scale.commands.common import Commands
+from d2scale.commands.common import Commands, add_command, add_recipe, emit
 
 _EPILOG = """\
 Inference time is the mean of forward and post-processing over single images. Without
@@ -24,10 +20,9 @@ _IMAGES = {"cuda": 200, "cpu": 20}
 
 def add_parser(commands: Commands) -> None:
     """Add ``d2scale benchmark``."""
-    parser = add_command(
-        commands, "benchmark", "measure inference time and training throughput", _EPILOG, True
-    )
-    parser.add_argument("config", help="the recipe: a file or d2scale://NAME.yaml")
+    text = "measure inference time and training throughput"
+    parser = add_command(commands, "benchmark", text, run, epilog=_EPILOG, takes_opts=True)
+    add_recipe(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(MODEL.DEVICE, if it is there)")
     parser.add_argument("--only", choices=("inference", "training"), help="one of the two (both)")
     parser.add_argument(
@@ -49,7 +44,6 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there, as JSON")
-    parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,32 +1,36 @@
-"""What the commands share."""
+"""What the commands share: adding a parser, and writing text to ``-o FILE``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 from d2scale.errors import ConfigError, Fault
 from d2scale.run_folder.files import write_atomically
 
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+# A string: argparse's class takes no parameter at run time.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_command(
     commands: Commands,
     name: str,
     text: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
     epilog: str = "",
     takes_opts: bool = False,
 ) -> argparse.ArgumentParser:
-    """Add the parser of one command.
+    """Add the parser of one command, and return it.
 
     Args:
         commands: of the whole command line.
         name: what the user types.
         text: one line for the list of commands, without a full stop.
+        run: does the work and returns the exit status.
         epilog: an example.
         takes_opts: whether KEY VALUE pairs may follow; they are in ``arguments.opts``.
     """
@@ -40,11 +44,16 @@ def add_command(
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(takes_opts=takes_opts)
+    parser.set_defaults(command=run, takes_opts=takes_opts)
     return parser
 
 
-def emit(text: str, path: str | None) -> None:
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the positional argument ``config``."""
+    parser.add_argument("config", help="the recipe: a file or d2scale://NAME.yaml")
+
+
+def emit(text: str, path: str | None = None) -> None:
     """Print ``text``, or write it to the file ``path``.
 
     Raises:
@@ -52,8 +61,8 @@ def emit(text: str, path: str | None) -> None:
     """
     if path is None:
         sys.stdout.write(text)
-        return
-    write_atomically(path, text, partial(_output_error, path))
+    else:
+        write_atomically(path, text, partial(_output_error, path))
 
 
 def _output_error(path: str, reason: str) -> ConfigError:

@@ -8,13 +8,9 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 import d2scale
-from d2scale.commands.common import add_command
-
-if TYPE_CHECKING:
-    from d2scale.commands.common import Commands
+from d2scale.commands.common import Commands, add_command
 
 _PACKAGES = ("torch", "torchvision", "numpy", "fvcore", "tensorboard", "matplotlib")
 _UPSTREAM = ("detectron2", "d2go", "mobile_cv")
@@ -22,8 +18,7 @@ _UPSTREAM = ("detectron2", "d2go", "mobile_cv")
 
 def add_parser(commands: Commands) -> None:
     """Add ``d2scale doctor``."""
-    parser = add_command(commands, "doctor", "show versions, devices, and what can run here")
-    parser.set_defaults(command=run)
+    add_command(commands, "doctor", "show versions, devices, and what can run here", run)
 
 
 def run(arguments: argparse.Namespace) -> int:

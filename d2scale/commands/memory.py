@@ -1,14 +1,10 @@
-"""``d2scale memory``: tell how much device memory training needs."""
+"""``d2scale memory``: predict or measure the device memory that training needs."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
-from d2scale.commands.common import add_command, emit
-
-if TYPE_CHECKING:
-    from d2scale.commands.common import Commands
+from d2scale.commands.common import Commands, add_command, add_recipe, emit
 
 _EPILOG = """\
 example, without a GPU:
@@ -20,10 +16,9 @@ example, without a GPU:
 
 def add_parser(commands: Commands) -> None:
     """Add ``d2scale memory``."""
-    parser = add_command(
-        commands, "memory", "tell how much device memory training needs", _EPILOG, True
-    )
-    parser.add_argument("config", help="the recipe: a file or d2scale://NAME.yaml")
+    text = "predict or measure the device memory that training needs"
+    parser = add_command(commands, "memory", text, run, epilog=_EPILOG, takes_opts=True)
+    add_recipe(parser)
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
@@ -31,12 +26,9 @@ def add_parser(commands: Commands) -> None:
         help="cpu: predict for a GPU that need not be there; cuda: measure (cpu)",
     )
     parser.add_argument(
-        "--explore",
-        action="store_true",
-        help="with cpu: also AMP, activation checkpointing and both",
+        "--explore", action="store_true", help="with cpu: also AMP, activation checkpointing, both"
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="write the memory profile there")
-    parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

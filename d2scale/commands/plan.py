@@ -6,10 +6,9 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from d2scale.commands.common import add_command, emit
+from d2scale.commands.common import Commands, add_command, add_recipe, emit
 
 if TYPE_CHECKING:
-    from d2scale.commands.common import Commands
     from d2scale.planning.hardware import Hardware
 
 _EPILOG = """\
@@ -23,8 +22,9 @@ example:
 
 def add_parser(commands: Commands) -> None:
     """Add ``d2scale plan``."""
-    parser = add_command(commands, "plan", "show how a recipe runs on other GPUs", _EPILOG, True)
-    parser.add_argument("config", help="the recipe: a file or d2scale://NAME.yaml")
+    text = "show how a recipe runs on other GPUs"
+    parser = add_command(commands, "plan", text, run, epilog=_EPILOG, takes_opts=True)
+    add_recipe(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs to run on (1)")
     parser.add_argument("--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU")
     parser.add_argument("--method", help="per_gpu, keep_total or max_memory")
@@ -38,7 +38,6 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--format", choices=("table", "json", "yaml"), default="table")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there, not to the terminal")
-    parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

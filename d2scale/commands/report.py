@@ -5,12 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from d2scale.commands.common import add_command
-
-if TYPE_CHECKING:
-    from d2scale.commands.common import Commands
+from d2scale.commands.common import Commands, add_command
 
 _EPILOG = """\
 example:
@@ -23,9 +19,8 @@ example:
 
 def add_parser(commands: Commands) -> None:
     """Add ``d2scale report``."""
-    parser = add_command(
-        commands, "report", "compare runs: settings, results, curves, time and memory", _EPILOG
-    )
+    text = "compare runs: settings, results, curves, time and memory"
+    parser = add_command(commands, "report", text, run, epilog=_EPILOG)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder of a d2scale, detectron2 or d2go run"
     )
@@ -35,7 +30,6 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "-o", "--output", default="report.html", metavar="FILE", help="the page (report.html)"
     )
-    parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
 
-from d2scale.commands.common import add_command
-
-if TYPE_CHECKING:
-    from d2scale.commands.common import Commands
+from d2scale.commands.common import Commands, add_command
 
 _EPILOG = """\
 example, two processes on the small form:
@@ -20,7 +16,8 @@ example, two processes on the small form:
 
 def add_parser(commands: Commands) -> None:
     """Add ``d2scale train``."""
-    parser = add_command(commands, "train", "train and evaluate a recipe", _EPILOG, True)
+    text = "train and evaluate a recipe"
+    parser = add_command(commands, "train", text, run, epilog=_EPILOG, takes_opts=True)
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument(
         "--num-gpus",
@@ -42,7 +39,6 @@ def add_parser(commands: Commands) -> None:
         help="resume with another recipe than the training was started with",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     cfg = load_cfg(arguments.config_file, arguments.opts)
     if cfg.MODEL.DEVICE == "cpu":
-        # Threads that have nothing to do shall not spin: a step on two busy cores took 0.6 s, not 4
+        # Idle threads should sleep, not spin: a step on two busy cores took 0.6 s instead of 4 s.
         # OpenMP reads this when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from d2scale.engine.run import train

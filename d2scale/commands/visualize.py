@@ -5,12 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from d2scale.commands.common import add_command
-
-if TYPE_CHECKING:
-    from d2scale.commands.common import Commands
+from d2scale.commands.common import Commands, add_command
 
 _EPILOG = """\
 examples, a few test images with the ground truth on the left, and images of one's own:
@@ -21,7 +17,8 @@ examples, a few test images with the ground truth on the left, and images of one
 
 def add_parser(commands: Commands) -> None:
     """Add ``d2scale visualize``."""
-    parser = add_command(commands, "visualize", "draw what a checkpoint detects", _EPILOG, True)
+    text = "draw what a checkpoint detects"
+    parser = add_command(commands, "visualize", text, run, epilog=_EPILOG, takes_opts=True)
     parser.add_argument(
         "run", metavar="RUN", help="folder of a run, for its last checkpoint, or a checkpoint file"
     )
@@ -39,7 +36,6 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--score-threshold", type=float, default=0.3, metavar="S", help="from 0 to 1 (0.3)"
     )
-    parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

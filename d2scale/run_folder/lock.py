@@ -23,19 +23,23 @@ _HELD_GUARD = threading.Lock()
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Within the context, no other run may write to ``folder``, which must exist.
+def run_lock(folder: Path, *, key: str = "OUTPUT_DIR") -> Iterator[None]:
+    """Within the context, no other run may write to ``folder``.
 
     The system releases the lock when the process ends, even by a kill. On a file system
     without locks, as some network file systems are, the run goes on unlocked.
 
+    Args:
+        folder: must exist.
+        key: the config key or option that names it.
+
     Raises:
-        ConfigError: if another run holds it, in this process or elsewhere.
+        ConfigError: if another run holds the lock, in this process or elsewhere.
     """
     path = folder / LOCK_FILE
     with _HELD_GUARD:
         # Opened for both: some network file systems want that for an exclusive lock.
-        file = _open_and_lock(path, "a+")
+        file = _open_and_lock(path, "a+", key)
         identity = _identity(path)
         _HELD.add(identity)
     try:
@@ -50,7 +54,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             file.close()
 
 
-def refuse_locked(folder: Path) -> None:
+def refuse_locked(folder: Path, *, key: str = "OUTPUT_DIR") -> None:
     """Raise if another run is writing to ``folder``. Writes nothing.
 
     Raises:
@@ -59,22 +63,26 @@ def refuse_locked(folder: Path) -> None:
     path = folder / LOCK_FILE
     with _HELD_GUARD:
         if path.exists():
-            _open_and_lock(path, "r+").close()
+            _open_and_lock(path, "r+", key).close()
 
 
-def _open_and_lock(path: Path, mode: str) -> IO[str]:
+def _open_and_lock(path: Path, mode: str, key: str) -> IO[str]:
     if path.exists() and _identity(path) in _HELD:
         # Not even opened: closing it again would drop the lock.
-        raise _locked(path.parent, "this process")
+        raise _locked(path.parent, key, "this process")
     try:
         file: IO[str] = open(path, mode, encoding="utf-8")  # noqa: SIM115  the caller closes it
     except OSError as error:
-        raise ConfigError([folder_fault(path.parent, reason_of(error))]) from error
+        raise ConfigError([folder_fault(path.parent, reason_of(error), key=key)]) from error
     try:
-        _lock(file, path.parent)
-    except ConfigError:
-        file.close()
-        raise
+        _lock(file)
+    except (BlockingIOError, PermissionError) as error:
+        with file:
+            file.seek(0)
+            holder = file.read().strip() or "not known"
+        raise _locked(path.parent, key, holder) from error
+    except OSError as error:
+        logger.warning("%s cannot be locked: %s", path.parent, error.strerror)
     return file
 
 
@@ -83,23 +91,17 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _lock(file: IO[str], folder: Path) -> None:
+def _lock(file: IO[str]) -> None:
     try:
         import fcntl
     except ImportError:  # Windows
         return
-    try:
-        # A POSIX lock, not flock: a forked loader worker that outlives a killed run must not
-        # keep the lock.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        raise _locked(folder, file.read().strip() or "not known") from error
-    except OSError as error:
-        logger.warning("%s cannot be locked: %s", folder, error.strerror)
+    # A POSIX lock, not flock: a forked loader worker that outlives a killed run must not keep
+    # the lock.
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _locked(folder: Path, holder: str) -> ConfigError:
+def _locked(folder: Path, key: str, holder: str) -> ConfigError:
     allowed = "a folder that no other run is writing to"
     advice = f"wait until that run has ended ({holder}), or choose another folder"
-    return ConfigError([Fault("OUTPUT_DIR", str(folder), allowed, advice)])
+    return ConfigError([Fault(key, str(folder), allowed, advice)])

@@ -4,6 +4,7 @@ import pytest
 
 from d2scale.cli import main
 from d2scale.coco.catalog import ROOT_VARIABLE
+from d2scale.run_folder.lock import run_lock
 from meta_fcos import demo
 
 
@@ -12,8 +13,8 @@ def tiny(monkeypatch, tmp_path):
     """The demo on one process, a few images and steps."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "nowhere"))
-    request = replace(demo.REQUEST, images_seen=17, only=(2,), images=(24, 2))
-    monkeypatch.setattr(demo, "REQUEST", request)
+    options = replace(demo.OPTIONS, images_seen=17, only=(2,), images=(24, 2))
+    monkeypatch.setattr(demo, "OPTIONS", options)
 
 
 def test_the_demo_plans_trains_and_ends_with_the_report(tmp_path, capsys):
@@ -26,8 +27,26 @@ def test_the_demo_plans_trains_and_ends_with_the_report(tmp_path, capsys):
     assert report.exists()
     # Begun again, it runs anew.
     assert (folder / "runs" / "experiment-2-same-batch" / "model_final.pth").exists()
-    demo._claim(folder)
+    demo._remove_runs(folder / "runs")
     assert not (folder / "runs").exists()
+
+
+def test_a_demo_that_is_running_is_left_alone(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    first = demo.run_demo(str(folder))
+    next(first)
+    model = folder / "runs" / "experiment-2-same-batch" / "model_final.pth"
+    model.parent.mkdir(parents=True)
+    model.touch()
+    assert main(["demo", "--output-dir", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("d2scale: error: --output-dir is ")
+    assert "no other run is writing to" in line
+    first.close()
+    # Its training may outlive it for a moment.
+    with run_lock(model.parent):
+        assert main(["demo", "--output-dir", str(folder)]) == 2
+    assert model.exists()
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):

@@ -1,17 +1,15 @@
-from d2scale.commands.common import add_command, emit
+from d2scale.commands.common import add_command, add_recipe, emit
 
 
 def add_parser(commands):
-    parser = add_command(
-        commands, "tiny", "show the channels of a tiny recipe", "", takes_opts=True
-    )
-    parser.add_argument("config")
-    parser.set_defaults(command=run)
+    text = "show the channels of a tiny recipe"
+    parser = add_command(commands, "tiny", text, run, takes_opts=True)
+    add_recipe(parser)
 
 
 def run(arguments):
     from d2scale.config import load_cfg
 
     cfg = load_cfg(arguments.config, arguments.opts)
-    emit(f"{cfg.MODEL.TINY.CHANNELS}\n", None)
+    emit(f"{cfg.MODEL.TINY.CHANNELS}\n")
     return 0

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
-from d2scale.commands.common import add_command
-
-if TYPE_CHECKING:
-    from d2scale.commands.common import Commands
+from d2scale.commands.common import Commands, add_command
 
 
 def add_parser(commands: Commands) -> None:
     """Add ``d2scale demo``."""
-    parser = add_command(
-        commands, "demo", "plan, train and compare the three published experiments in small"
-    )
+    text = "plan, train and compare the three published experiments in small"
+    parser = add_command(commands, "demo", text, run)
     parser.add_argument("--output-dir", default="demo", metavar="DIR", help="run folders (demo)")
-    parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,16 +1,12 @@
-"""``d2scale reproduce``: the published comparison on the machine at hand."""
+"""``d2scale reproduce``: the published comparison on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
-from d2scale.commands.common import add_command
+from d2scale.commands.common import Commands, add_command
 from d2scale.errors import ConfigError, Fault
-
-if TYPE_CHECKING:
-    from d2scale.commands.common import Commands
 
 _EPILOG = """\
 Called again after an interruption, it goes on where it stopped. projects/MetaFCOS/README.md
@@ -23,9 +19,8 @@ example, a tenth of the published length:
 
 def add_parser(commands: Commands) -> None:
     """Add ``d2scale reproduce``."""
-    parser = add_command(
-        commands, "reproduce", "run the three published experiments and report on them", _EPILOG
-    )
+    text = "run the three published experiments and report on them"
+    parser = add_command(commands, "reproduce", text, run, epilog=_EPILOG)
     parser.add_argument(
         "--form",
         choices=("full", "small"),
@@ -60,16 +55,15 @@ def add_parser(commands: Commands) -> None:
         metavar="DIR",
         help="run folders and report (output/reproduction)",
     )
-    parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale reproduce``."""
     only = _numbers(arguments.only)
+    from meta_fcos.reproduction.prepare import ReproductionOptions
     from meta_fcos.reproduction.reproduction import reproduce
-    from meta_fcos.reproduction.request import Request
 
-    request = Request(
+    options = ReproductionOptions(
         output_dir=arguments.output_dir,
         form=arguments.form,
         images_seen=arguments.images_seen,
@@ -78,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         third_method=arguments.method3,
     )
     try:
-        for part in reproduce(request, only_plan=arguments.plan_only):
+        for part in reproduce(options, only_plan=arguments.plan_only):
             print(part, flush=True)
     except KeyboardInterrupt:
         print("The same command goes on where this one stopped.", file=sys.stderr)

@@ -133,4 +133,4 @@ def chosen(numbers: Sequence[int]) -> tuple[Experiment, ...]:
         allowed = "some of 1, 2, 3, separated by commas"
         text = ",".join(map(str, numbers))
         raise ConfigError([Fault("--only", text, allowed, "correct it, or leave it out for all")])
-    return tuple(each for each in EXPERIMENTS if not numbers or each.number in numbers)
+    return tuple(one for one in EXPERIMENTS if not numbers or one.number in numbers)

@@ -1,7 +1,7 @@
-"""A training in a process of its own, which ends with the one that started it.
+"""``d2scale`` in a process of its own, which is interrupted when the one that started it ends.
 
-A process that has trained keeps GPU memory that the next experiment may need, and the peak of
-one would count for the next.
+A process that has trained keeps GPU memory that the next experiment may need, and its peak
+would count for the next one.
 """
 
 from __future__ import annotations
@@ -10,48 +10,49 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from d2scale.coco.catalog import ROOT_VARIABLE
 from d2scale.errors import EXIT_STATUS_USER_ERROR, D2ScaleError
 
-_CHILD = "meta_fcos.reproduction.child"
-
 
 def run_command(arguments: Sequence[str], datasets: Path) -> None:
     """Run ``d2scale`` with ``arguments`` and wait for its end.
 
-    Ctrl-C ends it in its own way, a second Ctrl-C at once.
+    Ctrl-C interrupts it and waits for it, a second Ctrl-C kills it.
 
     Args:
         arguments: the command and its options.
-        datasets: where dataset names resolve.
+        datasets: the value of ``DETECTRON2_DATASETS``.
 
     Raises:
-        D2ScaleError: if it fails; it has told why.
+        D2ScaleError: if it fails; it has printed the reason.
         KeyboardInterrupt: after it has ended.
     """
-    command = [sys.executable, "-m", _CHILD, str(os.getpid()), *arguments]
+    command = [sys.executable, "-m", __name__, *arguments]
     environment = {**os.environ, ROOT_VARIABLE: str(datasets.absolute())}
-    # In a session of its own the terminal does not interrupt it: exactly one signal arrives.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603  our own
+    # Its standard input is a pipe that only this process can write to: the system closes it even
+    # if this process is killed. In a session of its own it does not get the terminal's Ctrl-C,
+    # which would interrupt it twice.
+    process = subprocess.Popen(  # noqa: S603  our own module
+        command, env=environment, stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdin is not None
     try:
         status = process.wait()
     except BaseException:
-        _end(process)
+        process.stdin.close()
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         raise
+    process.stdin.close()
     if status:
         raise D2ScaleError(_reason(status))
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait()
-    except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _reason(status: int) -> str:
@@ -60,3 +61,17 @@ def _reason(status: int) -> str:
     if status < 0:
         return f"the training was ended from outside by {signal.Signals(-status).name}"
     return f"the training failed with exit status {status}, as above"
+
+
+def _interrupt_at_end_of_input() -> None:
+    os.read(0, 1)  # Nothing is ever written: it returns when the pipe is closed.
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    from d2scale.cli import main
+
+    # A job in the background of a shell ignores Ctrl-C, and so would this process.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_interrupt_at_end_of_input, daemon=True).start()
+    sys.exit(main())

@@ -19,9 +19,9 @@ from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.errors import ConfigError, D2ScaleError
 from d2scale.report import ReportFiles
 from meta_fcos.reproduction import process, reproduction
+from meta_fcos.reproduction.planned_experiment import is_finished
+from meta_fcos.reproduction.prepare import ReproductionOptions
 from meta_fcos.reproduction.reproduction import reproduce
-from meta_fcos.reproduction.request import Request
-from meta_fcos.reproduction.runs import is_finished
 
 IMAGES = 48
 REPORT = ReportFiles(Path("report.html"), Path("report.md"), ())
@@ -34,9 +34,9 @@ def _one_thread_and_no_coco(monkeypatch, tmp_path):
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "nowhere"))
 
 
-def request_for(folder, **changes):
-    wanted = Request(str(folder), form="small", images_seen=IMAGES, images=(24, 2))
-    return replace(wanted, **changes)
+def options_for(folder, **changes):
+    options = ReproductionOptions(str(folder), form="small", images_seen=IMAGES, images=(24, 2))
+    return replace(options, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def undisturbed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv(ROOT_VARIABLE, str(folder / "nowhere"))
-        shown = "\n".join(reproduce(request_for(folder / "out")))
+        shown = "\n".join(reproduce(options_for(folder / "out")))
     return folder / "out", shown
 
 
@@ -79,7 +79,7 @@ def test_what_is_finished_is_not_run_again(undisturbed, monkeypatch):
     folder, _ = undisturbed
     monkeypatch.setattr(process.subprocess, "Popen", None)
     (folder / "report.html").unlink()
-    shown = "\n".join(reproduce(request_for(folder)))
+    shown = "\n".join(reproduce(options_for(folder)))
     assert rows(shown)["standing"] == ["finished"] * 3
     assert (folder / "report.html").exists()
 
@@ -87,7 +87,7 @@ def test_what_is_finished_is_not_run_again(undisturbed, monkeypatch):
 def test_other_settings_in_the_same_folder_are_refused_by_name(undisturbed):
     folder, _ = undisturbed
     with pytest.raises(ConfigError) as raised:
-        list(reproduce(request_for(folder, images_seen=96)))
+        list(reproduce(options_for(folder, images_seen=96)))
     assert str(raised.value).startswith("--images-seen is 96; allowed: 48")
     assert len(str(raised.value).splitlines()) == 1
 
@@ -95,9 +95,9 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(undisturbed):
 SCRIPT = """
 import sys
 from meta_fcos.reproduction.reproduction import reproduce
-from meta_fcos.reproduction.request import Request, decide_all
-request = Request(sys.argv[1], form="small", images_seen=48, only=(2,), images=(24, 2))
-for part in reproduce(request):
+from meta_fcos.reproduction.prepare import ReproductionOptions
+options = ReproductionOptions(sys.argv[1], form="small", images_seen=48, only=(2,), images=(24, 2))
+for part in reproduce(options):
     print(part, flush=True)
 """
 
@@ -124,7 +124,7 @@ def test_killed_in_the_middle_and_called_again_it_ends_the_same(undisturbed, tmp
     # Its training holds the pipe until it ends too.
     killed.communicate(timeout=120)
     assert not is_finished(run)
-    shown = "\n".join(reproduce(request_for(folder, only=(2,))))
+    shown = "\n".join(reproduce(options_for(folder, only=(2,))))
     assert "goes on from model_" in shown
     ends = [
         torch.load(each / "model_final.pth", weights_only=True)
@@ -167,7 +167,7 @@ def test_a_training_that_fails_is_told_with_its_experiment(tmp_path, monkeypatch
     folder = tmp_path / "out"
     write_shapes_dataset(tmp_path / "real", 24, 2)
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "real"))
-    parts = reproduce(request_for(folder, only=(2,)))
+    parts = reproduce(options_for(folder, only=(2,)))
     next(parts)
     next(parts)
     image = next((tmp_path / "real" / "coco" / "train2017").iterdir())

@@ -1,4 +1,4 @@
-"""One experiment on the machine at hand: its recipe, its plan, and how far it has come."""
+"""One experiment on this machine: its recipe, its plan, and how far its training has come."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Machine:
 
     @classmethod
     def at_hand(cls, form: str, num_gpus: int | None) -> Machine:
-        """Look at the machine. The small form runs on a CPU everywhere.
+        """Return this machine. The small form runs on a CPU everywhere.
 
         Args:
             form: of the experiments.
@@ -76,11 +76,11 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One experiment, decided.
+class PlannedExperiment:
+    """One experiment as it runs on this machine.
 
     Attributes:
-        experiment: which one.
+        experiment: the published one.
         recipe: address of its recipe.
         settings: what is set beyond the recipe, by config key.
         cfg: recipe and settings.
@@ -102,27 +102,28 @@ class Run:
 
     @property
     def arguments(self) -> list[str]:
-        """What follows ``d2scale`` to begin it, or to go on with it."""
+        """What follows ``d2scale`` on the command line that starts or resumes it."""
         pairs = [text for key, value in self.settings.items() for text in (key, str(value))]
         ranks = ["--num-gpus", str(self.plan.world_size)]
         options = ["--config-file", self.recipe, *ranks, "--method", self.plan.method, "--resume"]
         return ["train", *options, *pairs]
 
-    def is_equivalent(self) -> bool:
-        """Tell whether fewer GPUs than published take its steps in more micro-batches."""
+    @property
+    def on_fewer_gpus(self) -> bool:
+        """Whether fewer GPUs than published take its steps in more micro-batches."""
         return self.plan.world_size < self.experiment.gpus
 
 
-def decide(
+def plan_experiment(
     experiment: Experiment, recipe: str, folder: Path, machine: Machine, images_seen: int | None
-) -> Run:
+) -> PlannedExperiment:
     """Plan an experiment for the machine.
 
     On fewer GPUs than it was published on, a step runs in micro-batches no larger than one of
     those GPUs had, and so with the same result: ``D2SCALE.EXACT``.
 
     Args:
-        experiment: which one.
+        experiment: the published one.
         recipe: address of its recipe.
         folder: of the reproduction.
         machine: see :class:`Machine`.
@@ -139,35 +140,31 @@ def decide(
         "D2SCALE.EXACT": True,
         **length_settings(cfg, images_seen),
     }
-    ranks = 1 if experiment.gpus == 1 else machine.ranks
-    share = -(-cfg.SOLVER.IMS_PER_BATCH // experiment.gpus)
-    run = _decided(experiment, recipe, cfg, settings, machine, ranks)
-    if run.is_equivalent() and run.plan.ims_per_gpu > share:
-        settings["D2SCALE.IMS_PER_GPU"] = share
-        run = _decided(experiment, recipe, cfg, settings, machine, ranks)
-    return run
+
+    def planned() -> PlannedExperiment:
+        changed = cfg.clone()
+        changed.merge_from_list([part for pair in settings.items() for part in pair])
+        plan = _make_plan(changed, 1 if experiment.gpus == 1 else machine.ranks, machine)
+        return PlannedExperiment(experiment, recipe, dict(settings), changed, plan, machine)
+
+    here = planned()
+    published_ims_per_gpu = -(-cfg.SOLVER.IMS_PER_BATCH // experiment.gpus)
+    if here.on_fewer_gpus and here.plan.ims_per_gpu > published_ims_per_gpu:
+        settings["D2SCALE.IMS_PER_GPU"] = published_ims_per_gpu
+        here = planned()
+    return here
 
 
-def _decided(
-    experiment: Experiment,
-    recipe: str,
-    cfg: Any,
-    settings: Mapping[str, Any],
-    machine: Machine,
-    ranks: int,
-) -> Run:
-    cfg = cfg.clone()
-    cfg.merge_from_list([part for pair in settings.items() for part in pair])
+def _make_plan(cfg: Any, ranks: int, machine: Machine) -> Plan:
     hardware = Hardware.from_cfg(cfg, ranks, device_gib=machine.gib)
     if machine.gib is None:
-        # What is known of memory is known of a GPU's.
+        # The profiles are of GPUs.
         hardware = replace(hardware, profile=None, alternatives=())
-    plan = make_plan(cfg, hardware, method="keep_total")
-    return Run(experiment, recipe, dict(settings), cfg, plan, machine)
+    return make_plan(cfg, hardware, method="keep_total")
 
 
 def is_finished(folder: Path) -> bool:
-    """Tell whether a run has been trained to its end, and evaluated."""
+    """Return whether the run in ``folder`` has been trained to its end, and evaluated."""
     try:
         rows = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
         # The evaluation that ends a run is the last thing that it writes.
@@ -179,28 +176,28 @@ def is_finished(folder: Path) -> bool:
 
 
 def standing(folder: Path) -> str:
-    """Return how far a run has come, for a reader."""
+    """Return how far the run in ``folder`` has come, in words."""
     if is_finished(folder):
         return "finished"
     last = last_checkpoint(folder)
     return "from the start" if last is None else f"goes on from {last.name}"
 
 
-def recipe_faults(run: Run) -> list[Fault]:
-    """Return in which keys the run in its folder was begun with another recipe."""
+def recipe_faults(planned: PlannedExperiment) -> list[Fault]:
+    """Return the keys in which the run in the experiment's folder was begun otherwise."""
     try:
-        changes = read_json(run.folder / PLAN_FILE)["changes"]
-        begun = load_cfg(str(run.folder / CONFIG_FILE))
+        changes = read_json(planned.folder / PLAN_FILE)["changes"]
+        begun = load_cfg(str(planned.folder / CONFIG_FILE))
     except (ConfigError, KeyError):
-        return []  # It was ended before its first step.
+        return []  # It ended before its first step.
     recipe = recipe_of(begun, changes)
     stopped = Progress(iteration=0, images_seen=0, recipe=recipe, plan={})
     return [
         Fault(
-            f"{key} of experiment {run.experiment.title}",
+            f"{key} of experiment {planned.experiment.title}",
             new,
-            f"{old!r}, as in {run.folder}",
+            f"{old!r}, as in {planned.folder}",
             "go on with the version that began it, or choose another --output-dir",
         )
-        for key, (old, new) in recipe_changes(stopped, recipe_of(run.cfg)).items()
+        for key, (old, new) in recipe_changes(stopped, recipe_of(planned.cfg)).items()
     ]

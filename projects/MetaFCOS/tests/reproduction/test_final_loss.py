@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from meta_fcos.reproduction.losses import FinalLoss, compare, final_loss
+from meta_fcos.reproduction.final_loss import FinalLoss, compare, final_loss
 
 
 def test_the_final_loss_is_the_mean_of_the_last_sixth_with_its_standard_error():

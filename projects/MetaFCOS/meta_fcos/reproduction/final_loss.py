@@ -1,4 +1,4 @@
-"""What the losses of two trainings say about each other, given their noise."""
+"""Whether the final losses of two trainings differ by more than noise."""
 
 from __future__ import annotations
 

@@ -5,7 +5,13 @@ import pytest
 from d2scale.config import load_cfg
 from d2scale.errors import ConfigError
 from meta_fcos.reproduction.experiments import EXPERIMENTS
-from meta_fcos.reproduction.runs import Machine, decide, is_finished, recipe_faults, standing
+from meta_fcos.reproduction.planned_experiment import (
+    Machine,
+    is_finished,
+    plan_experiment,
+    recipe_faults,
+    standing,
+)
 
 BASELINE, SAME, LARGE = EXPERIMENTS
 
@@ -13,7 +19,7 @@ BASELINE, SAME, LARGE = EXPERIMENTS
 def on(gpus, gib, tmp_path):
     machine = Machine("cuda", gpus, "a GPU", gib)
     return [
-        decide(each, each.recipe("full", "published"), tmp_path, machine, None)
+        plan_experiment(each, each.recipe("full", "published"), tmp_path, machine, None)
         for each in EXPERIMENTS
     ]
 
@@ -26,13 +32,13 @@ def test_two_gpus_run_what_was_published(tmp_path):
     runs = on(2, 16.0, tmp_path)
     assert steps(runs) == [(2, 1, 8), (1, 1, 16), (2, 1, 15)]
     assert [run.plan.ims_per_batch for run in runs] == [16, 16, 30]
-    assert not any(run.is_equivalent() for run in runs)
+    assert not any(run.on_fewer_gpus for run in runs)
 
 
 def test_one_gpu_takes_the_steps_of_two_in_micro_batches_of_their_size(tmp_path):
     runs = on(1, 80.0, tmp_path)
     assert steps(runs) == [(1, 2, 8), (1, 1, 16), (1, 2, 15)]
-    assert [run.is_equivalent() for run in runs] == [True, False, True]
+    assert [run.on_fewer_gpus for run in runs] == [True, False, True]
     assert all(run.cfg.D2SCALE.EXACT for run in runs)
 
 
@@ -76,7 +82,7 @@ def test_a_run_is_finished_when_it_has_been_evaluated(tmp_path):
 
 
 def test_a_run_of_another_recipe_is_refused_by_its_keys(tmp_path):
-    run = decide(LARGE, LARGE.recipe("small", ""), tmp_path, Machine("cpu", 2, "CPU"), 160)
+    run = plan_experiment(LARGE, LARGE.recipe("small", ""), tmp_path, Machine("cpu", 2, "CPU"), 160)
     assert recipe_faults(run) == []
     run.folder.mkdir()
     planned = run.plan.apply(run.cfg)

@@ -1,4 +1,4 @@
-"""What a reproduction shows before it begins, and after."""
+"""The tables that a reproduction prints before its trainings and after them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from tabulate import tabulate
 from d2scale.coco.accumulate import METRICS
 from d2scale.report.columns import show_metric
 from d2scale.report.history import History, read_history
-from meta_fcos.reproduction.losses import NOISE_ERRORS, FinalLoss, compare, final_loss
-from meta_fcos.reproduction.runs import Run, standing
-
-Columns = Mapping[str, Mapping[str, str]]
+from meta_fcos.reproduction.final_loss import NOISE_ERRORS, FinalLoss, compare, final_loss
+from meta_fcos.reproduction.planned_experiment import PlannedExperiment, standing
 
 
-def plan_table(runs: Sequence[Run]) -> str:
+def plan_table(experiments: Sequence[PlannedExperiment]) -> str:
     """Return what will run, one column an experiment."""
-    return _table({run.experiment.title: _plan_column(run) for run in runs})
+    return _table({planned.experiment.title: _plan_column(planned) for planned in experiments})
 
 
-def _plan_column(run: Run) -> dict[str, str]:
-    plan, solver = run.plan, run.plan.apply(run.cfg).SOLVER
+def _plan_column(planned: PlannedExperiment) -> dict[str, str]:
+    plan, machine = planned.plan, planned.machine
+    solver = plan.apply(planned.cfg).SOLVER
     column = {
-        "published on": f"{count(run.experiment.gpus, 'GPU')}, in {run.experiment.time}",
-        "runs on": count(plan.world_size, run.machine.unit),
+        "published on": f"{count(planned.experiment.gpus, 'GPU')}, in {planned.experiment.time}",
+        "runs on": count(plan.world_size, machine.unit),
         "a step on each": f"{plan.accumulation_steps} x {plan.ims_per_gpu} images",
         "total batch": str(plan.ims_per_batch),
         "BASE_LR": f"{solver.BASE_LR:g}",
@@ -34,9 +33,9 @@ def _plan_column(run: Run) -> dict[str, str]:
         "MAX_ITER": str(solver.MAX_ITER),
         "images seen": str(solver.MAX_ITER * plan.ims_per_batch),
     }
-    if plan.predicted_peak_gib is not None and run.machine.gib is not None:
-        column["predicted memory"] = f"{plan.predicted_peak_gib:.1f} of {run.machine.gib:.1f} GiB"
-    return {**column, "standing": standing(run.folder)}
+    if plan.predicted_peak_gib is not None and machine.gib is not None:
+        column["predicted memory"] = f"{plan.predicted_peak_gib:.1f} of {machine.gib:.1f} GiB"
+    return {**column, "standing": standing(planned.folder)}
 
 
 def count(number: int, what: str) -> str:
@@ -45,19 +44,19 @@ def count(number: int, what: str) -> str:
     return f"{number} {what if number == 1 else plural}"
 
 
-def result_table(runs: Sequence[Run]) -> str:
+def result_table(experiments: Sequence[PlannedExperiment]) -> str:
     """Return settings and results of finished experiments, one column each."""
-    return _table({run.experiment.title: _result_column(run) for run in runs})
+    return _table({planned.experiment.title: _result_column(planned) for planned in experiments})
 
 
-def _result_column(run: Run) -> dict[str, str]:
-    history = _history(run)
+def _result_column(planned: PlannedExperiment) -> dict[str, str]:
+    history = _history(planned)
     loss = _final_loss(history)
     _, seconds = history.curve("time")
-    plan = run.plan
+    plan = planned.plan
     return {
         "total batch": str(plan.ims_per_batch),
-        "MAX_ITER": str(run.cfg.SOLVER.MAX_ITER),
+        "MAX_ITER": str(planned.cfg.SOLVER.MAX_ITER),
         "images seen": f"{history.rows[-1].images_seen:.0f}" if history.rows else "",
         "seconds a step": f"{median(seconds):.3f}" if len(seconds) else "",
         "final total_loss": "" if loss is None else str(loss),
@@ -65,16 +64,16 @@ def _result_column(run: Run) -> dict[str, str]:
     }
 
 
-def loss_verdicts(runs: Sequence[Run]) -> str:
+def loss_verdicts(experiments: Sequence[PlannedExperiment]) -> str:
     """Say whether the final losses agree with the baseline's, a line each; empty without one."""
-    losses = {run.experiment: _final_loss(_history(run)) for run in runs}
+    losses = {planned.experiment: _final_loss(_history(planned)) for planned in experiments}
     first, *others = losses.items()
     baseline = first[1]
     if first[0].number != 1 or baseline is None or not others:
         return ""
     lines = [
-        f"final loss of {each.title} against {first[0].title}: {compare(loss, baseline)}"
-        for each, loss in others
+        f"final loss of {experiment.title} against {first[0].title}: {compare(loss, baseline)}"
+        for experiment, loss in others
         if loss is not None
     ]
     lines.append(
@@ -84,8 +83,8 @@ def loss_verdicts(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def _history(run: Run) -> History:
-    return read_history(run.folder, run.plan.ims_per_batch)
+def _history(planned: PlannedExperiment) -> History:
+    return read_history(planned.folder, planned.plan.ims_per_batch)
 
 
 def _final_loss(history: History) -> FinalLoss | None:
@@ -93,7 +92,7 @@ def _final_loss(history: History) -> FinalLoss | None:
     return final_loss(images.tolist(), losses.tolist())
 
 
-def _table(columns: Columns) -> str:
+def _table(columns: Mapping[str, Mapping[str, str]]) -> str:
     names = next(iter(columns.values())).keys()
     rows = [(name, *(column.get(name, "") for column in columns.values())) for name in names]
     return tabulate(rows, headers=["", *columns], tablefmt="pipe", disable_numparse=True)
