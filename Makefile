@@ -16,6 +16,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # About half an hour on two cores. The rows that need a GPU are not among them.
 benchmarks: $(VENV)/.dev

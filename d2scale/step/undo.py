@@ -1,4 +1,4 @@
-"""Undoing a step that failed anywhere between its first forward and its last update."""
+"""Restoring what a step changes: weights, optimizer, buffers, scaler and random states."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.amp.grad_scaler import GradScaler
 
 
 class StepUndo:
-    """Remembers what a step changes, and brings it back.
+    """Copies what a step changes, and restores it after a step that failed.
 
     An optimizer that fails has updated some weights and not others, so weights and optimizer
-    state are copied at the start of every step: to the memory of the host, for the device has
-    none to spare, and on a stream of their own, beside the forward that only reads them. Buffers
-    (statistics of batch norm, moving normalizers) are small and copied on the device.
+    state are copied at the start of every step: to host memory, for the device has none to spare,
+    and on a CUDA stream of their own, while the forward only reads them. Buffers (statistics of
+    batch norm, moving normalizers) are small and copied on the device.
 
     Args:
         model: bare.
@@ -65,7 +65,7 @@ class StepUndo:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring back what was remembered, and drop the gradients."""
+        """Restore the copies, and drop the gradients."""
         self.settle()
         self._optimizer.zero_grad(set_to_none=True)
         for tensor, copy in self._copies.items():
