@@ -42,7 +42,12 @@ def smaller_micro_batches(
     own_largest = -(-rank_images // micro_batches)
     largest = int(ranks.largest_over_ranks({"images": own_largest})["images"])
     if largest == 1:
-        raise does_not_fit(failure)
+        raise StepDoesNotFitError(
+            f"out of memory in {_where(failure)}, with one image per GPU at a time; lower "
+            "INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN, set SOLVER.AMP.ENABLED or "
+            "D2SCALE.ACTIVATION_CHECKPOINTING to True, end other programs on the GPU, or use "
+            "one with more memory; then go on with --resume"
+        )
     smaller = -(-largest // 2)
     logger.warning(
         "Out of memory in %s: the step is undone and taken again with %d images per GPU at a "
@@ -50,16 +55,6 @@ def smaller_micro_batches(
         *(_where(failure), smaller, largest),
     )
     return smaller
-
-
-def does_not_fit(failure: AgreedOutOfMemoryError) -> StepDoesNotFitError:
-    """Return the error of a step that cannot be made smaller."""
-    return StepDoesNotFitError(
-        f"out of memory in {_where(failure)}, with one image per GPU at a time; lower "
-        "INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN, set SOLVER.AMP.ENABLED or "
-        "D2SCALE.ACTIVATION_CHECKPOINTING to True, end other programs on the GPU, or use "
-        "one with more memory; then go on with --resume"
-    )
 
 
 def _where(failure: AgreedOutOfMemoryError) -> str:

@@ -110,12 +110,19 @@ class ForwardBackward:
         self._warned = False
         self.phase: PhaseMarker = no_phase
 
-    def __call__(self, micro_batches: Sequence[MicroBatch], *, agrees: bool = True) -> StepLosses:
+    def __call__(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        agrees: bool = True,
+        prepare: Callable[[], None] | None = None,
+    ) -> StepLosses:
         """Run all micro-batches of this rank.
 
         Args:
             micro_batches: at least one, none empty.
             agrees: whether an out-of-memory error of any rank is raised on all of them.
+            prepare: runs before the first forward.
 
         Raises:
             AgreedOutOfMemoryError: if so. The gradients then mean nothing.
@@ -125,7 +132,8 @@ class ForwardBackward:
         self._warn_once(len(micro_batches))
         run = run_together if agrees else run_alone
         images = torch.tensor([sum(map(len, micro_batches))])
-        totals = run("the loss normalizers", partial(self._normalizers, micro_batches), images)
+        first_part = partial(self._normalizers, micro_batches, prepare)
+        totals = run("the loss normalizers", first_part, images)
         if totals:
             names = sorted(totals)
             summed = ranks.sum_over_ranks(torch.stack([totals[name] for name in names]))
@@ -139,8 +147,12 @@ class ForwardBackward:
         means = ranks.sum_over_ranks(values) / ranks.world_size()
         return StepLosses(tuple(names), means, int(images))
 
-    def _normalizers(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    def _normalizers(
+        self, micro_batches: Sequence[MicroBatch], prepare: Callable[[], None] | None
+    ) -> dict[str, Tensor]:
         """Return what this rank adds to the step's loss divisors; nothing for other models."""
+        if prepare is not None:
+            prepare()
         sums: dict[str, Tensor] = {}
         if self._exact is None:
             return sums

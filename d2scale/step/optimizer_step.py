@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from d2scale.step import ranks
 from d2scale.step.agreement import AgreedOutOfMemoryError, run_alone, run_together
 from d2scale.step.averaging import GradientAverager
-from d2scale.step.guard import AllocatorRetries, does_not_fit, smaller_micro_batches
+from d2scale.step.guard import AllocatorRetries, smaller_micro_batches
 from d2scale.step.micro_batches import (
     ForwardBackward,
     MicroBatch,
@@ -123,13 +123,10 @@ class OptimizerStep:
         """
         if self.options.on_oom != "split" or not self._can_agree:
             return self._attempt(rank_batch, before_update, agrees=False)
-        try:
-            run_together("copying the weights", self._undo.remember)
-        except AgreedOutOfMemoryError as error:
-            raise does_not_fit(error) from None
+        self._undo.forget()
         while True:
             try:
-                losses = self._attempt(rank_batch, before_update, agrees=True)
+                losses = self._attempt(rank_batch, before_update, agrees=True, undoable=True)
             except AgreedOutOfMemoryError as error:
                 failure = error.with_traceback(None)
             else:
@@ -160,10 +157,20 @@ class OptimizerStep:
         return [*weights, *state_tensors, *self._averager.buffers]
 
     def _attempt(
-        self, rank_batch: MicroBatch, before_update: BeforeUpdate | None, *, agrees: bool
+        self,
+        rank_batch: MicroBatch,
+        before_update: BeforeUpdate | None,
+        *,
+        agrees: bool,
+        undoable: bool = False,
     ) -> StepLosses:
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._forward_backward(cut(rank_batch, self.ims_per_gpu), agrees=agrees)
+        losses = self._forward_backward(
+            cut(rank_batch, self.ims_per_gpu),
+            agrees=agrees,
+            # Beside the forward, and agreed on together with the loss normalizers.
+            prepare=self._undo.remember if undoable else None,
+        )
         self._undo.settle()
         run = run_together if agrees else run_alone
         run("the optimizer", partial(self._update, losses, before_update))

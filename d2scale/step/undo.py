@@ -41,10 +41,17 @@ class StepUndo:
         self._buffers: dict[str, Tensor] = {}
         self._random: list[Tensor] = []
         self._scaler_state: dict[str, Any] = {}
+        self._complete = False
+
+    def forget(self) -> None:
+        """Begin a new step: the copies are of the one before."""
+        self._complete = False
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Copy what the coming step may change."""
+        """Copy what the coming step may change, once a step."""
+        if self._complete:
+            return
         self._random = [torch.get_rng_state()]
         if self._on_cuda:
             self._random.append(torch.cuda.get_rng_state(self._device))
@@ -57,6 +64,7 @@ class StepUndo:
         with self._beside():
             # Tensors that are gone from the optimizer are forgotten with their old copies.
             self._copies = {tensor: self._copied(tensor) for tensor in self._changing()}
+        self._complete = True
 
     def settle(self) -> None:
         """Wait, on the device, until the copies are made. To be called before the update."""
@@ -66,8 +74,10 @@ class StepUndo:
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the copies, and drop the gradients."""
-        self.settle()
         self._optimizer.zero_grad(set_to_none=True)
+        if not self._complete:  # failed before anything could change
+            return
+        self.settle()
         for tensor, copy in self._copies.items():
             tensor.copy_(copy)
         for key in [key for key in self._optimizer.state if key not in self._state]:
