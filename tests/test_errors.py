@@ -20,6 +20,11 @@ def test_an_error_survives_the_way_from_a_rank_to_its_parent(error):
     assert str(copy) == str(error)
 
 
+def test_a_fault_that_two_checks_find_is_one_line():
+    other = Fault("SOLVER.STEPS", [1], "increasing", "sort them")
+    assert ConfigError([FAULT, other, FAULT]).faults == (FAULT, other)
+
+
 def test_a_fault_says_what_is_allowed_and_what_to_do():
     assert str(FAULT) == "SOLVER.MAX_ITER is 0; allowed: 1 or more; set it"
 

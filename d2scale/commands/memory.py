@@ -35,12 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale memory``."""
     from d2scale.config import load_cfg
     from d2scale.engine.memory.profiling import make_profiles
+    from d2scale.planning.formats import profiles_table
     from d2scale.planning.memory_profile import dump_profiles
-    from d2scale.planning.profile_tables import to_table
 
     cfg = load_cfg(arguments.config, arguments.opts)
     profiles = make_profiles(cfg, arguments.device, explore=arguments.explore)
     if arguments.output is not None:
         emit(dump_profiles(profiles), arguments.output)
-    print(to_table(profiles, cfg.D2SCALE.MEMORY.FRACTION))
+    print(profiles_table(profiles, cfg.D2SCALE.MEMORY.FRACTION))
     return 0

@@ -6,6 +6,9 @@ a key out means those.
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+from typing import Any
+
 from fvcore.common.config import CfgNode
 
 QAT_ITERATION_KEYS = (
@@ -15,6 +18,9 @@ QAT_ITERATION_KEYS = (
     "FREEZE_BN_ITER",
     "DISABLE_OBSERVER_ITER",
 )
+
+# detectron2 reads None as SOLVER.WEIGHT_DECAY.
+NUMBERS_OR_NONE = ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS")
 
 
 def add_d2scale_config(cfg: CfgNode) -> None:
@@ -50,6 +56,24 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     # Let d2scale_max_memory measure on the device before training, where there is one and
     # neither IMS_PER_GPU nor PROFILE is given. False: predict.
     cfg.D2SCALE.MEMORY.PROBE = True
+
+
+def add_project_configs(cfg: Any) -> tuple[str, ...]:
+    """Add the config keys of every installed project to ``cfg``, in place.
+
+    A project offers a function as an entry point of the group ``d2scale.configs``. It takes the
+    config, adds the project's keys, and returns those keys and sections of keys whose values
+    say nothing about the memory of training::
+
+        def add_my_config(cfg):
+            cfg.MODEL.MY_HEAD = type(cfg)({"NUM_CONVS": 4, "CENTER_RADIUS": 1.5})
+            return ("MODEL.MY_HEAD.CENTER_RADIUS",)
+
+    Returns:
+        The keys and sections without influence on memory, of all projects.
+    """
+    entries = entry_points(group="d2scale.configs")
+    return tuple(key for entry in entries for key in entry.load()(cfg) or ())
 
 
 def get_cfg() -> CfgNode:
@@ -103,7 +127,7 @@ def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.EPS = 1e-8
     cfg.SOLVER.WEIGHT_DECAY = 0.0001
     cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
-    cfg.SOLVER.WEIGHT_DECAY_BIAS = None  # None: WEIGHT_DECAY
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = None
     cfg.SOLVER.BIAS_LR_FACTOR = 1.0
     cfg.SOLVER.CLIP_GRADIENTS = CfgNode(
         {"ENABLED": False, "CLIP_TYPE": "value", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0}

@@ -6,7 +6,7 @@ import difflib
 import importlib.resources
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import yaml
 from fvcore.common.config import BASE_KEY, CfgNode
 
-from d2scale.config.defaults import get_cfg
+from d2scale.config.defaults import NUMBERS_OR_NONE, add_project_configs, get_cfg
+from d2scale.config.keys import get_key
 from d2scale.config.upstream import LOOK_ALIKES, UNPLANNED_SECTIONS
+from d2scale.config.value_rules import or_none, type_of_default
 from d2scale.errors import ConfigError, Fault
 
 SHIPPED_PREFIX = "d2scale://"
@@ -167,9 +169,8 @@ def load_cfg(path: str, opts: Sequence[str] = ()) -> CfgNode:
         ConfigError: with all faults of the config.
     """
     cfg = get_cfg()
-    for entry in entry_points(group="d2scale.configs"):
-        entry.load()(cfg)
-    _merge(cfg, [*flatten(load_yaml(path)), *parse_opts(opts)], _fault_of_unknown_key)
+    add_project_configs(cfg)
+    _merge(cfg, [*flatten(load_yaml(path)), *parse_opts(opts)], _faults_of_unknown_key)
     return cfg
 
 
@@ -198,7 +199,7 @@ def load_recipe(path: str, opts: Sequence[str] = ()) -> tuple[CfgNode, dict[str,
     if faults:
         raise ConfigError(faults)
     settings.update(overrides)
-    _merge(cfg, settings.items(), _fault_of_misspelt_key)
+    _merge(cfg, settings.items(), _faults_of_misspelt_key)
     return cfg, settings
 
 
@@ -215,42 +216,42 @@ def parse_opts(opts: Sequence[str]) -> list[tuple[str, Any]]:
 
 def _merge(
     cfg: CfgNode,
-    settings: Sequence[tuple[str, Any]] | Any,
-    judge_unknown: Callable[[str, Any, Mapping[str, Any]], Fault | None],
+    settings: Iterable[tuple[str, Any]],
+    judge_unknown: Callable[[str, Any, Mapping[str, Any]], list[Fault]],
 ) -> None:
     """Set every known key in ``cfg``, in place; raise all faults together."""
     known = dict(flatten(cfg))
     faults = []
     for key, value in settings:
-        if key not in known:
-            fault = judge_unknown(key, value, known)
+        if key in known:
+            faults += _set_checked(cfg, key, value, known[key])
+        elif any(name.startswith(f"{key}.") for name in known):
+            if value != {}:
+                faults.append(Fault(key, value, "a section of keys", "give its keys, or remove it"))
         else:
-            fault = _set_checked(cfg, key, value, known[key])
-        if fault is not None:
-            faults.append(fault)
+            faults += judge_unknown(key, value, known)
     if faults:
         raise ConfigError(faults)
 
 
-def _set_checked(cfg: CfgNode, key: str, value: Any, default: Any) -> Fault | None:
-    if isinstance(default, float):
-        value = _as_float(value)
+def _set_checked(cfg: CfgNode, key: str, value: Any, default: Any) -> list[Fault]:
+    rule = type_of_default(key, default)
+    if key in NUMBERS_OR_NONE:
+        rule = or_none(type_of_default(key, 0.0))
     try:
-        cfg.merge_from_list([key, value])
+        cfg.merge_from_list([key, _as_float(value) if isinstance(default, float) else value])
     except (ValueError, SyntaxError):
-        kind = "a list" if isinstance(default, (list, tuple)) else type(default).__name__
-        return Fault(key, value, f"{kind}, such as {default!r}", "correct the value")
-    return None
+        return [rule.fault(value)]
+    # yacs lets None replace anything, and looks into no list.
+    return rule.faults(get_key(cfg, key))
 
 
 def _as_float(value: Any) -> Any:
     """Accept 1 where 1.0 is meant; leave everything else to the type check."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return float(value) if type(value) is int else value
+    try:
+        return float(value) if type(value) in (int, str) else value
+    except (ValueError, OverflowError):
+        return value
 
 
 def _suggestion(key: str, known: Mapping[str, Any]) -> str | None:
@@ -265,16 +266,16 @@ def unknown_key_fault(key: str, value: Any, known: Mapping[str, Any]) -> Fault:
     return Fault(key, value, "keys that exist", advice)
 
 
-def _fault_of_unknown_key(key: str, value: Any, known: Mapping[str, Any]) -> Fault | None:
+def _faults_of_unknown_key(key: str, value: Any, known: Mapping[str, Any]) -> list[Fault]:
     suggestion = _suggestion(key, known)
     advice = f"did you mean {suggestion}?" if suggestion else "remove it, or train with d2go"
-    return Fault(key, value, "keys that the default engine honours", advice)
+    return [Fault(key, value, "keys that the default engine honours", advice)]
 
 
-def _fault_of_misspelt_key(key: str, value: Any, known: Mapping[str, Any]) -> Fault | None:
+def _faults_of_misspelt_key(key: str, value: Any, known: Mapping[str, Any]) -> list[Fault]:
     planning = {k: v for k, v in known.items() if k.split(".")[0] in _PLANNING_SECTIONS}
-    if key.startswith("D2SCALE."):
-        return unknown_key_fault(key, value, planning)
     if key in LOOK_ALIKES or key.startswith(UNPLANNED_SECTIONS):
-        return None
-    return unknown_key_fault(key, value, planning) if _suggestion(key, planning) else None
+        return []
+    if key.startswith("D2SCALE.") or _suggestion(key, planning):
+        return [unknown_key_fault(key, value, planning)]
+    return []

@@ -22,7 +22,7 @@ from d2scale.d2go.scaling_methods import applied_plan, names_own_method, scale_i
 from d2scale.errors import ConfigError
 from d2scale.planning.methods import method_of
 from d2scale.planning.progress import RECORD, recipe_of
-from d2scale.planning.schedule import Schedule
+from d2scale.planning.schedule import schedule_faults
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Runner(GeneralizedRCNNRunner):
         with exit_on_user_error():
             if names_own_method(cfg):
                 method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
-                faults = Schedule.from_cfg(cfg).faults()
+                faults = schedule_faults(cfg)
                 if faults:
                     raise ConfigError(faults)
                 check_memory(cfg)

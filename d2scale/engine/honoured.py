@@ -6,15 +6,15 @@ that nothing in a recipe is passed over in silence.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from d2scale.config.keys import get_key
+from d2scale.config.value_rules import Rule, is_number, judge, number, one_of, or_none, whole
 from d2scale.errors import Fault
+from d2scale.planning.methods import METHOD_NAMES
 
 # d2go's multi-tensor variants compute what the plain ones do.
 SGD_NAMES = ("sgd", "sgd_mt")
@@ -25,86 +25,60 @@ SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR")
 _WITH_D2GO = "train with d2go for more"
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """What one key may hold."""
-
-    key: str
-    allowed: str
-    holds: Callable[[Any], bool]
-    advice: str = "correct it"
-
-    def faults(self, cfg: CfgNode) -> Iterator[Fault]:
-        value = get_key(cfg, self.key)
-        if not self.holds(value):
-            yield Fault(self.key, value, self.allowed, self.advice)
+def _only(key: str, value: Any, advice: str = _WITH_D2GO) -> Rule:
+    return replace(one_of(key, (value,), advice), allowed=f"{value!r} in the default engine")
 
 
-def _only(key: str, value: Any, advice: str = _WITH_D2GO) -> _Rule:
-    return _Rule(key, f"{value!r} in the default engine", lambda found: found == value, advice)
-
-
-def _one_of(key: str, choices: tuple[str, ...], advice: str = _WITH_D2GO) -> _Rule:
-    return _Rule(key, ", ".join(choices), lambda found: found in choices, advice)
-
-
-def _between(key: str, low: float, high: float = math.inf) -> _Rule:
-    allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-    return _Rule(key, allowed, lambda found: low <= found <= high and math.isfinite(found))
-
-
-def _above(key: str, low: float) -> _Rule:
-    return _Rule(key, f"above {low:g}", lambda found: low < found < math.inf)
+def _are_names(value: Sequence[str]) -> bool:
+    return not isinstance(value, str) and all(isinstance(name, str) for name in value)
 
 
 _RULES = (
     _only("VERSION", 2, "bring the config to detectron2's version 2"),
-    _between("SEED", -1, 2**31 - 1),
-    _between("WRITER_PERIOD", 1),
-    _Rule("OUTPUT_DIR", "a folder's name", bool, "name a folder"),
-    _Rule(
+    whole("SEED", -1, 2**31 - 1),
+    whole("WRITER_PERIOD", 1),
+    Rule("OUTPUT_DIR", "a folder's name", lambda name: len(name) > 0, "name a folder"),
+    Rule("DATASETS.TRAIN", "names of datasets", _are_names),
+    Rule("DATASETS.TEST", "names of datasets", _are_names),
+    METHOD_NAMES,
+    Rule(
         "SOLVER.OPTIMIZER",
         ", ".join(SGD_NAMES + ADAMW_NAMES),
         lambda name: name.lower() in SGD_NAMES + ADAMW_NAMES,
         _WITH_D2GO,
     ),
-    _between("SOLVER.MOMENTUM", 0),
-    _Rule(
+    number("SOLVER.MOMENTUM", least=0),
+    Rule(
         "SOLVER.BETAS",
         "two numbers from 0, below 1",
-        lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        lambda betas: len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas),
     ),
-    _above("SOLVER.EPS", 0),
-    _between("SOLVER.WEIGHT_DECAY", 0),
-    _between("SOLVER.WEIGHT_DECAY_NORM", 0),
-    _Rule(
-        "SOLVER.WEIGHT_DECAY_BIAS",
-        "0 or more, or None",
-        lambda decay: decay is None or 0 <= decay < math.inf,
-    ),
-    _between("SOLVER.BIAS_LR_FACTOR", 0),
-    _one_of("SOLVER.LR_SCHEDULER_NAME", SCHEDULES),
-    _above("SOLVER.GAMMA", 0),
-    _between("SOLVER.WARMUP_FACTOR", 0),
-    _one_of("SOLVER.WARMUP_METHOD", ("linear", "constant"), "choose one"),
-    _one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", CLIP_TYPES, "choose one"),
-    _above("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0),
-    _above("SOLVER.CLIP_GRADIENTS.NORM_TYPE", 0),
-    _one_of("SOLVER.AMP.PRECISION", PRECISIONS, "choose one"),
+    number("SOLVER.EPS", above=0),
+    number("SOLVER.WEIGHT_DECAY", least=0),
+    or_none(number("SOLVER.WEIGHT_DECAY_NORM", least=0)),
+    or_none(number("SOLVER.WEIGHT_DECAY_BIAS", least=0)),
+    number("SOLVER.BIAS_LR_FACTOR", least=0),
+    one_of("SOLVER.LR_SCHEDULER_NAME", SCHEDULES, _WITH_D2GO),
+    number("SOLVER.GAMMA", above=0),
+    number("SOLVER.WARMUP_FACTOR", least=0),
+    one_of("SOLVER.WARMUP_METHOD", ("linear", "constant")),
+    one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", CLIP_TYPES),
+    number("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", above=0),
+    number("SOLVER.CLIP_GRADIENTS.NORM_TYPE", above=0),
+    one_of("SOLVER.AMP.PRECISION", PRECISIONS),
     _only("MODEL_EMA.ENABLED", False),
     _only("QUANTIZATION.QAT.ENABLED", False),
     _only("DATALOADER.SAMPLER_TRAIN", "TrainingSampler"),
-    _between("DATALOADER.NUM_WORKERS", 0),
-    _between("TEST.DETECTIONS_PER_IMAGE", 1),
-    _one_of("MODEL.DEVICE", ("cuda", "cpu"), "choose one"),
-    _one_of("D2SCALE.ON_OOM", ("split", "raise"), "choose one"),
+    whole("DATALOADER.NUM_WORKERS", 0),
+    whole("TEST.DETECTIONS_PER_IMAGE", 1),
+    one_of("MODEL.DEVICE", ("cuda", "cpu")),
+    one_of("D2SCALE.ON_OOM", ("split", "raise")),
 )
 
 
 def value_faults(cfg: CfgNode) -> list[Fault]:
     """Return every value in ``cfg`` that the default engine cannot honour."""
-    faults = [fault for rule in _RULES for fault in rule.faults(cfg)]
-    return faults or [*_combination_faults(cfg)]
+    return judge(cfg, _RULES) or [*_combination_faults(cfg)]
 
 
 def _combination_faults(cfg: CfgNode) -> Iterator[Fault]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
+from itertools import product
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from d2scale.config.defaults import get_cfg
+from d2scale.config.defaults import add_project_configs, get_cfg
 from d2scale.config.loading import flatten
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.memory_profile import MemoryProfile
@@ -19,10 +19,9 @@ ENGINE = "engine"
 DEFAULT_ENGINE = "d2scale"
 CHECKPOINTING = "D2SCALE.ACTIVATION_CHECKPOINTING"
 
-# Keys of MODEL that say nothing about the size of what training holds.
-_WITHOUT_BYTES = re.compile(
-    r"WEIGHTS$|DEVICE$|PIXEL_|_TEST|_TH$|THRESH|PROB|ALPHA|GAMMA|RADIUS|CENTER_SAMPLE"
-    r"|SIZES_OF_INTEREST|LOSS_TYPE|UNUSED_PARAMETERS|META_LEARN|TFA|BACKBONE\.FREEZE$"
+# Keys of MODEL that say nothing about memory, whatever the model. Projects name their own.
+_WITHOUT_MEMORY = re.compile(
+    r"WEIGHTS$|DEVICE$|PIXEL_|_TEST|_TH$|THRESH|PROB|ALPHA|GAMMA|LOSS_TYPE|UNUSED_PARAMETERS"
 )
 _OTHER_KEYS = ("INPUT.MAX_SIZE_TRAIN", "DATALOADER.ASPECT_RATIO_GROUPING", CHECKPOINTING)
 
@@ -42,20 +41,24 @@ def coverage(
         By key, JSON values. ``INPUT.MIN_SIZE_TRAIN`` is the largest size, ``precision`` what
         ``SOLVER.AMP`` makes of the activations.
     """
-    given = {key: _decoded(value) for key, value in (settings or {}).items()}
-    complete = {**_defaults(), **given, **dict(flatten(cfg))}
-    found = {
+    defaults = get_cfg()
+    without_memory = add_project_configs(defaults)
+    # As the config library reads a word of the command line.
+    given = {key: CfgNode._decode_cfg_value(value) for key, value in (settings or {}).items()}
+    values = {**dict(flatten(defaults)), **given, **dict(flatten(cfg))}
+    covers = {
         key: _plain(value)
-        for key, value in sorted(complete.items())
-        if key.startswith("MODEL.") and not _WITHOUT_BYTES.search(key)
+        for key, value in sorted(values.items())
+        if key.startswith("MODEL.")
+        and not _WITHOUT_MEMORY.search(key)
+        and not f"{key}.".startswith(tuple(f"{name}." for name in without_memory))
     }
-    sizes = complete["INPUT.MIN_SIZE_TRAIN"]
-    found["INPUT.MIN_SIZE_TRAIN"] = max(sizes) if isinstance(sizes, Sequence) else sizes
-    found |= {key: _plain(complete[key]) for key in _OTHER_KEYS}
-    found["SOLVER.OPTIMIZER"] = str(complete["SOLVER.OPTIMIZER"]).lower().removesuffix("_mt")
-    found[ENGINE] = engine
-    found[PRECISION] = "16 bit" if complete["SOLVER.AMP.ENABLED"] else "32 bit"
-    return found
+    covers["INPUT.MIN_SIZE_TRAIN"] = max(values["INPUT.MIN_SIZE_TRAIN"])
+    covers |= {key: _plain(values[key]) for key in _OTHER_KEYS}
+    covers["SOLVER.OPTIMIZER"] = str(values["SOLVER.OPTIMIZER"]).lower().removesuffix("_mt")
+    covers[ENGINE] = engine
+    covers[PRECISION] = "16 bit" if values["SOLVER.AMP.ENABLED"] else "32 bit"
+    return covers
 
 
 def variant(covers: Mapping[str, Any], *, amp: bool, checkpointing: bool) -> dict[str, Any]:
@@ -64,37 +67,43 @@ def variant(covers: Mapping[str, Any], *, amp: bool, checkpointing: bool) -> dic
     return {**covers, **changed}
 
 
+def name_of_variant(covers: Mapping[str, Any]) -> str:
+    """Return what the variants of a recipe differ in, in words."""
+    name = "AMP" if covers.get(PRECISION) == "16 bit" else "float32"
+    return f"{name}, activation checkpointing" if covers.get(CHECKPOINTING) else name
+
+
 def find_profile(
     profiles: Sequence[MemoryProfile], covers: Mapping[str, Any]
 ) -> MemoryProfile | None:
     """Return the profile that holds for ``covers``, or None. One that names nothing holds."""
-    for profile in profiles:
-        if not differences(profile, covers):
-            return profile
-    return None
+    return next((profile for profile in profiles if not _differences(profile, covers)), None)
 
 
-def differences(profile: MemoryProfile, covers: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what the profile was made with and what is asked for, by key, where they differ."""
-    return {
-        key: (value, covers.get(key))
-        for key, value in profile.covers.items()
-        if covers.get(key) != value
-    }
+def find_variants(
+    profiles: Sequence[MemoryProfile], profile: MemoryProfile | None
+) -> tuple[MemoryProfile, ...]:
+    """Return the profiles of the recipe of ``profile``, in all variants that there are."""
+    if profile is None or not profile.covers:
+        return ()
+    choices = product((False, True), repeat=2)
+    wanted = (variant(profile.covers, amp=a, checkpointing=c) for a, c in choices)
+    known = (find_profile(profiles, covers) for covers in wanted)
+    return tuple(other for other in known if other is not None)
 
 
 def choose_profile(
     profiles: Sequence[MemoryProfile], covers: Mapping[str, Any], where: str
 ) -> MemoryProfile:
-    """Return the profile that holds for ``covers``.
+    """Return the profile that holds for ``covers``; ``where`` names their file in faults.
 
     Raises:
         ConfigError: if none does; one line for each setting in which the nearest differs.
     """
-    found = find_profile(profiles, covers)
-    if found is not None:
-        return found
-    nearest = min(profiles, key=lambda profile: len(differences(profile, covers)))
+    profile = find_profile(profiles, covers)
+    if profile is not None:
+        return profile
+    nearest = min((_differences(profile, covers) for profile in profiles), key=len)
     raise ConfigError(
         [
             Fault(
@@ -103,21 +112,18 @@ def choose_profile(
                 f"{made!r}, for which the memory profile {where} was made",
                 "make one for this recipe with d2scale memory, or correct the key",
             )
-            for key, (made, asked) in differences(nearest, covers).items()
+            for key, (made, asked) in nearest.items()
         ]
     )
 
 
-def _defaults() -> dict[str, Any]:
-    cfg = get_cfg()
-    for entry in entry_points(group="d2scale.configs"):
-        entry.load()(cfg)
-    return dict(flatten(cfg))
-
-
-def _decoded(value: Any) -> Any:
-    """Return what a word of the command line stands for, as the config library reads it."""
-    return CfgNode._decode_cfg_value(value)
+def _differences(profile: MemoryProfile, covers: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What the profile was made with and what is asked for, by key, where they differ."""
+    return {
+        key: (value, covers.get(key))
+        for key, value in profile.covers.items()
+        if covers.get(key) != value
+    }
 
 
 def _plain(value: Any) -> Any:

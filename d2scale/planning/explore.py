@@ -11,8 +11,8 @@ from typing import Any
 from tabulate import tabulate
 
 from d2scale.errors import ConfigError, Fault
-from d2scale.planning.coverage import find_profile, variant
-from d2scale.planning.hardware import Hardware
+from d2scale.planning.coverage import find_profile, name_of_variant, variant
+from d2scale.planning.hardware import BUDGET, Hardware
 from d2scale.planning.plan import make_plan
 
 
@@ -38,8 +38,9 @@ class Choice:
     @property
     def name(self) -> str:
         """The choice in words."""
-        parts = ["AMP" if self.amp else "float32"]
-        return ", ".join(parts + ["activation checkpointing"] * self.activation_checkpointing)
+        return name_of_variant(
+            variant({}, amp=self.amp, checkpointing=self.activation_checkpointing)
+        )
 
 
 def explore(
@@ -49,7 +50,7 @@ def explore(
 
     Args:
         cfg: the recipe; it is not changed.
-        hardware: with a profile of the recipe and its alternatives.
+        hardware: with a profile of the recipe and its variants.
         method, lr_rule: as for :func:`d2scale.planning.plan.make_plan`.
 
     Raises:
@@ -57,33 +58,35 @@ def explore(
     """
     if hardware.profile is None or hardware.budget_gib is None:
         raise ConfigError([_nothing_to_compare(hardware)])
-    choices = []
-    for amp, checkpointing in product((False, True), repeat=2):
-        covers = variant(hardware.profile.covers, amp=amp, checkpointing=checkpointing)
-        profile = find_profile(hardware.alternatives, covers)
-        choice = Choice(amp, checkpointing)
-        if profile is None:
-            choices.append(replace(choice, note="no memory profile of this choice"))
-            continue
-        try:
-            plan = make_plan(
-                cfg, replace(hardware, profile=profile), method=method, lr_rule=lr_rule
-            )
-        except ConfigError as error:
-            if any(fault.key != "D2SCALE.MEMORY.BUDGET_GIB" for fault in error.faults):
-                raise
-            choices.append(replace(choice, note=f"needs {error.faults[0].allowed}"))
-            continue
-        choices.append(
-            replace(
-                choice,
-                ims_per_gpu=plan.ims_per_gpu,
-                accumulation_steps=plan.accumulation_steps,
-                ims_per_batch=plan.ims_per_batch,
-                predicted_peak_gib=plan.predicted_peak_gib,
-            )
-        )
-    return tuple(choices)
+    return tuple(
+        _choice(cfg, hardware, Choice(amp, checkpointing), method, lr_rule)
+        for amp, checkpointing in product((False, True), repeat=2)
+    )
+
+
+def _choice(
+    cfg: Any, hardware: Hardware, choice: Choice, method: str | None, lr_rule: str | None
+) -> Choice:
+    """Return ``choice`` with its plan, or with the reason why there is none."""
+    assert hardware.profile is not None
+    amp, checkpointing = choice.amp, choice.activation_checkpointing
+    covers = variant(hardware.profile.covers, amp=amp, checkpointing=checkpointing)
+    profile = find_profile(hardware.variants, covers)
+    if profile is None:
+        return replace(choice, note="no memory profile of this choice")
+    try:
+        plan = make_plan(cfg, replace(hardware, profile=profile), method=method, lr_rule=lr_rule)
+    except ConfigError as error:
+        if any(fault.key != BUDGET for fault in error.faults):
+            raise
+        return replace(choice, note=f"needs {error.faults[0].allowed}")
+    return replace(
+        choice,
+        ims_per_gpu=plan.ims_per_gpu,
+        accumulation_steps=plan.accumulation_steps,
+        ims_per_batch=plan.ims_per_batch,
+        predicted_peak_gib=plan.predicted_peak_gib,
+    )
 
 
 def to_table(choices: Sequence[Choice]) -> str:

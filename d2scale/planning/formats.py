@@ -1,20 +1,23 @@
-"""A plan as a table, as JSON and as a config that plain detectron2 or d2go can run."""
+"""What planning knows, for readers and files: tables, JSON, and a config for other engines."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from tabulate import tabulate
 
 from d2scale.config.upstream import is_plain_detectron2
+from d2scale.planning.memory_profile import GIB, MemoryProfile
 from d2scale.planning.plan import Plan
 
 # What d2go adds to detectron2's config and a plan may change.
 _D2GO_ONLY_SECTIONS = ("QUANTIZATION.", "MODEL_EMA.")
+# Device memory in GiB that many GPUs have.
+_USUAL_GIB = (8, 11, 16, 24, 40, 80)
 
 
 def to_table(plan: Plan) -> str:
@@ -85,3 +88,43 @@ def _nest(target: dict[str, Any], key: str, value: Any) -> None:
     for part in parents:
         target = target.setdefault(part, {})
     target[last] = list(value) if isinstance(value, tuple) else value
+
+
+def profiles_table(profiles: Sequence[MemoryProfile], fraction: float) -> str:
+    """Return what the profiles say.
+
+    Args:
+        profiles: at least one.
+        fraction: part of a device's memory that a prediction may fill.
+    """
+    parts = []
+    for profile in profiles:
+        lines = [f"{profile.source}: {profile.description}", "", _points(profile), ""]
+        part = profile.part_to_fill(fraction)
+        fits = [(f"{gib} GiB", profile.largest_ims_per_gpu(gib * part * GIB)) for gib in _USUAL_GIB]
+        header = f"images per GPU in {part:g} of the memory"
+        lines.append(tabulate(fits, headers=["GPU", header], tablefmt="pipe"))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _points(profile: MemoryProfile) -> str:
+    rows = [
+        (
+            point.ims_per_gpu,
+            _gib(point.live_bytes),
+            _gib(point.reserved_bytes),
+            "" if point.needed_bytes is None else _gib(point.needed_bytes),
+            _gib(profile.peak_bytes(point.ims_per_gpu)),
+        )
+        for point in profile.points
+    ]
+    headers = [
+        *("images per GPU", "live GiB", "reserved GiB", "needed GiB"),
+        f"with {_gib(profile.context_bytes)} GiB for the runtime",
+    ]
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f}"

@@ -5,25 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 from d2scale.config.keys import get_key
+from d2scale.config.value_rules import Rule, is_number, is_whole, judge, number, whole
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.coverage import (
     DEFAULT_ENGINE,
     choose_profile,
     coverage,
     find_profile,
-    variant,
+    find_variants,
+    name_of_variant,
 )
-from d2scale.planning.memory_profile import GIB, MemoryProfile, load_profiles
+from d2scale.planning.memory_profile import GIB, MemoryProfile, load_profiles, shipped_profiles
 from d2scale.planning.methods import method_of
-from d2scale.planning.profile_tables import name_of_variant
-from d2scale.planning.shipped import shipped_profiles
 
 # Sides of padded images are multiples of it.
 _SIZE_STEP = 32
+
+BUDGET, _IMS_PER_GPU = "D2SCALE.MEMORY.BUDGET_GIB", "D2SCALE.IMS_PER_GPU"
+FRACTION = number("D2SCALE.MEMORY.FRACTION", above=0, most=1)
+SHORT_EDGES = Rule(
+    "INPUT.MIN_SIZE_TRAIN",
+    "one or more whole numbers of pixels, 0 for no resizing",
+    lambda edges: bool(edges) and all(is_whole(edge) and edge >= 0 for edge in edges),
+)
+
+
+def budget_rule(device_gib: float | None) -> Rule:
+    """Return the rule of ``D2SCALE.MEMORY.BUDGET_GIB`` on a device of ``device_gib``, if any."""
+    most, allowed = math.inf, "above 0 GiB"
+    if device_gib is not None:
+        most, allowed = device_gib, f"{allowed}, at most the {device_gib:.2f} GiB of the device"
+    return Rule(BUDGET, allowed, lambda gib: is_number(gib) and 0 < gib <= most)
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class Hardware:
         budget_gib: device memory of one GPU in GiB that may be used, None if unknown.
         profile: what training needs of it, None if unknown.
         ims_per_gpu: images in one forward and backward of one GPU, 0 to decide.
-        alternatives: profiles of the same recipe in float32 and with AMP, without and with
+        variants: profiles of the same recipe in float32 and with AMP, without and with
             activation checkpointing, as far as they are known; ``profile`` is one of them.
         short_edge: largest ``INPUT.MIN_SIZE_TRAIN`` in pixels, 0 if unknown.
         fraction: part of the budget that a prediction may fill.
@@ -45,7 +60,7 @@ class Hardware:
     budget_gib: float | None = None
     profile: MemoryProfile | None = None
     ims_per_gpu: int = 0
-    alternatives: tuple[MemoryProfile, ...] = ()
+    variants: tuple[MemoryProfile, ...] = ()
     short_edge: int = 0
     fraction: float = 1.0
 
@@ -57,7 +72,6 @@ class Hardware:
         *,
         budget_gib: float | None = None,
         device_gib: float | None = None,
-        profile: MemoryProfile | None = None,
         profile_path: str | None = None,
         ims_per_gpu: int | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -65,55 +79,33 @@ class Hardware:
     ) -> Hardware:
         """Combine what the caller says with the ``D2SCALE`` keys; the caller wins.
 
-        Without a profile of the caller's, the one that comes with d2scale is taken, if there is
-        one for this recipe.
-
         Args:
             cfg: a detectron2, d2go or d2scale config.
             world_size: ranks.
-            budget_gib: device memory of one GPU to plan for; None: ``MEMORY.BUDGET_GIB``, or
-                all of ``device_gib``.
-            device_gib: what the device has, None if it is not at hand.
-            profile: as measured or predicted for ``cfg``.
-            profile_path: a file of profiles; None: ``MEMORY.PROFILE``.
-            ims_per_gpu: None: ``IMS_PER_GPU``.
+            budget_gib, profile_path, ims_per_gpu: None takes the key of that name.
+            device_gib: memory of the GPU at hand, which is the budget if none is asked for.
             settings: what the recipe sets that ``cfg`` may not know, by dotted key.
             engine: what trains it; a profile holds for one engine.
 
         Raises:
-            ConfigError: for values out of range or a profile that cannot be read or belongs to
-                another recipe.
+            ConfigError: for values out of range, or a profile that is unreadable or of another
+                recipe.
         """
         if ims_per_gpu is None:
-            ims_per_gpu = get_key(cfg, "D2SCALE.IMS_PER_GPU", 0)
-        fraction = get_key(cfg, "D2SCALE.MEMORY.FRACTION", 1.0)
-        configured = get_key(cfg, "D2SCALE.MEMORY.BUDGET_GIB", 0.0)
-        asked = configured or None if budget_gib is None else budget_gib
-        _check(
-            ("number of GPUs", world_size, world_size >= 1, "1 or more"),
-            ("D2SCALE.MEMORY.FRACTION", fraction, 0 < fraction <= 1, "above 0, at most 1"),
-            ("D2SCALE.IMS_PER_GPU", ims_per_gpu, ims_per_gpu >= 0, "0 (decide) or more"),
-            _budget_check(asked, device_gib),
-        )
-        budget = device_gib if asked is None else asked
+            ims_per_gpu = get_key(cfg, _IMS_PER_GPU, 0)
+        if budget_gib is None:
+            budget_gib = get_key(cfg, BUDGET, 0.0) or device_gib
+        _check(cfg, world_size, ims_per_gpu, budget_gib, device_gib)
         path = profile_path or get_key(cfg, "D2SCALE.MEMORY.PROFILE", "")
-        known: Sequence[MemoryProfile] = ()
-        if profile is None:
-            covers = coverage(cfg, settings, engine)
-            if path:
-                known = load_profiles(path)
-                profile = choose_profile(known, covers, path)
-            else:
-                known = shipped_profiles()
-                profile = find_profile(known, covers)
+        known, profile = _profiles(path, coverage(cfg, settings, engine))
         return cls(
             world_size,
-            budget,
+            budget_gib,
             profile,
             ims_per_gpu,
-            _alternatives(known, profile),
-            max(get_key(cfg, "INPUT.MIN_SIZE_TRAIN", (0,))),
-            fraction,
+            find_variants(known, profile),
+            max(get_key(cfg, SHORT_EDGES.key, (0,))),
+            get_key(cfg, FRACTION.key, 1.0),
         )
 
     @classmethod
@@ -130,47 +122,45 @@ class Hardware:
     ) -> Hardware:
         """Return the hardware of a run that begins now, with a profile where its plan needs one.
 
-        ``max_memory`` without ``IMS_PER_GPU`` and ``MEMORY.PROFILE`` needs one: on a device it
-        is measured, unless ``MEMORY.PROBE`` is False; otherwise a shipped one is taken, or else
-        it is predicted.
+        ``max_memory`` without ``IMS_PER_GPU`` and ``MEMORY.PROFILE`` needs one. On a GPU it is
+        made, unless ``MEMORY.PROBE`` is False; otherwise only if no shipped one fits.
 
         Args:
-            cfg: a detectron2, d2go or d2scale config.
-            world_size: ranks.
+            cfg, world_size, device_gib, engine: see :meth:`from_cfg`.
             method: one of ``METHODS``; None: the one that ``SOLVER.AUTO_SCALING_METHODS`` names.
-            device_gib: memory of the GPU, None on a CPU.
-            engine: what trains; a profile holds for one engine.
-            make_profile: measures or predicts ``cfg``. Called only if the plan needs a profile,
-                which is the same on all ranks that are given the same arguments. None: the run
-                ends with other faults anyhow, so one image per GPU is planned instead.
-            make_variants: profiles of the other precisions and of activation checkpointing, for
-                advice. Called only if ``make_profile`` leaves no room for one image.
+            make_profile: measures or predicts ``cfg``; called on all ranks that are given the
+                same arguments or on none. None: the run ends with other faults anyhow, so one
+                image per GPU is planned instead.
+            make_variants: profiles of other precisions and of activation checkpointing, for
+                advice; called only if ``make_profile`` leaves no room for one image.
 
         Raises:
             ConfigError: see :meth:`from_cfg`; and what the two functions raise.
         """
         hardware = cls.from_cfg(cfg, world_size, device_gib=device_gib, engine=engine)
-        if (method or method_of(cfg.SOLVER.AUTO_SCALING_METHODS)) != "max_memory":
-            return hardware
-        memory = cfg.D2SCALE.MEMORY
-        if hardware.ims_per_gpu or memory.PROFILE or hardware.budget_gib is None:
-            return hardware
-        measures = device_gib is not None and memory.PROBE
-        if hardware.profile is not None and not measures:
+        if not hardware._needs_profile(cfg, method, on_gpu=device_gib is not None):
             return hardware
         if make_profile is None:
             return replace(hardware, ims_per_gpu=1)
-        hardware = replace(hardware, profile=make_profile(), alternatives=())
+        hardware = replace(hardware, profile=make_profile(), variants=())
         if make_variants is None or hardware.holds_one_image():
             return hardware
-        return replace(hardware, alternatives=tuple(make_variants()))
+        return replace(hardware, variants=tuple(make_variants()))
+
+    def _needs_profile(self, cfg: Any, method: str | None, *, on_gpu: bool) -> bool:
+        if method is None:
+            method = method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
+        if method != "max_memory" or self.ims_per_gpu or self.budget_gib is None:
+            return False
+        memory = cfg.D2SCALE.MEMORY
+        return not memory.PROFILE and (self.profile is None or (on_gpu and memory.PROBE))
 
     @property
     def room_gib(self) -> float | None:
         """What a plan may fill: all of the budget if it was measured, else ``fraction`` of it."""
         if self.budget_gib is None or self.profile is None:
             return self.budget_gib
-        return self.budget_gib * self.profile.share_to_fill(self.fraction)
+        return self.budget_gib * self.profile.part_to_fill(self.fraction)
 
     def largest_fit(self, *, accumulates: bool = False) -> int | None:
         """Return the most images per GPU that fit, None if that cannot be said.
@@ -194,53 +184,48 @@ class Hardware:
 
     def holds_one_image(self) -> bool:
         """Tell whether one image per GPU fits; there must be a profile and a budget."""
-        assert self.profile is not None
         assert self.room_gib is not None
-        return self._peak(self.profile, 1) <= self.room_gib * GIB
+        return self._peak(1) <= self.room_gib * GIB
 
     def peak_gib(self, ims_per_gpu: int, *, accumulates: bool) -> float | None:
         """Return the device memory of one rank's step in GiB, None if unknown."""
-        if self.profile is None:
-            return None
-        return self._peak(self.profile, ims_per_gpu, accumulates) / GIB
+        return None if self.profile is None else self._peak(ims_per_gpu, accumulates) / GIB
 
-    def _peak(self, profile: MemoryProfile, ims_per_gpu: float, accumulates: bool = False) -> int:
-        return profile.peak_bytes(ims_per_gpu, world_size=self.world_size, accumulates=accumulates)
+    def _peak(self, ims_per_gpu: float, accumulates: bool = False) -> int:
+        assert self.profile is not None
+        return self.profile.peak_bytes(
+            ims_per_gpu, world_size=self.world_size, accumulates=accumulates
+        )
 
     def _nothing_fits(self) -> Fault:
         """Say by how much one image is too large, and what would make it fit."""
         assert self.profile is not None
         assert self.budget_gib is not None
-        share = self.profile.share_to_fill(self.fraction)
-        image_gib = self._peak(self.profile, 1) / GIB
-        needed_gib = image_gib / share
+        part = self.profile.part_to_fill(self.fraction)
+        image_gib = self._peak(1) / GIB
+        needed_gib = image_gib / part
         allowed = f"at least the {image_gib:.2f} GiB of one image"
-        if share < 1:
+        if part < 1:
             allowed = (
-                f"at least {needed_gib:.2f}, for D2SCALE.MEMORY.FRACTION of it, {share:g}, has to "
+                f"at least {needed_gib:.2f}, for {FRACTION.key} of it, {part:g}, has to "
                 f"hold the {image_gib:.2f} GiB of one image"
             )
-        return Fault(
-            "D2SCALE.MEMORY.BUDGET_GIB",
-            round(self.budget_gib, 2),
-            allowed,
-            f"{needed_gib - self.budget_gib:.2f} GiB are missing; {self._ways_to_fit()}",
-        )
+        missing = f"{needed_gib - self.budget_gib:.2f} GiB are missing"
+        advice = f"{missing}; {self._ways_to_fit()}"
+        return Fault(BUDGET, round(self.budget_gib, 2), allowed, advice)
 
     def _ways_to_fit(self) -> str:
         """Say which other choice would make one image fit."""
-        others = [replace(self, profile=other) for other in self.alternatives]
         ways = [
-            f"{name_of_variant(other.profile)} ({other._peak(other.profile, 1) / GIB:.2f} GiB)"
-            for other in others
-            if other.profile is not None and other.holds_one_image()
+            f"{name_of_variant(variant.covers)} ({other._peak(1) / GIB:.2f} GiB)"
+            for variant in self.variants
+            if (other := replace(self, profile=variant)).holds_one_image()
         ]
-        smaller = self._smaller_short_edge()
-        if smaller:
+        if smaller := self._smaller_short_edge():
             ways.append(f"INPUT.MIN_SIZE_TRAIN of about {smaller}, MAX_SIZE_TRAIN in proportion")
         if ways:
             return "what would fit: " + ", or ".join(ways)
-        if self.alternatives:
+        if self.variants:
             return "no precision, activation checkpointing or INPUT size would make it fit"
         return (
             "try SOLVER.AMP.ENABLED or D2SCALE.ACTIVATION_CHECKPOINTING, and give that "
@@ -249,46 +234,31 @@ class Hardware:
 
     def _smaller_short_edge(self) -> int:
         """The short edge at which one image fits, its bytes going with its area; 0: none."""
-        assert self.profile is not None
         assert self.room_gib is not None
         for edge in range(self.short_edge - _SIZE_STEP, _SIZE_STEP, -_SIZE_STEP):
-            area = math.pow(edge / self.short_edge, 2)
-            if self._peak(self.profile, area) <= self.room_gib * GIB:
+            if self._peak((edge / self.short_edge) ** 2) <= self.room_gib * GIB:
                 return edge // _SIZE_STEP * _SIZE_STEP
         return 0
 
 
-def _alternatives(
-    known: Sequence[MemoryProfile], profile: MemoryProfile | None
-) -> tuple[MemoryProfile, ...]:
-    if profile is None or not profile.covers:
-        return ()
-    choices = product((False, True), repeat=2)
-    wanted = (variant(profile.covers, amp=a, checkpointing=c) for a, c in choices)
-    found = (find_profile(known, covers) for covers in wanted)
-    return tuple(each for each in found if each is not None)
-
-
-def _budget_check(asked: float | None, device_gib: float | None) -> tuple[str, object, bool, str]:
-    most = math.inf if device_gib is None else device_gib
-    allowed = "above 0 GiB"
-    if device_gib is not None:
-        allowed += f", at most the {device_gib:.2f} GiB of the device"
-    return (
-        "D2SCALE.MEMORY.BUDGET_GIB",
-        asked,
-        asked is None or _positive_up_to(asked, most),
-        allowed,
-    )
-
-
-def _positive_up_to(asked: float, most: float) -> bool:
-    return math.isfinite(asked) and 0 < asked <= most
-
-
-def _check(*checks: tuple[str, object, bool, str]) -> None:
-    faults = [
-        Fault(key, value, allowed, "correct it") for key, value, ok, allowed in checks if not ok
-    ]
+def _check(
+    cfg: Any, world_size: int, ims_per_gpu: int, budget_gib: float | None, device_gib: float | None
+) -> None:
+    faults = whole("number of GPUs", 1).faults(world_size)
+    faults += whole(_IMS_PER_GPU, 0, advice="set it to 0 to have it decided").faults(ims_per_gpu)
+    faults += judge(cfg, (FRACTION, SHORT_EDGES))
+    if budget_gib is not None:
+        faults += budget_rule(device_gib).faults(budget_gib)
     if faults:
         raise ConfigError(faults)
+
+
+def _profiles(
+    path: str, covers: Mapping[str, Any]
+) -> tuple[Sequence[MemoryProfile], MemoryProfile | None]:
+    """Return the profiles of a file, or the shipped ones, and the one that holds for ``covers``."""
+    if path:
+        known = load_profiles(path)
+        return known, choose_profile(known, covers, path)
+    known = shipped_profiles()
+    return known, find_profile(known, covers)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +80,7 @@ class MemoryProfile:
     covers: Mapping[str, Any] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
 
-    def share_to_fill(self, fraction: float) -> float:
+    def part_to_fill(self, fraction: float) -> float:
         """Return the part of a budget that a plan may fill, ``fraction`` being a prediction's.
 
         Measuring fills a budget with the worst batches that there can be, and needs no margin.
@@ -184,13 +187,22 @@ def load_profiles(path: str) -> tuple[MemoryProfile, ...]:
     except ValueError as error:
         raise _fault(path, "JSON", f"mend it ({error})") from error
     if isinstance(content, list) and content:
-        return tuple(MemoryProfile.from_json(each, path) for each in content)
+        return tuple(MemoryProfile.from_json(entry, path) for entry in content)
     return (MemoryProfile.from_json(content, path),)
 
 
-def load_profile(path: str) -> MemoryProfile:
-    """Read the first memory profile of a JSON file; see :func:`load_profiles`."""
-    return load_profiles(path)[0]
+@cache
+def shipped_profiles() -> tuple[MemoryProfile, ...]:
+    """Return the profiles that the installed projects bring with them.
+
+    The entry points ``d2scale.memory_profiles`` name packages that hold JSON files of profiles.
+    """
+    profiles: list[MemoryProfile] = []
+    for entry in entry_points(group="d2scale.memory_profiles"):
+        files = importlib.resources.files(entry.value).iterdir()
+        for path in sorted(str(file) for file in files if file.name.endswith(".json")):
+            profiles += load_profiles(path)
+    return tuple(profiles)
 
 
 def dump_profiles(profiles: Sequence[MemoryProfile]) -> str:

@@ -21,8 +21,8 @@ def split_evenly(total: int, parts: int) -> tuple[int, ...]:
     >>> split_evenly(16, 3)
     (6, 5, 5)
     """
-    share, rest = divmod(total, parts)
-    return tuple(share + (part < rest) for part in range(parts))
+    least, rest = divmod(total, parts)
+    return tuple(least + (part < rest) for part in range(parts))
 
 
 def micro_batch_sizes(total: int, world_size: int, ims_per_gpu: int) -> tuple[tuple[int, ...], ...]:
@@ -39,8 +39,21 @@ def micro_batch_sizes(total: int, world_size: int, ims_per_gpu: int) -> tuple[tu
     >>> micro_batch_sizes(16, 3, 4)
     ((3, 3), (3, 2), (3, 2))
     """
-    shares = split_evenly(total, world_size)
-    return tuple(split_evenly(share, -(-share // ims_per_gpu)) for share in shares)
+    of_ranks = split_evenly(total, world_size)
+    return tuple(split_evenly(images, -(-images // ims_per_gpu)) for images in of_ranks)
+
+
+def micro_batch_counts(images: int, ims_per_gpu: int) -> tuple[int, ...]:
+    """Return the numbers of micro-batches that :func:`micro_batch_sizes` can make.
+
+    Args:
+        images: of one rank in one optimizer step.
+        ims_per_gpu: most images that one micro-batch may hold.
+
+    >>> micro_batch_counts(5, 4)
+    (2, 3, 5)
+    """
+    return tuple(sorted({-(-images // size) for size in range(1, min(images, ims_per_gpu) + 1)}))
 
 
 def resolve_lr_rule(rule: str, optimizer: str) -> str:

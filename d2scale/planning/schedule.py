@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from d2scale.config.defaults import QAT_ITERATION_KEYS
 from d2scale.config.keys import get_key
+from d2scale.config.value_rules import Rule, is_whole, judge, number, whole
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
 
@@ -20,6 +22,26 @@ ITERATION_KEYS = (
     "TEST.EVAL_PERIOD",
     *(f"QUANTIZATION.QAT.{key}" for key in QAT_ITERATION_KEYS),
 )
+
+
+def _are_moments(steps: Sequence[int]) -> bool:
+    return all(map(is_whole, steps)) and all(a < b for a, b in pairwise([0, *steps]))
+
+
+_RULES = (
+    whole(
+        "SOLVER.REFERENCE_WORLD_SIZE",
+        1,
+        advice="set it to the number of GPUs that the recipe was written for",
+    ),
+    whole("SOLVER.IMS_PER_BATCH", 1, advice="set the recipe's total batch"),
+    number("SOLVER.BASE_LR", above=0, advice="set the recipe's learning rate"),
+    number("SOLVER.BASE_LR_END", least=0, advice="set it to 0"),
+    whole("SOLVER.MAX_ITER", 1, advice="set the recipe's length"),
+    Rule("SOLVER.STEPS", "iterations from 1, strictly increasing", _are_moments),
+    *(whole(key, 0, advice="set it to 0 for never") for key in ITERATION_KEYS),
+)
+_EMA_DECAY = number("MODEL_EMA.DECAY", least=0, most=1, advice="set it to 0.999")
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,7 @@ class Schedule:
 
     @classmethod
     def from_cfg(cls, cfg: Any) -> Schedule:
-        """Read the schedule of a detectron2, d2go or d2scale config.
+        """Read the schedule of a detectron2, d2go or d2scale config without faults.
 
         Keys that the engine does not have (QAT in detectron2, say) are left out.
         """
@@ -132,72 +154,39 @@ class Schedule:
             "use a smaller batch (D2SCALE.MAX_IMS_PER_BATCH) or fewer SOLVER.STEPS",
         )
 
-    def faults(self) -> list[Fault]:
-        """Return everything that makes this schedule meaningless."""
-        found = [*self._batch_faults(), *self._rate_faults(), *self._step_faults()]
-        for key, count in self.iterations.items():
-            if count < 0:
-                found.append(Fault(key, count, "0 (never) or more iterations", "set it to 0"))
-        return found
 
-    def _batch_faults(self) -> list[Fault]:
-        found = []
-        if self.reference_world_size < 1:
-            found.append(
-                Fault(
-                    "SOLVER.REFERENCE_WORLD_SIZE",
-                    self.reference_world_size,
-                    "1 or more",
-                    "set it to the number of GPUs that the recipe was written for",
-                )
-            )
-        if self.ims_per_batch < max(1, self.reference_world_size):
-            found.append(
-                Fault(
-                    "SOLVER.IMS_PER_BATCH",
-                    self.ims_per_batch,
-                    f"at least one image for each of SOLVER.REFERENCE_WORLD_SIZE = "
-                    f"{self.reference_world_size} GPUs",
-                    "set REFERENCE_WORLD_SIZE to the number of GPUs that the recipe was "
-                    "written for (8 when the config leaves it out)",
-                )
-            )
-        return found
+def schedule_faults(cfg: Any) -> list[Fault]:
+    """Return everything that makes the schedule of ``cfg`` meaningless."""
+    ema = get_key(cfg, "MODEL_EMA.ENABLED", False)
+    faults = judge(cfg, (*_RULES, _EMA_DECAY) if ema else _RULES)
+    # Keys are compared only where each is right by itself.
+    wrong = {fault.key for fault in faults}
+    solver = cfg.SOLVER
+    if not wrong & {"SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"}:
+        faults += _smallest_batch(solver.REFERENCE_WORLD_SIZE).faults(solver.IMS_PER_BATCH)
+    if not wrong & {"SOLVER.STEPS", "SOLVER.MAX_ITER"}:
+        faults += _latest_step(solver.MAX_ITER).faults(solver.STEPS)
+    return faults
 
-    def _rate_faults(self) -> list[Fault]:
-        found = []
-        if not 0 < self.base_lr < float("inf"):
-            found.append(
-                Fault("SOLVER.BASE_LR", self.base_lr, "above 0", "set the recipe's learning rate")
-            )
-        if not 0 <= self.base_lr_end < float("inf"):
-            found.append(Fault("SOLVER.BASE_LR_END", self.base_lr_end, "0 or more", "set it to 0"))
-        if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
-            found.append(
-                Fault("MODEL_EMA.DECAY", self.ema_decay, "between 0 and 1", "set it to 0.999")
-            )
-        return found
 
-    def _step_faults(self) -> list[Fault]:
-        found = []
-        if self.max_iter < 1:
-            found.append(
-                Fault("SOLVER.MAX_ITER", self.max_iter, "1 or more", "set the recipe's length")
-            )
-        rising = all(a < b for a, b in zip(self.steps, self.steps[1:], strict=False))
-        if any(not isinstance(step, int) or step < 1 for step in self.steps):
-            allowed, advice = "iterations of 1 or more", "correct them"
-        elif not rising:
-            allowed, advice = "strictly increasing", "put them in order"
-        elif self.max_iter >= 1 and self.steps and self.steps[-1] >= self.max_iter:
-            allowed = f"below SOLVER.MAX_ITER = {self.max_iter}"
-            advice = (
-                "raise MAX_ITER, or remove the steps that are never reached "
-                "(none at all: SOLVER.STEPS '()')"
-            )
-        else:
-            return found
-        return [*found, Fault("SOLVER.STEPS", self.steps, allowed, advice)]
+def _smallest_batch(reference_world_size: int) -> Rule:
+    return Rule(
+        "SOLVER.IMS_PER_BATCH",
+        f"at least one image for each of SOLVER.REFERENCE_WORLD_SIZE = {reference_world_size} GPUs",
+        lambda images: images >= reference_world_size,
+        "set REFERENCE_WORLD_SIZE to the number of GPUs that the recipe was written for "
+        "(8 when the config leaves it out)",
+    )
+
+
+def _latest_step(max_iter: int) -> Rule:
+    return Rule(
+        "SOLVER.STEPS",
+        f"below SOLVER.MAX_ITER = {max_iter}",
+        lambda steps: not steps or steps[-1] < max_iter,
+        "raise MAX_ITER, or remove the steps that are never reached "
+        "(none at all: SOLVER.STEPS '()')",
+    )
 
 
 def differences(old: Schedule, new: Schedule) -> dict[str, tuple[Any, Any]]:

@@ -25,7 +25,7 @@ def test_a_published_recipe_needs_no_profile_of_the_users(recipe):
     hardware = Hardware.from_cfg(cfg, 2, budget_gib=16.0, settings=settings)
     assert hardware.profile is not None
     assert hardware.profile.covers["MODEL.RESNETS.DEPTH"] == 50
-    assert len(hardware.alternatives) == 4
+    assert len(hardware.variants) == 4
     plan = make_plan(cfg, hardware, method="max_memory")
     assert plan.ims_per_gpu > 8
     assert plan.predicted_peak_gib < 0.95 * 16
@@ -70,7 +70,7 @@ def test_without_a_budget_the_device_is_filled(recipe):
 @pytest.mark.parametrize(("source", "room"), [("predicted", 9.5), ("measured", 10.0)])
 def test_a_prediction_keeps_a_margin_and_a_measurement_needs_none(recipe, source, room):
     made = replace(profile(1, 1), source=source)
-    hardware = Hardware.from_cfg(recipe[0], 1, device_gib=10.0, profile=made)
+    hardware = replace(Hardware.from_cfg(recipe[0], 1, device_gib=10.0), profile=made)
     assert hardware.room_gib == room
     assert hardware.largest_fit() == int(room) - 1
 
@@ -98,7 +98,7 @@ def ways(budget_gib, **gib_of_one_image):
         for name, (amp, checkpointing) in choices.items()
     }
     hardware = Hardware(
-        1, budget_gib, profiles["float32"], alternatives=tuple(profiles.values()), short_edge=800
+        1, budget_gib, profiles["float32"], variants=tuple(profiles.values()), short_edge=800
     )
     with pytest.raises(ConfigError) as raised:
         hardware.largest_fit()
@@ -187,9 +187,9 @@ def test_a_run_that_ends_with_faults_makes_no_profile(recipes):
 
 def test_variants_are_asked_for_only_where_not_one_image_fits(recipes):
     cfg = filling(recipes)
-    assert for_training(cfg, lambda: MADE, make_variants=never).alternatives == ()
+    assert for_training(cfg, lambda: MADE, make_variants=never).variants == ()
     tight = for_training(cfg, lambda: profile(16, 1), make_variants=lambda: [MADE])
-    assert tight.alternatives == (MADE,)
+    assert tight.variants == (MADE,)
 
 
 def test_a_total_batch_beyond_the_dataset_is_refused_if_it_was_chosen_here(recipes):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2scale.errors import ConfigError
-from d2scale.planning.memory_profile import MemoryProfile, Phase, load_profile
+from d2scale.planning.memory_profile import MemoryProfile, Phase, load_profiles
 
 sizes = st.integers(0, 2**40)
 
@@ -30,7 +30,7 @@ def test_a_file_comes_back_as_it_was(tmp_path):
     profile = MemoryProfile((Phase("backward", 10, 5),), "predicted", "R-50 at 800x1333")
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(profile.to_json()))
-    assert load_profile(str(path)) == profile
+    assert load_profiles(str(path)) == (profile,)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def test_what_is_no_profile_is_refused_in_one_line(tmp_path, content, message):
     path = tmp_path / "profile.json"
     path.write_text(content)
     with pytest.raises(ConfigError, match=message) as raised:
-        load_profile(str(path))
+        load_profiles(str(path))
     assert "\n" not in str(raised.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.json"):
-        load_profile(str(tmp_path / "nowhere.json"))
+        load_profiles(str(tmp_path / "nowhere.json"))

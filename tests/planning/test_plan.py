@@ -111,7 +111,7 @@ def test_the_budget_keeps_back_what_fraction_says(recipes):
     cfg, _ = load_recipe(str(recipes / "experiment-1-baseline.yaml"))
     cfg.D2SCALE.MEMORY.FRACTION = 0.5
     predicted = replace(PROFILE, source="predicted")
-    assert Hardware.from_cfg(cfg, 1, budget_gib=16.0, profile=predicted).room_gib == 8.0
+    assert replace(Hardware.from_cfg(cfg, 1, budget_gib=16.0), profile=predicted).room_gib == 8.0
 
 
 @pytest.mark.parametrize(
@@ -207,3 +207,35 @@ def test_json_has_the_documented_keys(recipes):
     ]
     assert content["changes"] == {"SOLVER.REFERENCE_WORLD_SIZE": [2, 1]}
     assert content["predicted_peak_gib"] is None
+
+
+def test_as_many_micro_batches_are_taken_as_asked_or_none(recipes):
+    path = recipes / "experiment-1-baseline.yaml"
+
+    def micro_batches(steps, *opts, images=5, method="keep_total"):
+        batch = ("SOLVER.REFERENCE_WORLD_SIZE", "1", "SOLVER.IMS_PER_BATCH", str(images))
+        asked = ("D2SCALE.ACCUMULATION_STEPS", str(steps), *batch, *opts)
+        return plan_of(path, 1, method, asked).accumulation_steps
+
+    for steps in (1, 2, 3, 5):
+        assert micro_batches(steps) == steps
+    with pytest.raises(ConfigError, match=r"ACCUMULATION_STEPS is 4; allowed: 3 or 5 with 5 imag"):
+        micro_batches(4)
+    # Where a cap leaves fewer images than fit into the memory, too.
+    filled = ("D2SCALE.IMS_PER_GPU", "8", "D2SCALE.MAX_IMS_PER_BATCH")
+    assert micro_batches(4, *filled, "20", method="max_memory") == 4
+    with pytest.raises(ConfigError, match="allowed: 3 or 5 with 5 images"):
+        micro_batches(4, *filled, "5", method="max_memory")
+
+
+def test_a_plan_cut_by_an_out_of_memory_error_is_that_of_the_real_micro_batches(recipes):
+    path = recipes / "experiment-1-baseline.yaml"
+    plan = plan_of(path, 2, opts=("SOLVER.IMS_PER_BATCH", "10"))
+    cut = plan.with_smaller_micro_batches(4)
+    assert (plan.ims_per_gpu, cut.ims_per_gpu, cut.accumulation_steps) == (5, 3, 2)
+    assert cut.notes[:-1] == plan.notes
+
+
+def test_an_empty_method_is_no_method(recipes):
+    with pytest.raises(ConfigError, match="per_gpu, keep_total, max_memory"):
+        plan_of(recipes / "experiment-1-baseline.yaml", 1, "")

@@ -105,3 +105,12 @@ def test_auto_follows_the_optimizer(optimizer, expected):
 def test_an_uneven_split_puts_the_larger_shares_first():
     assert rules.split_evenly(16, 3) == (6, 5, 5)
     assert rules.micro_batch_sizes(16, 3, 4) == ((3, 3), (3, 2), (3, 2))
+
+
+@given(st.integers(1, 500), st.integers(1, 64))
+def test_the_numbers_of_micro_batches_are_those_that_can_be_made(images, ims_per_gpu):
+    made = {len(rules.micro_batch_sizes(images, 1, size)[0]) for size in range(1, ims_per_gpu + 1)}
+    counts = rules.micro_batch_counts(images, ims_per_gpu)
+    assert counts == tuple(sorted(made))
+    for count in counts:
+        assert len(rules.micro_batch_sizes(images, 1, -(-images // count))[0]) == count

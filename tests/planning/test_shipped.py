@@ -9,7 +9,7 @@ from d2scale.cli import main
 from d2scale.config import load_cfg, load_recipe
 from d2scale.engine.memory.predictions import predict_profile
 from d2scale.planning.coverage import coverage, find_profile
-from d2scale.planning.shipped import shipped_profiles
+from d2scale.planning.memory_profile import shipped_profiles
 
 
 @pytest.mark.parametrize("amp", ["False", "True"])

@@ -6,7 +6,6 @@ image of a step will have is known without opening a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +13,10 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from d2scale.coco.sizes import output_size
+from d2scale.config.value_rules import Rule, judge, one_of, whole
 from d2scale.engine.data.sampling import Draw, uniform_numbers
 from d2scale.errors import ConfigError, Fault
+from d2scale.planning.hardware import SHORT_EDGES
 
 FORMATS = ("BGR", "RGB")
 FLIPS = ("horizontal", "none")
@@ -112,28 +113,32 @@ def transform_boxes(
 
 
 def _raise_faults(cfg: CfgNode) -> None:
-    if faults := list(input_faults(cfg)):
+    if faults := input_faults(cfg):
         raise ConfigError(faults)
 
 
-def input_faults(cfg: CfgNode) -> Iterable[Fault]:
-    """Yield what the data side cannot do, or not make sense of, in ``INPUT``."""
-    inputs = cfg.INPUT
-    for key, choices in (
-        ("FORMAT", FORMATS),
-        ("RANDOM_FLIP", FLIPS),
-        ("MIN_SIZE_TRAIN_SAMPLING", SAMPLINGS),
+_RULES = (
+    one_of("INPUT.FORMAT", FORMATS),
+    one_of("INPUT.RANDOM_FLIP", FLIPS),
+    one_of("INPUT.MIN_SIZE_TRAIN_SAMPLING", SAMPLINGS),
+    SHORT_EDGES,
+    whole("INPUT.MIN_SIZE_TEST", 0),
+    whole("INPUT.MAX_SIZE_TRAIN", 1),
+    whole("INPUT.MAX_SIZE_TEST", 1),
+)
+_RANGE = Rule(
+    SHORT_EDGES.key,
+    "(smallest, largest)",
+    lambda edges: len(edges) == 2 and edges[0] <= edges[1],
+    "correct it, or set INPUT.MIN_SIZE_TRAIN_SAMPLING to choice",
+)
+
+
+def input_faults(cfg: CfgNode) -> list[Fault]:
+    """Return what the data side cannot do, or not make sense of, in ``INPUT``."""
+    faults = judge(cfg, _RULES)
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and not SHORT_EDGES.faults(
+        cfg.INPUT.MIN_SIZE_TRAIN
     ):
-        if inputs[key] not in choices:
-            yield Fault(f"INPUT.{key}", inputs[key], ", ".join(choices), "choose one of them")
-    sizes = tuple(inputs.MIN_SIZE_TRAIN)
-    if not sizes or any(not isinstance(size, int) or size < 0 for size in sizes):
-        allowed = "one or more whole numbers of pixels, 0 for no resizing"
-        yield Fault("INPUT.MIN_SIZE_TRAIN", sizes, allowed, "correct it")
-    elif inputs.MIN_SIZE_TRAIN_SAMPLING == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
-        advice = "correct it, or set INPUT.MIN_SIZE_TRAIN_SAMPLING to choice"
-        yield Fault("INPUT.MIN_SIZE_TRAIN", sizes, "(smallest, largest)", advice)
-    for key, smallest in (("MIN_SIZE_TEST", 0), ("MAX_SIZE_TRAIN", 1), ("MAX_SIZE_TEST", 1)):
-        if inputs[key] < smallest:
-            allowed = f"a whole number of pixels from {smallest}"
-            yield Fault(f"INPUT.{key}", inputs[key], allowed, "correct it")
+        faults += judge(cfg, (_RANGE,))
+    return faults

@@ -126,7 +126,7 @@ def _refuse_too_small(
         ranks(),
         budget_gib,
         on_device(predicted),
-        alternatives=tuple(map(on_device, variants)),
+        variants=tuple(map(on_device, variants)),
         short_edge=max(cfg.INPUT.MIN_SIZE_TRAIN),
     ).largest_fit()
 

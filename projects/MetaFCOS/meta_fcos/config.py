@@ -7,14 +7,25 @@ from __future__ import annotations
 
 from typing import Any
 
+# Keys and sections that decide what the losses and the detections are, not how much memory
+# training takes.
+_WITHOUT_MEMORY = (
+    "MODEL.META_LEARN",
+    "MODEL.TFA",
+    "MODEL.BACKBONE.FREEZE",
+    "MODEL.FCOS.CENTER_SAMPLE",
+    "MODEL.FCOS.POS_RADIUS",
+    "MODEL.FCOS.SIZES_OF_INTEREST",
+)
 
-def add_meta_fcos_config(cfg: Any) -> None:
-    """Add the keys of MetaFCOS to ``cfg``, in place.
+
+def add_meta_fcos_config(cfg: Any) -> tuple[str, ...]:
+    """Add the keys of MetaFCOS to ``cfg``, in place; return those without influence on memory.
 
     A key that is there already keeps its value, so it also works on a detectron2 or d2go config,
     whose own ``MODEL.FCOS`` keys stay.
     """
-    _add_absent(cfg, "MODEL.FCOS", _fcos_keys())
+    _add_absent(cfg, "MODEL.FCOS", {**_head_keys(), **_loss_and_detection_keys()})
     # True is the few-shot stage, which this project does not cover.
     _add_absent(cfg, "MODEL.META_LEARN", {"EPISODIC_LEARNING": False})
     # Images a class in few-shot fine-tuning. Recipes set it; pretraining does not read it.
@@ -23,9 +34,10 @@ def add_meta_fcos_config(cfg: Any) -> None:
     _add_absent(cfg, "MODEL.BACKBONE", {"FREEZE": False})
     # Channels of the 3x3 convolution of a bottleneck in res2; they double with every stage.
     _add_absent(cfg, "MODEL.RESNETS", {"WIDTH_PER_GROUP": 64})
+    return _WITHOUT_MEMORY
 
 
-def _fcos_keys() -> dict[str, Any]:
+def _head_keys() -> dict[str, Any]:
     return {
         # Foreground classes.
         "NUM_CLASSES": 80,
@@ -46,6 +58,11 @@ def _fcos_keys() -> dict[str, Any]:
         "USE_SCALE": True,
         # What the head scores besides the class.
         "BOX_QUALITY": ["ctrness"],
+    }
+
+
+def _loss_and_detection_keys() -> dict[str, Any]:
+    return {
         # Score of every class and location before training.
         "PRIOR_PROB": 0.01,
         # Largest distance to a box's side, in pixels, where one level hands over to the next.

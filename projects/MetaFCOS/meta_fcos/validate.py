@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from d2scale.config.value_rules import Rule, is_number, is_whole, judge, number, one_of, whole
 from d2scale.errors import ConfigError, Fault
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -18,108 +20,105 @@ def check_config(cfg: Any) -> None:
     Raises:
         ConfigError: with all faults.
     """
-    faults = [
-        Fault(key, value, allowed, advice)
-        for key, allowed, advice, test in RULES
-        if not _passes(test, value := _get(cfg, key))
-    ]
     # Rules over several keys make sense only where each is right by itself.
-    faults = faults or list(_joint_faults(cfg))
-    if faults:
+    if faults := judge(cfg, RULES) or list(_joint_faults(cfg)):
         raise ConfigError(faults)
 
 
-def _get(cfg: Any, key: str) -> Any:
-    node = cfg
-    for name in key.split("."):
-        node = node[name]
-    return node
+def _are_neighbours(stages: Sequence[str]) -> bool:
+    start = STAGES.index(stages[0])
+    return tuple(stages) == STAGES[start : start + len(stages)]
 
 
-def _passes(test: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return test(value)
-    except (TypeError, ValueError):
-        return False
+def _are_three(numbers: Sequence[float]) -> bool:
+    return len(numbers) == 3 and all(map(is_number, numbers))
 
 
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _are_names(names: Sequence[str]) -> bool:
+    return not isinstance(names, str) and all(isinstance(name, str) for name in names)
 
 
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: _is_int(value, least)
-
-
-def _one_of(*allowed: Any) -> Callable[[Any], bool]:
-    return lambda value: any(value == a and type(value) is type(a) for a in allowed)
-
-
-def _increasing(value: Any) -> bool:
-    return all(a < b for a, b in pairwise([0, *value]))
-
-
-def _neighbours(value: Any) -> bool:
-    start = STAGES.index(value[0]) if len(value) else len(STAGES)
-    return len(value) > 0 and tuple(value) == STAGES[start : start + len(value)]
-
-
-# Key, allowed values, advice, test.
-Rule = tuple[str, str, str, Callable[[Any], bool]]
-PICK = "choose one of these"
 PRETRAINING = "this project covers the pretraining stage only"
-MODEL_RULES: tuple[Rule, ...] = (
-    ("MODEL.RESNETS.DEPTH", "18, 34, 50 or 101", PICK, _one_of(18, 34, 50, 101)),
-    ("MODEL.RESNETS.NORM", "FrozenBN, BN or GN", PICK, _one_of("FrozenBN", "BN", "GN")),
-    ("MODEL.RESNETS.STEM_OUT_CHANNELS", "1 or more", "64 is usual", _whole(1)),
-    ("MODEL.RESNETS.RES2_OUT_CHANNELS", "1 or more", "256 is usual, 64 for 18 and 34", _whole(1)),
-    ("MODEL.RESNETS.WIDTH_PER_GROUP", "1 or more", "64 is usual", _whole(1)),
-    ("MODEL.RESNETS.STRIDE_IN_1X1", "True or False", PICK, _one_of(True, False)),
-    ("MODEL.BACKBONE.FREEZE_AT", "0 to 5", "2 is usual", lambda v: _is_int(v, 0) and v <= 5),
-    ("MODEL.BACKBONE.FREEZE", "False", f"use FREEZE_AT; {PRETRAINING}", _one_of(False)),
-    ("MODEL.BACKBONE.NAME", "build_fcos_resnet_fpn_backbone", "this model has no other backbone",
-     _one_of("build_fcos_resnet_fpn_backbone")),
-    ("MODEL.PROPOSAL_GENERATOR.NAME", "MetaFCOS", "this model has no other",
-     _one_of("MetaFCOS")),
-    ("MODEL.FPN.IN_FEATURES", "neighbouring stages of res2 to res5, from fine to coarse",
-     "[res3, res4, res5] is usual", _neighbours),
-    ("MODEL.FPN.OUT_CHANNELS", "a multiple of 32", GN_ADVICE,
-     lambda v: _is_int(v, 32) and v % 32 == 0),
-    ("MODEL.FPN.NORM", "the empty string, FrozenBN, BN or GN", PICK,
-     _one_of("", "FrozenBN", "BN", "GN")),
-    ("MODEL.FPN.FUSE_TYPE", "sum or avg", PICK, _one_of("sum", "avg")),
-    ("MODEL.PIXEL_MEAN", "three numbers", "one for each channel of INPUT.FORMAT",
-     lambda v: len([float(x) for x in v]) == 3),
-    ("MODEL.PIXEL_STD", "three numbers above 0", "one for each channel of INPUT.FORMAT",
-     lambda v: len(v) == 3 and all(x > 0 for x in v)),
-    ("MODEL.META_LEARN.EPISODIC_LEARNING", "False", PRETRAINING, _one_of(False)),
-)  # fmt: skip
-FCOS_RULES: tuple[Rule, ...] = (
-    ("NUM_CLASSES", "1 or more", "the number of classes of the dataset", _whole(1)),
-    ("NUM_CLS_CONVS", "0 or more", "4 is usual", _whole(0)),
-    ("NUM_BOX_CONVS", "0 or more", "4 is usual", _whole(0)),
-    ("TOP_LEVELS", "0, 1 or 2", "2 gives p6 and p7", _one_of(0, 1, 2)),
-    ("NORM", "GN", "published heads use it", _one_of("GN")),
-    ("CLS_LOGITS_KERNEL_SIZE", "an odd number", "1 in Sylph, 3 in AdelaiDet",
-     lambda v: _is_int(v, 1) and v % 2 == 1),
-    ("USE_SCALE", "True or False", PICK, _one_of(True, False)),
-    ("BOX_QUALITY", "[ctrness]", "remove iou: pretraining never trains that branch",
-     lambda v: list(v) == ["ctrness"]),
-    ("PRIOR_PROB", "above 0 and below 1", "0.01 is usual", lambda v: 0 < v < 1),
-    ("CENTER_SAMPLE", "True or False", PICK, _one_of(True, False)),
-    ("POS_RADIUS", "above 0", "1.5 is usual", lambda v: v > 0),
-    ("SIZES_OF_INTEREST", "increasing numbers above 0", "[64, 128, 256, 512] is usual",
-     _increasing),
-    ("LOSS_ALPHA", "0 to 1", "0.25 is usual", lambda v: 0 <= v <= 1),
-    ("LOSS_GAMMA", "0 or more", "2.0 is usual", lambda v: v >= 0),
-    ("LOC_LOSS_TYPE", "giou, linear_iou or iou", PICK, _one_of("giou", "linear_iou", "iou")),
-    ("THRESH_WITH_CTR", "True or False", PICK, _one_of(True, False)),
-    ("INFERENCE_TH_TEST", "0 or more and below 1", "0.05 is usual", lambda v: 0 <= v < 1),
-    ("PRE_NMS_TOPK_TEST", "1 or more", "1000 is usual", _whole(1)),
-    ("NMS_TH", "0 to 1", "0.6 is usual", lambda v: 0 <= v <= 1),
-    ("POST_NMS_TOPK_TEST", "1 or more", "100 is usual", _whole(1)),
-)  # fmt: skip
-RULES = MODEL_RULES + tuple((f"MODEL.FCOS.{rule[0]}", *rule[1:]) for rule in FCOS_RULES)
+PER_CHANNEL = "one for each channel of INPUT.FORMAT"
+FLAG = (True, False)
+MODEL_RULES = (
+    one_of("MODEL.RESNETS.DEPTH", (18, 34, 50, 101)),
+    one_of("MODEL.RESNETS.NORM", ("FrozenBN", "BN", "GN")),
+    whole("MODEL.RESNETS.STEM_OUT_CHANNELS", 1, advice="64 is usual"),
+    whole("MODEL.RESNETS.RES2_OUT_CHANNELS", 1, advice="256 is usual, 64 for 18 and 34"),
+    whole("MODEL.RESNETS.WIDTH_PER_GROUP", 1, advice="64 is usual"),
+    one_of("MODEL.RESNETS.STRIDE_IN_1X1", FLAG),
+    Rule("MODEL.RESNETS.OUT_FEATURES", "names of stages", _are_names),
+    whole("MODEL.BACKBONE.FREEZE_AT", 0, 5, "2 is usual"),
+    one_of("MODEL.BACKBONE.FREEZE", (False,), f"use FREEZE_AT; {PRETRAINING}"),
+    one_of(
+        "MODEL.BACKBONE.NAME",
+        ("build_fcos_resnet_fpn_backbone",),
+        "this model has no other backbone",
+    ),
+    one_of("MODEL.PROPOSAL_GENERATOR.NAME", ("MetaFCOS",), "this model has no other"),
+    Rule(
+        "MODEL.FPN.IN_FEATURES",
+        "neighbouring stages of res2 to res5, from fine to coarse",
+        _are_neighbours,
+        "[res3, res4, res5] is usual",
+    ),
+    Rule(
+        "MODEL.FPN.OUT_CHANNELS",
+        "a multiple of 32",
+        lambda channels: is_whole(channels) and channels > 0 and channels % 32 == 0,
+        GN_ADVICE,
+    ),
+    one_of("MODEL.FPN.NORM", ("", "FrozenBN", "BN", "GN")),
+    one_of("MODEL.FPN.FUSE_TYPE", ("sum", "avg")),
+    Rule("MODEL.PIXEL_MEAN", "three numbers", _are_three, PER_CHANNEL),
+    Rule(
+        "MODEL.PIXEL_STD",
+        "three numbers above 0",
+        lambda std: _are_three(std) and min(std) > 0,
+        PER_CHANNEL,
+    ),
+    one_of("MODEL.META_LEARN.EPISODIC_LEARNING", (False,), PRETRAINING),
+)
+FCOS_RULES = (
+    whole("NUM_CLASSES", 1, advice="the number of classes of the dataset"),
+    whole("NUM_CLS_CONVS", 0, advice="4 is usual"),
+    whole("NUM_BOX_CONVS", 0, advice="4 is usual"),
+    one_of("TOP_LEVELS", (0, 1, 2), "2 gives p6 and p7"),
+    Rule("IN_FEATURES", "names of levels", _are_names),
+    one_of("NORM", ("GN",), "published heads use it"),
+    Rule(
+        "CLS_LOGITS_KERNEL_SIZE",
+        "an odd number",
+        lambda size: is_whole(size) and size > 0 and size % 2 == 1,
+        "1 in Sylph, 3 in AdelaiDet",
+    ),
+    one_of("USE_SCALE", FLAG),
+    Rule(
+        "BOX_QUALITY",
+        "[ctrness]",
+        lambda names: list(names) == ["ctrness"],
+        "remove iou: pretraining never trains that branch",
+    ),
+    number("PRIOR_PROB", above=0, below=1, advice="0.01 is usual"),
+    one_of("CENTER_SAMPLE", FLAG),
+    number("POS_RADIUS", above=0, advice="1.5 is usual"),
+    Rule(
+        "SIZES_OF_INTEREST",
+        "increasing numbers above 0",
+        lambda sizes: all(map(is_number, sizes)) and all(a < b for a, b in pairwise([0, *sizes])),
+        "[64, 128, 256, 512] is usual",
+    ),
+    number("LOSS_ALPHA", least=0, most=1, advice="0.25 is usual"),
+    number("LOSS_GAMMA", least=0, advice="2.0 is usual"),
+    one_of("LOC_LOSS_TYPE", ("giou", "linear_iou", "iou")),
+    one_of("THRESH_WITH_CTR", FLAG),
+    number("INFERENCE_TH_TEST", least=0, below=1, advice="0.05 is usual"),
+    whole("PRE_NMS_TOPK_TEST", 1, advice="1000 is usual"),
+    number("NMS_TH", least=0, most=1, advice="0.6 is usual"),
+    whole("POST_NMS_TOPK_TEST", 1, advice="100 is usual"),
+)
+RULES = MODEL_RULES + tuple(replace(rule, key=f"MODEL.FCOS.{rule.key}") for rule in FCOS_RULES)
 
 
 def _joint_faults(cfg: Any) -> Iterator[Fault]:

@@ -159,7 +159,7 @@ def _make_plan(cfg: Any, ranks: int, machine: Machine) -> Plan:
     hardware = Hardware.from_cfg(cfg, ranks, device_gib=machine.gib)
     if machine.gib is None:
         # The profiles are of GPUs.
-        hardware = replace(hardware, profile=None, alternatives=())
+        hardware = replace(hardware, profile=None, variants=())
     return make_plan(cfg, hardware, method="keep_total")
 
 

@@ -1,0 +1,198 @@
+"""The batch of one optimizer step: how many images each scaling method takes, and in what parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from d2scale.config.keys import get_key
+from d2scale.config.value_rules import whole
+from d2scale.errors import ConfigError, Fault
+from d2scale.planning import rules
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.schedule import Schedule
+
+_CAP, _STEPS = "D2SCALE.MAX_IMS_PER_BATCH", "D2SCALE.ACCUMULATION_STEPS"
+BATCH_RULES = (
+    whole(_CAP, 0, advice="set it to 0 for no limit"),
+    whole(_STEPS, 0, advice="set it to 0 to have it decided"),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one optimizer step.
+
+    Attributes:
+        ims_per_batch: of all ranks.
+        ims_per_gpu: in the largest micro-batch of any rank.
+        accumulation_steps: most micro-batches of any rank.
+        notes: the reasons.
+    """
+
+    ims_per_batch: int
+    ims_per_gpu: int
+    accumulation_steps: int
+    notes: tuple[str, ...]
+
+
+def decide_batch(cfg: Any, method: str, schedule: Schedule, hardware: Hardware) -> Batch:
+    """Choose the total batch and the micro-batches.
+
+    Args:
+        cfg: the recipe, without faults.
+        method: one of ``METHODS``.
+        schedule: of ``cfg``.
+        hardware: what is at hand.
+
+    Raises:
+        ConfigError: if there is no such batch.
+    """
+    choice = _CHOOSE[method](cfg, schedule, hardware)
+    total = choice.ims_per_batch
+    sizes = rules.micro_batch_sizes(total, hardware.world_size, choice.largest)
+    notes = (*choice.notes, *_split_notes(sizes))
+    return Batch(total, max(map(max, sizes)), max(map(len, sizes)), notes)
+
+
+class _Choice(NamedTuple):
+    """Images in the step of all ranks, and the most that a micro-batch may hold."""
+
+    ims_per_batch: int
+    largest: int
+    notes: list[str]
+
+
+def _keep_total(cfg: Any, schedule: Schedule, hardware: Hardware) -> _Choice:
+    total = schedule.ims_per_batch
+    if total < hardware.world_size:
+        raise ConfigError([_fewer_images_than_gpus(total, hardware.world_size)])
+    return _fit_total(cfg, total, hardware)
+
+
+def _per_gpu(cfg: Any, schedule: Schedule, hardware: Hardware) -> _Choice:
+    exact = Fraction(hardware.world_size * schedule.ims_per_batch, schedule.reference_world_size)
+    total = max(hardware.world_size, round(exact))
+    choice = _fit_total(cfg, total, hardware)
+    if total == exact:
+        return choice
+    note = (
+        f"{schedule.ims_per_batch} images on {schedule.reference_world_size} GPUs are "
+        f"{float(exact):.2f} on {hardware.world_size}, rounded to {total}"
+    )
+    return choice._replace(notes=[*choice.notes, note])
+
+
+def _max_memory(cfg: Any, schedule: Schedule, hardware: Hardware) -> _Choice:
+    steps = get_key(cfg, _STEPS, 0)
+    largest = hardware.largest_fit(accumulates=steps > 1)
+    if largest is None:
+        raise ConfigError([_nothing_to_fill(hardware)])
+    notes = [_reason_for_largest(hardware, largest)]
+    total = hardware.world_size * largest * (steps or 1)
+    cap = get_key(cfg, _CAP, 0)
+    if not cap or total <= cap:
+        return _Choice(total, largest, notes)
+    if cap < hardware.world_size:
+        allowed = f"at least one image for each of {hardware.world_size} GPUs"
+        advice = "raise it or use fewer GPUs"
+        raise ConfigError([Fault(_CAP, cap, allowed, advice)])
+    notes.append(f"total batch {total} cut to {_CAP} = {cap}")
+    if steps:
+        largest = _images_for_steps(steps, cap, hardware.world_size, largest)
+    return _Choice(cap, largest, notes)
+
+
+_CHOOSE = {"per_gpu": _per_gpu, "keep_total": _keep_total, "max_memory": _max_memory}
+
+
+def _fit_total(cfg: Any, total: int, hardware: Hardware) -> _Choice:
+    """Choose the images per GPU for a total batch: all images of a rank at once, if they fit."""
+    images = max(rules.split_evenly(total, hardware.world_size))
+    steps = get_key(cfg, _STEPS, 0)
+    largest = hardware.largest_fit(accumulates=steps > 1)
+    if steps:
+        ims_per_gpu = _images_for_steps(steps, total, hardware.world_size, largest)
+        return _Choice(total, ims_per_gpu, [f"{_STEPS} = {steps}"])
+    if largest is not None and largest < images:
+        largest = hardware.largest_fit(accumulates=True)
+    if largest is None:
+        note = f"images per GPU {images}: all that a GPU has; whether they fit is not known"
+        return _Choice(total, images, [note])
+    return _Choice(total, min(images, largest), [_reason_for_largest(hardware, largest)])
+
+
+def _images_for_steps(steps: int, total: int, world_size: int, largest: int | None) -> int:
+    """Return the images per GPU that make exactly ``steps`` micro-batches of a step.
+
+    Args:
+        steps: ``D2SCALE.ACCUMULATION_STEPS``.
+        total: images in the step.
+        world_size: ranks.
+        largest: most images per GPU that fit, None if that is not known.
+
+    Raises:
+        ConfigError: if a step cannot be cut into that many.
+    """
+    images = max(rules.split_evenly(total, world_size))
+    possible = rules.micro_batch_counts(images, largest or images)
+    if steps in possible:
+        return -(-images // steps)
+    fewer = [count for count in possible if count < steps]
+    more = [count for count in possible if count > steps]
+    if not more:
+        allowed = f"at most {images}"
+    elif not fewer:
+        allowed = f"at least {more[0]}, for {largest} images fit on a GPU,"
+    else:
+        allowed = f"{fewer[-1]} or {more[0]}"
+    allowed += f" with {total} images on {world_size} GPUs"
+    advice = "set it to 0 to have it decided"
+    raise ConfigError([Fault(_STEPS, steps, allowed, advice)])
+
+
+def _reason_for_largest(hardware: Hardware, largest: int) -> str:
+    if hardware.ims_per_gpu:
+        return f"at most {largest} images per GPU, as asked"
+    assert hardware.room_gib is not None
+    assert hardware.profile is not None
+    more = hardware.peak_gib(largest + 1, accumulates=False)
+    return (
+        f"at most {largest} images per GPU fit in {hardware.room_gib:.2f} GiB, as "
+        f"{hardware.profile.source}; {largest + 1} would take {more:.2f} GiB"
+    )
+
+
+def _fewer_images_than_gpus(total: int, world_size: int) -> Fault:
+    return Fault(
+        "SOLVER.IMS_PER_BATCH",
+        total,
+        f"at least one image for each of {world_size} GPUs",
+        "use fewer GPUs, or the method per_gpu or max_memory",
+    )
+
+
+def _nothing_to_fill(hardware: Hardware) -> Fault:
+    missing = [
+        name
+        for name, value in (
+            ("the memory of the GPU (--gpu-memory-gib)", hardware.budget_gib),
+            ("a memory profile (--profile)", hardware.profile),
+        )
+        if value is None
+    ]
+    return Fault(
+        "D2SCALE.IMS_PER_GPU",
+        0,
+        "with max_memory, the images per GPU or what is needed to find them",
+        f"give --ims-per-gpu, or {' and '.join(missing)}",
+    )
+
+
+def _split_notes(sizes: Sequence[Sequence[int]]) -> list[str]:
+    shares = [sum(rank) for rank in sizes]
+    if len(set(shares)) == 1:
+        return []
+    return [f"uneven split over {len(shares)} GPUs: {', '.join(map(str, shares))} images"]
