@@ -34,7 +34,7 @@ from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
 from d2scale.engine.data.loader import TrainLoader, build_train_loader
 from d2scale.engine.data.sampling import rank_slice
-from d2scale.engine.launch import launch
+from d2scale.engine.launch import Topology, launch
 from d2scale.engine.models import build_model
 from d2scale.engine.solver import build_lr_schedule, build_optimizer
 from d2scale.engine.step import build_step
@@ -187,7 +187,7 @@ PARTS: dict[str, Callable[[CfgNode, int], Rows]] = {
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> Any:
-    return launch(function, args, num_processes=ranks, use_cuda=False)
+    return launch(function, args, Topology(ranks), use_cuda=False)
 
 
 @contextmanager

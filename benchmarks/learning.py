@@ -19,6 +19,7 @@ from machine import keep
 from tabulate import tabulate
 
 from d2scale.config import load_cfg
+from d2scale.engine.launch import Topology
 from d2scale.engine.run import train
 from d2scale.run_folder.files import METRICS_FILE
 from meta_fcos.reproduction.final_loss import FinalLoss, compare, final_loss
@@ -56,7 +57,7 @@ def run(trial: Trial, folder: Path) -> tuple[dict[str, Any], FinalLoss]:
     cfg = load_cfg(RECIPE, ["OUTPUT_DIR", str(output), *trial.options])
     results = train(
         cfg,
-        num_processes=trial.processes,
+        Topology(trial.processes),
         method=trial.method,
         resume=(output / "last_checkpoint").exists(),
     )

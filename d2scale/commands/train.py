@@ -50,16 +50,20 @@ def run(arguments: argparse.Namespace) -> int:
         # Idle threads should sleep, not spin: a step on two busy cores took 0.6 s instead of 4 s.
         # OpenMP reads this when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from d2scale.engine.launch import Topology
     from d2scale.engine.run import train
 
     if arguments.allow_changed_recipe:
         cfg.D2SCALE.ALLOW_CHANGED_RECIPE = True
+    topology = Topology(
+        arguments.num_processes,
+        arguments.num_machines,
+        arguments.machine_rank,
+        arguments.dist_url,
+    )
     train(
         cfg,
-        num_processes=arguments.num_processes,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
+        topology,
         resume=arguments.resume,
         eval_only=arguments.eval_only,
         method=arguments.method,

@@ -14,6 +14,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,63 @@ _NOISY_LOGGERS = (
 )
 
 
+@dataclass(frozen=True)
+class Topology:
+    """The processes that a run shall have, as the command line names them.
+
+    Attributes:
+        num_processes: ranks on this machine, one to a GPU. Under torchrun its ranks are used.
+        num_machines: machines, on all of which the same command is started.
+        machine_rank: number of this machine, from 0.
+        dist_url: ``tcp://HOST:PORT`` of machine 0; ``auto`` finds a port on a single machine.
+    """
+
+    num_processes: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the whole run: torchrun's, if it started this process."""
+        if under_torchrun():
+            return int(os.environ["WORLD_SIZE"])
+        return self.num_processes * self.num_machines
+
+    def faults(self, gpus: int | None = None) -> list[Fault]:
+        """Return what makes it impossible to start the ranks.
+
+        Args:
+            gpus: of this machine; None: a rank needs none.
+        """
+        processes = self.num_processes
+        if under_torchrun():
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        faults = []
+        for option, value in (("--num-gpus", processes), ("--num-machines", self.num_machines)):
+            if value < 1:
+                faults.append(Fault(option, value, "1 or more", "correct it"))
+        if gpus is not None and processes > gpus:
+            allowed = f"at most {gpus}, the GPUs of this machine"
+            advice = "use fewer, or set MODEL.DEVICE to cpu"
+            faults.append(Fault("--num-gpus", processes, allowed, advice))
+        return faults + self._address_faults()
+
+    def _address_faults(self) -> list[Fault]:
+        faults = []
+        try:
+            if self.dist_url != "auto":
+                _endpoint(self.dist_url)
+            elif self.num_machines > 1:
+                faults.append(_url_fault(self.dist_url))
+        except ConfigError as error:
+            faults += error.faults
+        if not 0 <= self.machine_rank < max(1, self.num_machines):
+            allowed = f"0 to {self.num_machines - 1}"
+            faults.append(Fault("--machine-rank", self.machine_rank, allowed, "number from 0"))
+        return faults
+
+
 class RankError(RuntimeError):
     """A rank ended by a fault of the program; the text is its traceback."""
 
@@ -50,19 +108,11 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
-def planned_world_size(num_processes: int, num_machines: int = 1) -> int:
-    """Return the ranks that a launch will have: torchrun's, if it started this process."""
-    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else num_processes * num_machines
-
-
 def launch(
     function: Callable[..., Any],
     args: Sequence[Any] = (),
+    topology: Topology | None = None,
     *,
-    num_processes: int = 1,
-    num_machines: int = 1,
-    machine_rank: int = 0,
-    dist_url: str = "auto",
     use_cuda: bool | None = None,
 ) -> Any:
     """Run ``function(*args)`` on every rank and return what the first rank here returned.
@@ -75,10 +125,7 @@ def launch(
         function: finds its process group initialised (nccl with CUDA, gloo without) and, with
             CUDA, its device set.
         args: its arguments.
-        num_processes: ranks on this machine.
-        num_machines: machines, all of which call this.
-        machine_rank: number of this machine, from 0.
-        dist_url: ``tcp://HOST:PORT`` of machine 0; ``auto`` finds a port on a single machine.
+        topology: the processes; None: one.
         use_cuda: one GPU to a rank; None: if CUDA is there.
 
     Raises:
@@ -86,20 +133,21 @@ def launch(
         RankError: any other error of a rank.
         KeyboardInterrupt: Ctrl-C, after all ranks have ended.
     """
+    topology = topology or Topology()
     use_cuda = torch.cuda.is_available() if use_cuda is None else use_cuda
     if under_torchrun():
         return _run_in_group(function, args, use_cuda)
-    if num_processes * num_machines == 1:
+    if topology.world_size == 1:
         return function(*args)
-    faults = address_faults(num_machines, machine_rank, dist_url)
+    faults = topology.faults()
     if faults:
         raise ConfigError(faults)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="d2scale-"))
-        config = _launch_config(num_processes, num_machines, machine_rank, dist_url, folder)
+        config = _launch_config(topology, folder)
         stack.enter_context(_quiet_loggers())
         stack.enter_context(_signal_handlers_kept())
-        stack.enter_context(_threads_divided(num_processes))
+        stack.enter_context(_threads_divided(topology.num_processes))
         try:
             results = elastic_launch(config, _run_rank)(function, tuple(args), use_cuda, folder)
         except ChildFailedError as error:
@@ -111,23 +159,22 @@ def launch(
     return results[min(results)]
 
 
-def _launch_config(
-    num_processes: int, num_machines: int, machine_rank: int, dist_url: str, folder: str
-) -> LaunchConfig:
+def _launch_config(topology: Topology, folder: str) -> LaunchConfig:
     common: dict[str, Any] = {
-        "min_nodes": num_machines,
-        "max_nodes": num_machines,
-        "nproc_per_node": num_processes,
+        "min_nodes": topology.num_machines,
+        "max_nodes": topology.num_machines,
+        "nproc_per_node": topology.num_processes,
         "max_restarts": 0,
         "start_method": "spawn",
         "logs_specs": DefaultLogsSpecs(log_dir=folder),
     }
-    if num_machines == 1:
+    url = topology.dist_url
+    if topology.num_machines == 1:
         return LaunchConfig(
             **common,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
-            rdzv_endpoint=_endpoint(dist_url) if dist_url != "auto" else "localhost:0",
+            rdzv_endpoint=_endpoint(url) if topology.dist_url != "auto" else "localhost:0",
             # A laptop's own host name need not resolve.
             local_addr="localhost",
         )
@@ -135,25 +182,9 @@ def _launch_config(
         **common,
         run_id="d2scale",
         rdzv_backend="static",
-        rdzv_endpoint=_endpoint(dist_url),
-        rdzv_configs={"rank": machine_rank, "timeout": 900},
+        rdzv_endpoint=_endpoint(url),
+        rdzv_configs={"rank": topology.machine_rank, "timeout": 900},
     )
-
-
-def address_faults(num_machines: int, machine_rank: int, dist_url: str) -> list[Fault]:
-    """Return what makes it impossible for the machines of a launch to meet."""
-    faults = []
-    try:
-        if dist_url != "auto":
-            _endpoint(dist_url)
-        elif num_machines > 1:
-            faults.append(_url_fault(dist_url))
-    except ConfigError as error:
-        faults += error.faults
-    if not 0 <= machine_rank < max(1, num_machines):
-        allowed = f"0 to {num_machines - 1}"
-        faults.append(Fault("--machine-rank", machine_rank, allowed, "number from 0"))
-    return faults
 
 
 def _url_fault(dist_url: str) -> Fault:

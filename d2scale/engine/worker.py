@@ -17,12 +17,14 @@ from torch import nn
 
 from d2scale import __version__
 from d2scale.coco.dataset import load_dataset, load_training_dataset
+from d2scale.config.loading import flatten
 from d2scale.engine.actions import Evaluate, Report, Save
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.engine.checkpoint.resume import Position, Resumer, record
 from d2scale.engine.data.loader import TrainLoader, build_test_loader, build_train_loader
 from d2scale.engine.evaluation import evaluate, format_results
 from d2scale.engine.models import build_model, device_of, load_initial_weights
+from d2scale.engine.planning import plan_on_ranks, planned_cfg
 from d2scale.engine.solver import build_lr_schedule
 from d2scale.engine.splitting import RecordSplit
 from d2scale.engine.step import build_step
@@ -32,39 +34,57 @@ from d2scale.engine.telemetry.writers import JsonWriter, Reporter, TensorBoardWr
 from d2scale.engine.trainer import Trainer
 from d2scale.planning.formats import to_table
 from d2scale.planning.plan import Plan
+from d2scale.planning.progress import recipe_of
 from d2scale.run_folder.contents import write_config, write_machine, write_plan
-from d2scale.run_folder.files import INFERENCE_FOLDER
+from d2scale.run_folder.files import INFERENCE_FOLDER, make_folder
 from d2scale.run_folder.lock import run_lock
 from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.norms import without_synchronised_norms
-from d2scale.step.ranks import broadcast_model, rank, world_size
+from d2scale.step.ranks import broadcast_model, rank, refuse_differences, world_size
 
 logger = logging.getLogger(__name__)
 
 Results = dict[str, float]
 
+# Each machine may have its own folder and its own number of cores.
+_OWN_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS")
+
 
 @dataclass(frozen=True)
 class Job:
-    """What the parent process hands to its ranks.
+    """What a run was asked for. Every rank has one, and all must agree.
 
     Attributes:
-        cfg: the config to run, planned.
-        recipe: ``recipe_of`` the config as it was before planning.
-        plan: what was decided; None when the run only evaluates.
+        cfg: the recipe, for this machine.
+        method: a scaling method; None: the one of the recipe.
         resume: go on from the last checkpoint in the run's folder, if there is one.
+        eval_only: evaluate and stop.
+        images: in the training dataset; 0 if the run does not train.
         notes: lines for the log about what was decided before the log began.
     """
 
     cfg: CfgNode
-    recipe: Mapping[str, Any]
-    plan: Plan | None
+    method: str | None
     resume: bool
+    eval_only: bool
+    images: int
     notes: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks, by the name that the user knows."""
+        keys = dict(flatten(self.cfg))
+        return {
+            **{key: value for key, value in keys.items() if key not in _OWN_OF_A_MACHINE},
+            "--method": self.method,
+            "--resume": self.resume,
+            "--eval-only": self.eval_only,
+            "images in DATASETS.TRAIN": self.images,
+            "version of d2scale": __version__,
+        }
 
 
 def run_rank(job: Job) -> Results:
-    """Train and evaluate, or only evaluate, on this rank.
+    """Plan, train and evaluate, or only evaluate, on this rank.
 
     Returns:
         The metrics of the last evaluation, under the names that ``metrics.json`` uses; empty
@@ -73,8 +93,11 @@ def run_rank(job: Job) -> Results:
     Raises:
         D2ScaleError: for what the user can mend.
     """
+    refuse_differences(job.settings(), "start the run with the same on every machine")
+    plan = None if job.eval_only else plan_on_ranks(job.cfg, job.method, job.images)
     folder = Path(job.cfg.OUTPUT_DIR)
-    writes = job.plan is not None and rank() == 0
+    make_folder(folder)
+    writes = plan is not None and rank() == 0
     with run_lock(folder) if writes else nullcontext(), logging_to(folder, rank()):
         logger.info(
             "d2scale %s, torch %s, processes: %d, device: %s",
@@ -82,10 +105,10 @@ def run_rank(job: Job) -> Results:
         )
         for note in job.notes:
             logger.info(note)
-        if job.plan is None:
+        if plan is None:
             return _evaluate_only(job)
-        logger.info("the plan:\n%s", to_table(job.plan))
-        return _train(job, job.plan)
+        logger.info("the plan:\n%s", to_table(plan))
+        return _train(job, plan)
 
 
 def _evaluate_only(job: Job) -> Results:
@@ -119,7 +142,7 @@ def evaluate_all(cfg: CfgNode, model: nn.Module) -> Results:
 
 
 def _train(job: Job, plan: Plan) -> Results:
-    cfg, device = job.cfg, device_of(job.cfg)
+    cfg, device = planned_cfg(job.cfg, plan), device_of(job.cfg)
     seed = _agreed_seed(cfg.SEED, device)
     torch.manual_seed(seed)
     model = build_model(cfg)
@@ -133,10 +156,10 @@ def _train(job: Job, plan: Plan) -> Results:
         model, cfg.OUTPUT_DIR, save_to_disk=rank() == 0, optimizer=step.optimizer, **others
     )
     step.on_split = RecordSplit(plan, checkpointer)
-    position = _position(job, plan, checkpointer, seed)
+    position = _position(job, cfg, plan, checkpointer, seed)
     broadcast_model(model.train())
     with _build_loader(cfg, position) as data:
-        _write_facts(job, plan, describe_machine(device))
+        _write_facts(cfg, plan, describe_machine(device))
         trainer = Trainer(
             step,
             data,
@@ -149,25 +172,27 @@ def _train(job: Job, plan: Plan) -> Results:
         return _run(cfg, trainer, model, checkpointer, data, position)
 
 
-def _position(job: Job, plan: Plan, checkpointer: RunCheckpointer, seed: int) -> Position:
+def _position(
+    job: Job, cfg: CfgNode, plan: Plan, checkpointer: RunCheckpointer, seed: int
+) -> Position:
     """Load the last checkpoint, or the initial weights, and return where the training stands."""
-    position = None
+    recipe, position = recipe_of(job.cfg), None
     if job.resume:
-        position = Resumer(job.cfg, plan, job.recipe, seed).resume(checkpointer)
+        position = Resumer(cfg, plan, recipe, seed).resume(checkpointer)
     if position is None:
-        load_initial_weights(checkpointer.model, job.cfg.MODEL.WEIGHTS)
+        load_initial_weights(checkpointer.model, cfg.MODEL.WEIGHTS)
         position = Position(0, 0, seed, None)
-    checkpointer.facts.update(record(plan, job.recipe, position.seed))
+    checkpointer.facts.update(record(plan, recipe, position.seed))
     logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
     return position
 
 
-def _write_facts(job: Job, plan: Plan, machine: Mapping[str, Any]) -> None:
+def _write_facts(cfg: CfgNode, plan: Plan, machine: Mapping[str, Any]) -> None:
     """Write ``config.yaml`` and facts: only now is it sure that the run may go on."""
     if rank() != 0:
         return
-    folder = Path(job.cfg.OUTPUT_DIR)
-    write_config(folder, job.cfg)
+    folder = Path(cfg.OUTPUT_DIR)
+    write_config(folder, cfg)
     write_plan(folder, plan)
     write_machine(folder, machine)
 

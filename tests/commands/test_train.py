@@ -13,7 +13,8 @@ def waiting_of_the_training(monkeypatch):
     """Run ``d2scale train`` up to the training, and tell how its threads would wait."""
     seen = []
     monkeypatch.setattr(
-        "d2scale.engine.run.train", lambda cfg, **options: seen.append(os.environ.get(WAITING))
+        "d2scale.engine.run.train",
+        lambda cfg, *arguments, **options: seen.append(os.environ.get(WAITING)),
     )
 
     def run(*options):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2scale.engine.launch import RankError, launch, planned_world_size
+from d2scale.engine.launch import RankError, Topology, launch
 from d2scale.errors import ConfigError, D2ScaleError, DataError
 from rank_functions import killed_on, program_error, sleep_for_ever, user_error_on, where_am_i
 
@@ -25,7 +25,7 @@ def test_one_process_runs_in_place():
 def test_ranks_have_a_group_and_their_threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    found = launch(where_am_i, ["a", 1], num_processes=2)
+    found = launch(where_am_i, ["a", 1], Topology(2))
     cores = len(os.sched_getaffinity(0))
     assert found == {
         "args": ("a", 1),
@@ -41,21 +41,21 @@ def test_ranks_have_a_group_and_their_threads(monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_mistake_of_the_user_comes_back_as_it_was(rank, capfd):
     with pytest.raises(DataError, match=r"^image is 'a\.jpg'") as caught:
-        launch(user_error_on, [rank], num_processes=2)
+        launch(user_error_on, [rank], Topology(2))
     assert caught.value.faults[0].advice == "mend it"
     assert capfd.readouterr().err == ""
 
 
 def test_fault_of_the_program_comes_back_with_its_traceback(capfd):
     with pytest.raises(RankError, match="ZeroDivisionError: a fault of the program"):
-        launch(program_error, num_processes=2)
+        launch(program_error, topology=Topology(2))
     assert capfd.readouterr().err == ""
 
 
 def test_killed_rank_ends_the_others():
     start = time.monotonic()
     with pytest.raises(D2ScaleError, match="rank 1 was ended from outside by SIGKILL"):
-        launch(killed_on, [1], num_processes=2)
+        launch(killed_on, [1], Topology(2))
     assert time.monotonic() - start < 60
 
 
@@ -69,7 +69,7 @@ def test_interrupt_ends_all_ranks_quietly(tmp_path, capfd):
 
     threading.Thread(target=interrupt_when_started, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        launch(sleep_for_ever, [marker], num_processes=2)
+        launch(sleep_for_ever, [marker], Topology(2))
     for file in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
@@ -79,10 +79,10 @@ def test_interrupt_ends_all_ranks_quietly(tmp_path, capfd):
 def test_under_torchrun_the_ranks_are_used(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
-        "from d2scale.engine.launch import launch, planned_world_size\n"
+        "from d2scale.engine.launch import Topology, launch\n"
         "from rank_functions import where_am_i\n"
         "found = launch(where_am_i)\n"
-        "assert found['world_size'] == planned_world_size(1) == 2\n"
+        "assert found['world_size'] == Topology(1).world_size == 2\n"
         f"open(r'{tmp_path}/rank%d' % found['rank'], 'w')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -93,7 +93,7 @@ def test_under_torchrun_the_ranks_are_used(tmp_path):
 
 
 def test_world_size_without_torchrun():
-    assert planned_world_size(3, 2) == 6
+    assert Topology(3, 2).world_size == 6
 
 
 @pytest.mark.parametrize(
@@ -107,4 +107,4 @@ def test_world_size_without_torchrun():
 )
 def test_wrong_addresses_are_told(options, key):
     with pytest.raises(ConfigError, match=key):
-        launch(torch.get_num_threads, **options)
+        launch(torch.get_num_threads, topology=Topology(**options))

@@ -9,6 +9,7 @@ import torch
 
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
+from d2scale.engine.launch import Topology
 from d2scale.engine.run import train
 from d2scale.engine.trainer import Trainer
 from d2scale.errors import ConfigError, D2ScaleError
@@ -157,7 +158,7 @@ def test_resumed_run_is_the_undisturbed_one(recipe, tmp_path, monkeypatch):
 def test_two_processes_train_what_one_does(recipe, tmp_path):
     # Five images are 3 and 2, in micro-batches of 2, 1 and 2.
     one = train(recipe("one"))
-    two = train(recipe("two", "D2SCALE.IMS_PER_GPU", 2), num_processes=2)
+    two = train(recipe("two", "D2SCALE.IMS_PER_GPU", 2), Topology(2))
     assert set(two) == set(one)
     found, expected = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
@@ -171,7 +172,7 @@ def test_two_processes_train_what_one_does(recipe, tmp_path):
 def test_loss_that_is_not_finite_ends_all_ranks_with_one_line(recipe, tmp_path):
     cfg = recipe("run", "SOLVER.BASE_LR", 1e15, "SOLVER.CHECKPOINT_PERIOD", 1)
     with pytest.raises(D2ScaleError, match="not finite") as caught:
-        train(cfg, num_processes=2)
+        train(cfg, Topology(2))
     assert "\n" not in str(caught.value)
     (path,) = (tmp_path / "run").glob("not_finite_*.json")
     told = json.loads(path.read_text())
@@ -252,9 +253,9 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(recipe, tmp_path):
     ("opts", "options", "key"),
     [
         (("MODEL.META_ARCHITECTURE", "RetinaNet"), {}, "MODEL.META_ARCHITECTURE"),
-        ((), {"num_processes": 6}, "SOLVER.IMS_PER_BATCH"),
-        ((), {"num_processes": 0}, "--num-gpus"),
-        ((), {"num_machines": 2}, "--dist-url"),
+        ((), {"topology": Topology(6)}, "SOLVER.IMS_PER_BATCH"),
+        ((), {"topology": Topology(0)}, "--num-gpus"),
+        ((), {"topology": Topology(num_machines=2)}, "--dist-url"),
         ((), {"method": "largest"}, "method"),
         ((), {"method": "max_memory"}, "D2SCALE.IMS_PER_GPU"),
         ((), {"eval_only": True}, "MODEL.WEIGHTS"),
@@ -269,7 +270,7 @@ def test_mistakes_are_named(recipe, tmp_path, opts, options, key):
 def test_more_processes_than_gpus(recipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    fault = faults_of(recipe("run", "MODEL.DEVICE", "cuda"), num_processes=2)["--num-gpus"]
+    fault = faults_of(recipe("run", "MODEL.DEVICE", "cuda"), topology=Topology(2))["--num-gpus"]
     assert fault.allowed == "at most 1, the GPUs of this machine"
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2scale.engine.launch import RankError, launch
+from d2scale.engine.launch import RankError, Topology, launch
 from d2scale.errors import ConfigError
 from d2scale.memory.devices import SimulatedDevice
 from d2scale.memory.predict import predict
@@ -158,7 +158,7 @@ def test_what_others_take_of_the_device_leaves_less_room():
 
 
 def test_all_ranks_agree_on_what_the_smallest_can_hold():
-    first, second = launch(measure_on_ranks, [(3000 * KIB, 1000 * KIB)], num_processes=2)
+    first, second = launch(measure_on_ranks, [(3000 * KIB, 1000 * KIB)], Topology(2))
     assert first.largest == second.largest >= 1
     assert first.trials == second.trials
     assert {trial.fits for trial in first.trials} == {True, False}
@@ -170,4 +170,4 @@ def test_all_ranks_agree_on_what_the_smallest_can_hold():
 
 def test_a_rank_that_fails_leaves_no_other_waiting_and_is_named():
     with pytest.raises(RankError, match="a fault of the model"):
-        launch(measure_on_ranks, [(3000 * KIB, 3000 * KIB), 1], num_processes=2)
+        launch(measure_on_ranks, [(3000 * KIB, 3000 * KIB), 1], Topology(2))

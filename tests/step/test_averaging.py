@@ -3,13 +3,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from d2scale.engine.launch import launch
+from d2scale.engine.launch import Topology, launch
 from d2scale.step import averaging
 from rank_functions import averaged_gradients
 
 
 def test_gradient_that_a_rank_lacks_counts_as_zero():
-    everywhere, on_one, nowhere = launch(averaged_gradients, num_processes=2)
+    everywhere, on_one, nowhere = launch(averaged_gradients, topology=Topology(2))
     assert torch.equal(everywhere, torch.full((3,), 1.5))
     assert torch.equal(on_one, torch.full((2,), 0.5))
     assert nowhere is None

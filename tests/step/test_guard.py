@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from d2scale.engine.launch import RankError, launch
+from d2scale.engine.launch import RankError, Topology, launch
 from d2scale.step.guard import AllocatorRetries
 from d2scale.step.optimizer_step import OptimizerStep, StepOptions
 from rank_functions import (
@@ -42,7 +42,7 @@ def test_weights_are_those_without_the_failure(ranks):
     cases = [
         (part, who, step) for part in PARTS for who in dict.fromkeys(failing) for step in (0, 1)
     ]
-    undisturbed, *results = launch(guarded_training, [[None, *cases]], num_processes=ranks)
+    undisturbed, *results = launch(guarded_training, [[None, *cases]], Topology(ranks))
     assert undisturbed["split_to"] == []
     for case, result in zip(cases, results, strict=True):
         assert_undisturbed(result, undisturbed)
@@ -52,7 +52,7 @@ def test_weights_are_those_without_the_failure(ranks):
 
 
 def test_guarded_step_is_the_plain_step():
-    (result,) = launch(guarded_training, [[None]], num_processes=2)
+    (result,) = launch(guarded_training, [[None]], Topology(2))
     model = StandIn(torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(3):
@@ -65,7 +65,7 @@ def test_guarded_step_is_the_plain_step():
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_one_image_that_does_not_fit_stops_all_ranks(ranks):
-    message, same, ims_per_gpu = launch(one_image_does_not_fit, num_processes=ranks)
+    message, same, ims_per_gpu = launch(one_image_does_not_fit, topology=Topology(ranks))
     assert f"the optimizer on rank {ranks - 1}" in message
     assert "INPUT.MAX_SIZE_TRAIN" in message
     assert "\n" not in message
@@ -77,7 +77,7 @@ def test_other_errors_pass_unchanged():
     with pytest.raises(ZeroDivisionError):
         other_error_on_the_last_rank()
     with pytest.raises(RankError, match="ZeroDivisionError: a fault of the program"):
-        launch(other_error_on_the_last_rank, num_processes=2)
+        launch(other_error_on_the_last_rank, topology=Topology(2))
 
 
 def test_failed_forward_holds_no_memory(caplog):

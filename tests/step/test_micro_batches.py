@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2scale.engine.launch import launch
+from d2scale.engine.launch import Topology, launch
 from d2scale.planning.rules import micro_batch_sizes
 from d2scale.step.micro_batches import cut, inexact_reasons
 from rank_functions import (
@@ -59,7 +59,7 @@ def test_ranks_give_the_step_of_the_big_batch(world_size):
         for model_class in (StandIn, PlainStandIn)
         for total, ims_per_gpu in ((16, 16), (16, 5), (16, 2), (5, 1))
     ]
-    results = launch(gradients_in_ranks, [cases], num_processes=world_size)
+    results = launch(gradients_in_ranks, [cases], Topology(world_size))
     for (model_class, total, _), (losses, found) in zip(cases, results, strict=True):
         expected_losses, expected = whole_step(model_class, total)
         assert_same(found, expected)
@@ -68,7 +68,7 @@ def test_ranks_give_the_step_of_the_big_batch(world_size):
 
 
 def test_parameter_that_only_an_early_micro_batch_uses():
-    assert launch(unused_parameters, num_processes=2)
+    assert launch(unused_parameters, topology=Topology(2))
 
 
 def test_bfloat16_autocast_reaches_the_model():

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from d2scale.engine.launch import launch
+from d2scale.engine.launch import Topology, launch
 from d2scale.errors import ConfigError
 from d2scale.step import ranks
 from rank_functions import compressed_gradients, exchanges, given_other_settings
 
 
 def test_values_of_two_ranks():
-    found = launch(exchanges, num_processes=2)
+    found = launch(exchanges, topology=Topology(2))
     assert found == {
         "largest": {"a": 1.0, "b": 2.0},
         "gathered": [0, 1],
@@ -28,7 +28,7 @@ def test_one_rank_needs_no_group():
 
 def test_other_settings_are_named_on_every_rank():
     with pytest.raises(ConfigError) as error:
-        launch(given_other_settings, num_processes=3)
+        launch(given_other_settings, topology=Topology(3))
     assert [str(fault) for fault in error.value.faults] == [
         "SOLVER.BASE_LR on rank 1 is 0.2; allowed: 0.1, as on rank 0; start all alike",
         "SOLVER.MAX_ITER on rank 2 is None; allowed: 5, as on rank 0; start all alike",
@@ -36,7 +36,7 @@ def test_other_settings_are_named_on_every_rank():
 
 
 def test_compressed_gradients_cross_the_network_in_half_precision():
-    exact, half = launch(compressed_gradients, num_processes=2)
+    exact, half = launch(compressed_gradients, topology=Topology(2))
     # 1/3 has more digits than half precision.
     assert exact == pytest.approx(1 / 3, abs=1e-7)
     assert half != exact

@@ -3,6 +3,8 @@
 ``python training_processes.py train --config-file ...`` is ``d2scale train`` with accidents:
 ``KILL_RANK`` is killed before iteration ``KILL_BEFORE``, if torchrun has not restarted it yet.
 ``KILL_WHILE_WRITING`` names a checkpoint of which only half reaches the disk.
+``MEASURE_ON_CPU`` has memory measured on a simulated device, and ``LATE_RANK`` joins every process
+group half a second late.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ import io
 import os
 import signal
 import sys
+import time
 
 import torch
+import torch.distributed as dist
 
 from d2scale import cli
+from d2scale.engine import planning
 from d2scale.engine.trainer import Trainer
 
 RECIPE = """
@@ -76,10 +81,30 @@ def _kill_while_writing() -> None:
     torch.save = hooked
 
 
+def _measure_on_cpu() -> None:
+    planning.measures = lambda cfg: True
+
+
+def _come_late() -> None:
+    if os.environ["RANK"] != os.environ["LATE_RANK"]:
+        return
+    init = dist.init_process_group
+
+    def late(*arguments, **options):
+        time.sleep(0.5)
+        return init(*arguments, **options)
+
+    dist.init_process_group = late
+
+
 # Spawned ranks import this file under another name.
 if __name__ in ("__main__", "__mp_main__"):
     if "KILL_RANK" in os.environ:
         _kill_before_a_step()
+    if "MEASURE_ON_CPU" in os.environ:
+        _measure_on_cpu()
+    if "LATE_RANK" in os.environ:
+        _come_late()
     if "KILL_WHILE_WRITING" in os.environ:
         _kill_while_writing()
 if __name__ == "__main__":

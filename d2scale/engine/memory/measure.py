@@ -21,14 +21,7 @@ from d2scale.planning.hardware import Hardware
 from d2scale.planning.memory_profile import GIB, MemoryProfile
 
 
-def measure_profile(
-    cfg: Any,
-    *,
-    num_processes: int = 1,
-    num_machines: int = 1,
-    machine_rank: int = 0,
-    dist_url: str = "auto",
-) -> MemoryProfile:
+def measure_profile(cfg: Any) -> MemoryProfile:
     """Take worst-case training steps on every rank and return what all of them can hold.
 
     The batches are made from the training dataset: the largest padded size that the augmentation
@@ -38,23 +31,13 @@ def measure_profile(
 
     Args:
         cfg: as ``d2scale.config.load_cfg`` reads it.
-        num_processes, num_machines, machine_rank, dist_url: see
-            :func:`d2scale.engine.launch.launch`.
 
     Raises:
         ConfigError: for a budget that cannot be, a dataset without annotations, or a device
             that is too small for one image.
         Exception: what the model fails with for another reason than memory.
     """
-    profile: MemoryProfile = launch(
-        measure_on_rank,
-        [cfg],
-        num_processes=num_processes,
-        num_machines=num_machines,
-        machine_rank=machine_rank,
-        dist_url=dist_url,
-        use_cuda=cfg.MODEL.DEVICE == "cuda",
-    )
+    profile: MemoryProfile = launch(measure_on_rank, [cfg], use_cuda=cfg.MODEL.DEVICE == "cuda")
     return profile
 
 

@@ -9,6 +9,7 @@ import pytest
 from d2scale.cli import main
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
+from d2scale.engine.launch import Topology
 from d2scale.engine.run import train
 from d2scale.memory.tracker import StorageTracker
 from d2scale.planning.memory_profile import GIB
@@ -81,7 +82,7 @@ def test_an_epoch_of_real_images_stays_within_the_budget(recipe, monkeypatch):
 
 def test_two_ranks_fill_theirs(recipe):
     opts = ("D2SCALE.MAX_IMS_PER_BATCH", "8", "D2SCALE.MEMORY.BUDGET_GIB", "0.65")
-    train(load(recipe, *opts), num_processes=2)
+    train(load(recipe, *opts), Topology(2))
     plan = run_plan(recipe)
     assert (plan["world_size"], plan["ims_per_batch"]) == (2, 8)
     assert any("MAX_IMS_PER_BATCH" in note for note in plan["notes"])
