@@ -1,4 +1,4 @@
-"""How fast a config's model detects and trains on this machine, on one device."""
+"""Timing inference and training of a config on one device of this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from d2scale.engine.models import build_model, check_model, device_of, load_init
 from d2scale.engine.solver import LearningRateSchedule
 from d2scale.engine.step import build_step
 from d2scale.engine.trainer import Trainer
-from d2scale.errors import CheckpointError, ConfigError, Fault
+from d2scale.errors import CheckpointError, ConfigError, Fault, collecting
 from d2scale.memory.tracker import StorageTracker
 from d2scale.step.optimizer_step import OptimizerStep
 
@@ -33,15 +33,15 @@ PARTS = ("inference", "training")
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchmarkOptions:
     """What to measure.
 
     Attributes:
         parts: of :data:`PARTS`.
-        data: "auto", "real" or "random"; auto takes the datasets of the config where they are.
+        data: "auto", "real" or "random"; auto takes the config's datasets if they are here.
         images: images to detect on, after ``warmup`` that do not count.
         steps: training steps, after ``warmup_steps`` that do not count.
-        ims_per_gpu: images in a training step; 0: one rank's share by the recipe.
+        ims_per_gpu: images in a training step; 0: those of one rank of the recipe.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -54,7 +54,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchmarkResult:
     """What was measured.
 
     Attributes:
@@ -68,23 +68,21 @@ class Report:
     training: dict[str, Any]
 
 
-def benchmark(cfg: CfgNode, request: Request) -> Report:
-    """Measure a config.
+def benchmark(cfg: CfgNode, options: BenchmarkOptions) -> BenchmarkResult:
+    """Measure inference and training with a config.
 
     Inference time is that of the published figures: the network's forward and the
     post-processing of one image, averaged, without loading and without the first images.
     Training takes whole steps, loading included, at a learning rate of 0.
 
     Raises:
-        ConfigError: with every fault of the request and the config.
+        ConfigError: with every fault of the options and the config.
         DataError: if real data is asked for and not there, or broken.
     """
-    faults = [*_request_faults(request), *_device_faults(cfg)]
+    faults = [*_option_faults(options), *_device_faults(cfg)]
     faults += [*value_faults(cfg), *input_faults(cfg)]
-    try:
+    with collecting(faults):
         check_model(cfg)
-    except ConfigError as error:
-        faults += error.faults
     if faults:
         raise ConfigError(faults)
     torch.manual_seed(max(cfg.SEED, 0))
@@ -92,30 +90,27 @@ def benchmark(cfg: CfgNode, request: Request) -> Report:
     weights = _load_weights(cfg, model)
     inference: dict[str, Any] = {}
     training: dict[str, Any] = {}
-    if "inference" in request.parts:
-        source = find_source(cfg, request.data, training=False)
-        inference = measure_inference(cfg, model, source, request)
-    if "training" in request.parts:
-        count = request.ims_per_gpu or share_of_recipe(cfg)
-        source = find_source(cfg, request.data, training=True, ims_per_batch=count)
-        training = measure_training(cfg, model, source, request)
-    return Report(_facts(cfg, weights), inference, training)
+    if "inference" in options.parts:
+        source = find_source(cfg, options.data, training=False)
+        inference = measure_inference(cfg, model, source, options)
+    if "training" in options.parts:
+        count = options.ims_per_gpu or _recipe_ims_per_gpu(cfg)
+        source = find_source(cfg, options.data, training=True, ims_per_batch=count)
+        training = measure_training(cfg, model, source, options)
+    return BenchmarkResult(_facts(cfg, weights), inference, training)
 
 
-def share_of_recipe(cfg: CfgNode) -> int:
-    """Return the images of one GPU in one step, as the recipe has it."""
-    share = cfg.D2SCALE.IMS_PER_GPU or cfg.SOLVER.IMS_PER_BATCH // max(
-        1, cfg.SOLVER.REFERENCE_WORLD_SIZE
-    )
-    return max(1, int(share))
+def _recipe_ims_per_gpu(cfg: CfgNode) -> int:
+    ranks = max(1, cfg.SOLVER.REFERENCE_WORLD_SIZE)
+    return max(1, int(cfg.D2SCALE.IMS_PER_GPU or cfg.SOLVER.IMS_PER_BATCH // ranks))
 
 
-def _request_faults(request: Request) -> Iterator[Fault]:
+def _option_faults(options: BenchmarkOptions) -> Iterator[Fault]:
     for option, value, least in (
-        ("--images", request.images, 1),
-        ("--warmup", request.warmup, 0),
-        ("--steps", request.steps, 1),
-        ("--ims-per-gpu", request.ims_per_gpu, 0),
+        ("--images", options.images, 1),
+        ("--warmup", options.warmup, 0),
+        ("--steps", options.steps, 1),
+        ("--ims-per-gpu", options.ims_per_gpu, 0),
     ):
         if value < least:
             yield Fault(option, value, f"a whole number from {least}", "correct it")
@@ -131,13 +126,16 @@ def _device_faults(cfg: CfgNode) -> Iterator[Fault]:
 
 
 def _load_weights(cfg: CfgNode, model: nn.Module) -> str:
-    """Load ``MODEL.WEIGHTS`` where they are at hand; speed hardly depends on them."""
+    """Load ``MODEL.WEIGHTS`` if they are here, and return their name: speed needs no weights."""
+    weights = cfg.MODEL.WEIGHTS
+    if not weights:
+        return "random"
     try:
-        find_weights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+        find_weights(weights)
     except CheckpointError:
-        return f"random ({cfg.MODEL.WEIGHTS} is not on this machine)"
-    load_initial_weights(model, cfg.MODEL.WEIGHTS)
-    return cfg.MODEL.WEIGHTS or "random"
+        return f"random ({weights} is not on this machine)"
+    load_initial_weights(model, weights)
+    return str(weights)
 
 
 def _facts(cfg: CfgNode, weights: str) -> dict[str, Any]:
@@ -155,24 +153,24 @@ def _facts(cfg: CfgNode, weights: str) -> dict[str, Any]:
 
 
 def measure_inference(
-    cfg: CfgNode, model: nn.Module, source: Source, request: Request
+    cfg: CfgNode, model: nn.Module, source: Source, options: BenchmarkOptions
 ) -> dict[str, Any]:
-    """Detect on single images; they come again if there are fewer than asked for."""
+    """Return times of detecting on single images, again from the first if there are too few."""
     device = device_of(cfg)
     model.eval()
-    times, found = [], 0
+    times, detected = [], 0
     with source.open() as batches, torch.no_grad():
         samples = (sample for batch in batches for sample in batch)
-        for number, sample in enumerate(itertools.islice(samples, request.warmup + request.images)):
-            if number == request.warmup:
+        for number, sample in enumerate(itertools.islice(samples, options.warmup + options.images)):
+            if number == options.warmup:
                 _reset_peak(device)
             start = time.perf_counter()
             (detections,) = model([sample])
             # Copying to the host waits for the device.
             copied = [value.cpu() for value in detections.values()]
             times.append(time.perf_counter() - start)
-            found += len(copied[0]) * (number >= request.warmup)
-    times = times[request.warmup :]
+            detected += len(copied[0]) * (number >= options.warmup)
+    times = times[options.warmup :]
     mean = statistics.fmean(times)
     return {
         "images": len(times),
@@ -180,32 +178,30 @@ def measure_inference(
         "seconds an image": mean,
         "median seconds": statistics.median(times),
         "images a second": 1 / mean,
-        "detections an image": found / len(times),
+        "detections an image": detected / len(times),
         "peak GiB": _peak_gib(device),
     }
 
 
 def measure_training(
-    cfg: CfgNode, model: nn.Module, source: Source, request: Request
+    cfg: CfgNode, model: nn.Module, source: Source, options: BenchmarkOptions
 ) -> dict[str, Any]:
-    """Take training steps of one micro-batch; the weights stay as they are."""
+    """Return times of training steps of one micro-batch; the weights do not change."""
     device = device_of(cfg)
     step = build_step(cfg, model.train(), ims_per_gpu=source.ims_per_batch)
     # Random weights behind frozen statistics could diverge.
     schedule = LearningRateSchedule(step.optimizer, ConstantParamScheduler(0.0), max_iter=1 << 30)
     with source.open() as batches:
         trainer = Trainer(step, batches, schedule, seed=0)
-        for _ in range(request.warmup_steps):
+        for _ in range(options.warmup_steps):
             trainer.take_step()
         _reset_peak(device)
         _wait_for(device)
         start = time.perf_counter()
-        taken = [trainer.take_step() for _ in range(request.steps)]
+        taken = [trainer.take_step() for _ in range(options.steps)]
         _wait_for(device)
         seconds = time.perf_counter() - start
-        peak = _peak_gib(device)
-        if peak is None:
-            peak = _counted_gib(step, trainer)
+        peak = _peak_gib(device) or _counted_gib(step, trainer)
     return {
         "steps": len(taken),
         "images a step": source.ims_per_batch,
@@ -229,14 +225,14 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak_gib(device: torch.device) -> float | None:
-    """Bytes that tensors held at most since the reset; None on a CPU, where nobody counts."""
+    """Return the most that tensors held since the reset; None on a CPU, where torch counts none."""
     if device.type != "cuda":
         return None
     return torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def _counted_gib(step: OptimizerStep, trainer: Trainer) -> float:
-    """Take one more step with every storage counted: what a device would have to hold."""
+    """Take one more step with every storage counted, and return the most that were alive."""
     step.optimizer.zero_grad()
     tracker = StorageTracker()
     with tracker:
@@ -245,16 +241,16 @@ def _counted_gib(step: OptimizerStep, trainer: Trainer) -> float:
     return tracker.peak_bytes / 2**30
 
 
-def to_json(report: Report) -> str:
-    """Return the report for programs."""
-    return json.dumps(asdict(report), indent=1)
+def to_json(result: BenchmarkResult) -> str:
+    """Return the result as JSON text."""
+    return json.dumps(asdict(result), indent=1)
 
 
-def to_table(report: Report) -> str:
-    """Return the report for people: the facts, then a table of each part."""
-    parts = [tabulate(list(report.facts.items()), tablefmt="plain")]
+def to_table(result: BenchmarkResult) -> str:
+    """Return the result as text: the facts, then a table of each part."""
+    parts = [tabulate(list(result.facts.items()), tablefmt="plain")]
     for name in PARTS:
-        rows = [(key, _text(v)) for key, v in getattr(report, name).items() if v is not None]
+        rows = [(key, _text(v)) for key, v in getattr(result, name).items() if v is not None]
         if rows:
             parts.append(tabulate(rows, headers=[name, ""], tablefmt="pipe", disable_numparse=True))
     return "\n\n".join(parts)

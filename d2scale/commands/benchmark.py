@@ -23,34 +23,23 @@ def add_parser(commands: Commands) -> None:
     text = "measure inference time and training throughput"
     parser = add_command(commands, "benchmark", text, run, epilog=_EPILOG, takes_opts=True)
     add_recipe(parser)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(MODEL.DEVICE, if it is there)")
-    parser.add_argument("--only", choices=("inference", "training"), help="one of the two (both)")
-    parser.add_argument(
-        "--data", choices=("auto", "real", "random"), default="auto", help="images (auto)"
-    )
-    parser.add_argument(
-        "--images", type=int, metavar="N", help="images to detect on (200, on a CPU 20)"
-    )
-    parser.add_argument(
-        "--warmup", type=int, metavar="N", help="images before that (a tenth of them)"
-    )
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="training steps (20)")
-    parser.add_argument(
-        "--ims-per-gpu",
-        type=int,
-        default=0,
-        metavar="M",
-        help="images in a training step (one GPU's share by the recipe)",
-    )
-    parser.add_argument("--format", choices=("table", "json"), default="table")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write there, as JSON")
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="(MODEL.DEVICE, if it is there)")
+    add("--only", choices=("inference", "training"), help="one of the two (both)")
+    add("--data", choices=("auto", "real", "random"), default="auto", help="images (auto)")
+    add("--images", type=int, metavar="N", help="images to detect on (200, on a CPU 20)")
+    add("--warmup", type=int, metavar="N", help="images before that (a tenth of them)")
+    add("--steps", type=int, default=20, metavar="N", help="training steps (20)")
+    add("--ims-per-gpu", type=int, default=0, metavar="M", help="images a step (the recipe's)")
+    add("--format", choices=("table", "json"), default="table")
+    add("-o", "--output", metavar="FILE", help="write there, as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale benchmark``."""
     import torch
 
-    from d2scale.benchmark.measure import PARTS, Request, benchmark, to_json, to_table
+    from d2scale.benchmark.measure import PARTS, BenchmarkOptions, benchmark, to_json, to_table
     from d2scale.config import load_cfg
 
     cfg = load_cfg(arguments.config, arguments.opts)
@@ -59,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     images = _IMAGES.get(cfg.MODEL.DEVICE, 1) if arguments.images is None else arguments.images
-    request = Request(
+    options = BenchmarkOptions(
         parts=PARTS if arguments.only is None else (arguments.only,),
         data=arguments.data,
         images=images,
@@ -67,9 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         ims_per_gpu=arguments.ims_per_gpu,
     )
-    report = benchmark(cfg, request)
-    text = to_json(report)
+    result = benchmark(cfg, options)
+    text = to_json(result)
     if arguments.output is not None:
         emit(text + "\n", arguments.output)
-    print(text if arguments.format == "json" else to_table(report))
+    print(text if arguments.format == "json" else to_table(result))
     return 0

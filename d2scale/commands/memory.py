@@ -19,16 +19,16 @@ def add_parser(commands: Commands) -> None:
     text = "predict or measure the device memory that training needs"
     parser = add_command(commands, "memory", text, run, epilog=_EPILOG, takes_opts=True)
     add_recipe(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
         help="cpu: predict for a GPU that need not be there; cuda: measure (cpu)",
     )
-    parser.add_argument(
-        "--explore", action="store_true", help="with cpu: also AMP, activation checkpointing, both"
-    )
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the memory profile there")
+    help_text = "with cpu: also AMP, activation checkpointing and both"
+    add("--explore", action="store_true", help=help_text)
+    add("-o", "--output", metavar="FILE", help="write the memory profile there")
 
 
 def run(arguments: argparse.Namespace) -> int:

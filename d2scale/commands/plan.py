@@ -25,19 +25,17 @@ def add_parser(commands: Commands) -> None:
     text = "show how a recipe runs on other GPUs"
     parser = add_command(commands, "plan", text, run, epilog=_EPILOG, takes_opts=True)
     add_recipe(parser)
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs to run on (1)")
-    parser.add_argument("--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU")
-    parser.add_argument("--method", help="per_gpu, keep_total or max_memory")
-    parser.add_argument("--lr-rule", help="auto, linear, sqrt or none")
-    parser.add_argument("--ims-per-gpu", type=int, metavar="M", help="images in one forward")
-    parser.add_argument("--profile", metavar="FILE", help="memory profile")
-    parser.add_argument(
-        "--explore",
-        action="store_true",
-        help="list float32, AMP, activation checkpointing and both, instead of one plan",
-    )
-    parser.add_argument("--format", choices=("table", "json", "yaml"), default="table")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write there, not to the terminal")
+    add = parser.add_argument
+    add("--gpus", type=int, default=1, metavar="N", help="GPUs to run on (1)")
+    add("--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU")
+    add("--method", help="per_gpu, keep_total or max_memory")
+    add("--lr-rule", help="auto, linear, sqrt or none")
+    add("--ims-per-gpu", type=int, metavar="M", help="images in one forward")
+    add("--profile", metavar="FILE", help="memory profile")
+    help_text = "list float32, AMP, activation checkpointing and both, instead of one plan"
+    add("--explore", action="store_true", help=help_text)
+    add("--format", choices=("table", "json", "yaml"), default="table")
+    add("-o", "--output", metavar="FILE", help="write there, not to the terminal")
 
 
 def run(arguments: argparse.Namespace) -> int:

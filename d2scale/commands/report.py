@@ -21,15 +21,10 @@ def add_parser(commands: Commands) -> None:
     """Add ``d2scale report``."""
     text = "compare runs: settings, results, curves, time and memory"
     parser = add_command(commands, "report", text, run, epilog=_EPILOG)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folder of a d2scale, detectron2 or d2go run"
-    )
-    parser.add_argument(
-        "--published", action="store_true", help="compare with the published runs as well"
-    )
-    parser.add_argument(
-        "-o", "--output", default="report.html", metavar="FILE", help="the page (report.html)"
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folder of a d2scale, detectron2 or d2go run")
+    add("--published", action="store_true", help="compare with the published runs as well")
+    add("-o", "--output", default="report.html", metavar="FILE", help="the page (report.html)")
 
 
 def run(arguments: argparse.Namespace) -> int:

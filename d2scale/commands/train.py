@@ -18,27 +18,27 @@ def add_parser(commands: Commands) -> None:
     """Add ``d2scale train``."""
     text = "train and evaluate a recipe"
     parser = add_command(commands, "train", text, run, epilog=_EPILOG, takes_opts=True)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument(
-        "--num-gpus",
-        "--num-processes",
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE")
+    add(
+        *("--num-gpus", "--num-processes"),
         dest="num_processes",
         type=int,
         default=1,
         metavar="N",
         help="processes on this machine, one to a GPU (1)",
     )
-    parser.add_argument("--num-machines", type=int, default=1, metavar="N")
-    parser.add_argument("--machine-rank", type=int, default=0, metavar="N")
-    parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
-    parser.add_argument("--method", help="per_gpu, keep_total or max_memory")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument(
+    add("--num-machines", type=int, default=1, metavar="N")
+    add("--machine-rank", type=int, default=0, metavar="N")
+    add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
+    add("--method", help="per_gpu, keep_total or max_memory")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add(
         "--allow-changed-recipe",
         action="store_true",
         help="resume with another recipe than the training was started with",
     )
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -19,23 +19,13 @@ def add_parser(commands: Commands) -> None:
     """Add ``d2scale visualize``."""
     text = "draw what a checkpoint detects"
     parser = add_command(commands, "visualize", text, run, epilog=_EPILOG, takes_opts=True)
-    parser.add_argument(
-        "run", metavar="RUN", help="folder of a run, for its last checkpoint, or a checkpoint file"
-    )
-    parser.add_argument(
-        "--input",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="an image or a folder of images; may be given several times (some test images)",
-    )
-    parser.add_argument("--config-file", metavar="FILE", help="config of the model (the run's)")
-    parser.add_argument(
-        "-o", "--output", default="visualized", metavar="DIR", help="pictures (visualized)"
-    )
-    parser.add_argument(
-        "--score-threshold", type=float, default=0.3, metavar="S", help="from 0 to 1 (0.3)"
-    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a run, for its last checkpoint, or a checkpoint file")
+    help_text = "an image or a folder of images; may be given several times (some test images)"
+    add("--input", action="append", default=[], metavar="PATH", help=help_text)
+    add("--config-file", metavar="FILE", help="config of the model (the run's)")
+    add("-o", "--output", default="visualized", metavar="DIR", help="pictures (visualized)")
+    add("--score-threshold", type=float, default=0.3, metavar="S", help="from 0 to 1 (0.3)")
 
 
 def run(arguments: argparse.Namespace) -> int:

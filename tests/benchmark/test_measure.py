@@ -8,7 +8,7 @@ import torch
 
 from d2scale.benchmark import measure as module
 from d2scale.benchmark.data import find_source
-from d2scale.benchmark.measure import Request, measure_inference, measure_training
+from d2scale.benchmark.measure import BenchmarkOptions, measure_inference, measure_training
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
 from d2scale.engine.models import build_model
@@ -39,7 +39,7 @@ def test_a_training_benchmark_leaves_the_weights_alone(cfg):
     model = build_model(cfg)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     source = find_source(cfg, "random", training=True, ims_per_batch=2)
-    figures = measure_training(cfg, model, source, Request(steps=2, warmup_steps=1))
+    figures = measure_training(cfg, model, source, BenchmarkOptions(steps=2, warmup_steps=1))
     assert figures["images a second"] > 0
     assert figures["data seconds a step"] < figures["seconds a step"]
     assert figures["peak GiB"] * 2**30 > sum(v.nbytes for v in before.values())
@@ -57,7 +57,7 @@ def test_the_first_images_do_not_count(cfg, monkeypatch):
 
     source = find_source(cfg, "random", training=False)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    figures = measure_inference(cfg, Model(), source, Request(images=4, warmup=2))
+    figures = measure_inference(cfg, Model(), source, BenchmarkOptions(images=4, warmup=2))
     assert figures["seconds an image"] == 2.0
     assert figures["images a second"] == 0.5
     assert figures["detections an image"] == 3

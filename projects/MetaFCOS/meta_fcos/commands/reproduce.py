@@ -21,35 +21,28 @@ def add_parser(commands: Commands) -> None:
     """Add ``d2scale reproduce``."""
     text = "run the three published experiments and report on them"
     parser = add_command(commands, "reproduce", text, run, epilog=_EPILOG)
-    parser.add_argument(
-        "--form",
-        choices=("full", "small"),
-        help="as published, or in small for a CPU (full where there is a GPU)",
-    )
-    parser.add_argument(
-        "--images-seen",
-        type=int,
-        metavar="N",
-        help="cut each training to N images, its schedule in proportion (the recipe's length)",
-    )
-    parser.add_argument(
-        "--num-gpus",
-        "--num-processes",
+    add = parser.add_argument
+    help_text = "as published, or in small for a CPU (full where there is a GPU)"
+    add("--form", choices=("full", "small"), help=help_text)
+    help_text = "cut each training to N images, its schedule in proportion (the recipe's length)"
+    add("--images-seen", type=int, metavar="N", help=help_text)
+    add(
+        *("--num-gpus", "--num-processes"),
         dest="num_gpus",
         type=int,
         metavar="N",
         help="for experiments 1 and 3, published on two; one runs them too (two, if there are)",
     )
-    parser.add_argument("--only", metavar="1,3", help="numbers of experiments (all)")
-    parser.add_argument(
+    add("--only", metavar="1,3", help="numbers of experiments (all)")
+    add(
         "--method3",
         choices=("published", "exact"),
         default="published",
         help="experiment 3 as published, rate and length as if the batch had doubled, or by its "
         "ratio of 30/16 (published); small doubles",
     )
-    parser.add_argument("--plan-only", action="store_true", help="show the plan and stop")
-    parser.add_argument(
+    add("--plan-only", action="store_true", help="show the plan and stop")
+    add(
         "--output-dir",
         default="output/reproduction",
         metavar="DIR",
