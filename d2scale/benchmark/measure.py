@@ -8,7 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from tabulate import tabulate
 from torch import nn
 
-from d2scale.benchmark.data import Source, find_source
+from d2scale.benchmark.data import Batches, open_batches
 from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
@@ -64,8 +64,8 @@ class BenchmarkResult:
     """
 
     facts: dict[str, Any]
-    inference: dict[str, Any]
-    training: dict[str, Any]
+    inference: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def benchmark(cfg: CfgNode, options: BenchmarkOptions) -> BenchmarkResult:
@@ -88,16 +88,16 @@ def benchmark(cfg: CfgNode, options: BenchmarkOptions) -> BenchmarkResult:
     torch.manual_seed(max(cfg.SEED, 0))
     model = build_model(cfg)
     weights = _load_weights(cfg, model)
-    inference: dict[str, Any] = {}
-    training: dict[str, Any] = {}
+    result = BenchmarkResult(_facts(cfg, weights))
     if "inference" in options.parts:
-        source = find_source(cfg, options.data, training=False)
-        inference = measure_inference(cfg, model, source, options)
+        with open_batches(cfg, options.data, training=False) as batches:
+            result.inference.update(measure_inference(model, batches, options))
     if "training" in options.parts:
         count = options.ims_per_gpu or _recipe_ims_per_gpu(cfg)
-        source = find_source(cfg, options.data, training=True, ims_per_batch=count)
-        training = measure_training(cfg, model, source, options)
-    return BenchmarkResult(_facts(cfg, weights), inference, training)
+        with open_batches(cfg, options.data, training=True, ims_per_batch=count) as batches:
+            step = build_step(cfg, model.train(), ims_per_gpu=count)
+            result.training.update(measure_training(step, batches, options))
+    return result
 
 
 def _recipe_ims_per_gpu(cfg: CfgNode) -> int:
@@ -153,14 +153,14 @@ def _facts(cfg: CfgNode, weights: str) -> dict[str, Any]:
 
 
 def measure_inference(
-    cfg: CfgNode, model: nn.Module, source: Source, options: BenchmarkOptions
+    model: nn.Module, batches: Batches, options: BenchmarkOptions
 ) -> dict[str, Any]:
-    """Return times of detecting on single images, again from the first if there are too few."""
-    device = device_of(cfg)
+    """Return times of detecting on single images."""
+    device = next(model.parameters()).device
     model.eval()
     times, detected = [], 0
-    with source.open() as batches, torch.no_grad():
-        samples = (sample for batch in batches for sample in batch)
+    samples = (sample for batch in batches.batches for sample in batch)
+    with torch.no_grad():
         for number, sample in enumerate(itertools.islice(samples, options.warmup + options.images)):
             if number == options.warmup:
                 _reset_peak(device)
@@ -174,7 +174,7 @@ def measure_inference(
     mean = statistics.fmean(times)
     return {
         "images": len(times),
-        "data": source.description,
+        "data": batches.source,
         "seconds an image": mean,
         "median seconds": statistics.median(times),
         "images a second": 1 / mean,
@@ -184,31 +184,30 @@ def measure_inference(
 
 
 def measure_training(
-    cfg: CfgNode, model: nn.Module, source: Source, options: BenchmarkOptions
+    step: OptimizerStep, batches: Batches, options: BenchmarkOptions
 ) -> dict[str, Any]:
-    """Return times of training steps of one micro-batch; the weights do not change."""
-    device = device_of(cfg)
-    step = build_step(cfg, model.train(), ims_per_gpu=source.ims_per_batch)
+    """Return times of training steps; the weights do not change."""
+    device = next(step.model.parameters()).device
     # Random weights behind frozen statistics could diverge.
     schedule = LearningRateSchedule(step.optimizer, ConstantParamScheduler(0.0), max_iter=1 << 30)
-    with source.open() as batches:
-        trainer = Trainer(step, batches, schedule, seed=0)
-        for _ in range(options.warmup_steps):
-            trainer.take_step()
-        _reset_peak(device)
-        _wait_for(device)
-        start = time.perf_counter()
-        taken = [trainer.take_step() for _ in range(options.steps)]
-        _wait_for(device)
-        seconds = time.perf_counter() - start
-        peak = _peak_gib(device) or _counted_gib(step, trainer)
+    trainer = Trainer(step, batches.batches, schedule, seed=0)
+    for _ in range(options.warmup_steps):
+        trainer.take_step()
+    _reset_peak(device)
+    _wait_for(device)
+    start = time.perf_counter()
+    taken = [trainer.take_step() for _ in range(options.steps)]
+    _wait_for(device)
+    seconds = time.perf_counter() - start
+    peak = _peak_gib(device) or _counted_gib(step, trainer)
+    images = taken[-1].images_seen // (options.warmup_steps + options.steps)
     return {
         "steps": len(taken),
-        "images a step": source.ims_per_batch,
-        "data": source.description,
-        "images a second": source.ims_per_batch * len(taken) / seconds,
-        "seconds a step": statistics.median(step.seconds for step in taken),
-        "data seconds a step": statistics.median(step.data_seconds for step in taken),
+        "images a step": images,
+        "data": batches.source,
+        "images a second": images * len(taken) / seconds,
+        "seconds a step": statistics.median(metrics.seconds for metrics in taken),
+        "data seconds a step": statistics.median(metrics.data_seconds for metrics in taken),
         "peak GiB": peak,
     }
 
