@@ -1,4 +1,4 @@
-"""The whole detector, from images of any size to losses or to boxes in the original images."""
+"""The whole detector: from images of any size to losses, or to boxes in the original images."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SIZE_DIVISOR = 32
 class OneStageDetector(nn.Module):
     """A backbone and MetaFCOS on its pyramid.
 
-    A sample is one image, a dict: ``image``, uint8 (3, h, w) in the channel order of the pixel
-    mean; ``height`` and ``width``, the original's, in pixels; in training ``boxes``, float32
+    A sample is a dict of one image: ``image``, uint8 (3, h, w) in the channel order of the pixel
+    mean; ``height`` and ``width`` of the original, in pixels; in training ``boxes``, float32
     (k, 4), x0 y0 x1 y1 in pixels of ``image``, and ``classes``, int64 (k,); optionally
-    ``pad_to``, (h, w): the batch is padded at least to this.
+    ``pad_to``, (h, w), the least size of the padded batch.
 
     Args:
         backbone: maps images (n, 3, h, w) to levels by name, from fine to coarse.
@@ -122,10 +122,10 @@ class OneStageDetector(nn.Module):
         if self.training:
             boxes, classes = self._truth(samples)
             return self.proposal_generator(features, boxes, classes, normalizers)
-        found = self.proposal_generator(features)
+        detections = self.proposal_generator(features)
         return [
-            rescale(detections, sample["image"].shape[1:], (sample["height"], sample["width"]))
-            for detections, sample in zip(found, samples, strict=True)
+            rescale(image, sample["image"].shape[1:], (sample["height"], sample["width"]))
+            for image, sample in zip(detections, samples, strict=True)
         ]
 
     def load_weights(self, path: Path) -> None:
@@ -137,10 +137,10 @@ class OneStageDetector(nn.Module):
         load_weights(self, path)
 
     def loss_normalizers(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Sums over ``samples`` that the losses are divided by, from the ground truth alone.
+        """Return sums over ``samples`` that the losses are divided by, from the ground truth.
 
-        They add up over the micro-batches and ranks of an optimizer step; the total goes through
-        `finish_normalizers` into every forward of the step.
+        They are added over the micro-batches and ranks of an optimizer step; the total goes
+        through `finish_normalizers` into every forward of the step.
 
         Returns:
             num_positives and centerness_sum, float64 scalars on the model's device.
@@ -152,15 +152,11 @@ class OneStageDetector(nn.Module):
     def finish_normalizers(
         self, totals: Mapping[str, Tensor], world_size: int
     ) -> dict[str, Tensor]:
-        """Turn the sums over a whole optimizer step into the divisors of the losses.
-
-        Clamps the totals (positives to 1, centre-ness to 1e-6) and divides them by the number of
-        ranks, in this order; see `meta_fcos.losses.finish_normalizers`.
-        """
+        """Return the divisors of the losses; see `meta_fcos.losses.finish_normalizers`."""
         return finish_normalizers(totals, world_size)
 
     def checkpoint_activations(self) -> None:
-        """Keep only what goes into residual blocks and head towers, from now on."""
+        """From now on keep only the inputs of residual blocks and head towers for backward."""
         self.proposal_generator.fcos_head.recompute_towers = True
         for module in self.backbone.modules():
             if isinstance(module, ResidualBlock):
@@ -172,7 +168,7 @@ class OneStageDetector(nn.Module):
         return boxes, [sample["classes"].to(device, non_blocking=True) for sample in samples]
 
     def _batch(self, samples: Sequence[Sample]) -> Tensor:
-        """Normalized images (n, 3, h, w), padded with zeros at the right and at the bottom."""
+        """Return normalized images (n, 3, h, w), padded with zeros at the right and bottom."""
         mean, std = self.pixel_mean, self.pixel_std
         # The convolutions keep the format; on a CPU they are faster with channels last.
         layout = torch.channels_last if mean.device.type == "cpu" else torch.contiguous_format
@@ -186,15 +182,13 @@ class OneStageDetector(nn.Module):
 
 
 def padded_size(samples: Sequence[Sample]) -> tuple[int, int]:
-    """Height and width that hold every image and ``pad_to``, rounded up to multiples of 32."""
+    """Return the height and width of the batch: of every image and ``pad_to``, rounded up."""
     sizes = [tuple(sample["image"].shape[1:]) for sample in samples]
     sizes += [sample["pad_to"] for sample in samples if "pad_to" in sample]
-    height, width = (max(sides) for sides in zip(*sizes, strict=True))
-    return _round_up(height), _round_up(width)
-
-
-def _round_up(side: int) -> int:
-    return math.ceil(side / SIZE_DIVISOR) * SIZE_DIVISOR
+    height, width = (
+        math.ceil(max(sides) / SIZE_DIVISOR) * SIZE_DIVISOR for sides in zip(*sizes, strict=True)
+    )
+    return height, width
 
 
 def build_detector(cfg: Any) -> OneStageDetector:
@@ -205,7 +199,7 @@ def build_detector(cfg: Any) -> OneStageDetector:
     """
     model = OneStageDetector.from_config(cfg)
     if cfg.MODEL.DEVICE == "cpu":
-        # As the images, see `_batch`: else every convolution rearranges its weights, twice a step.
+        # As the images in `_batch`: else every convolution rearranges its weights twice a step.
         model.to(memory_format=torch.channels_last)
     if cfg.MODEL.RESNETS.NORM == "FrozenBN" and not cfg.MODEL.WEIGHTS:
         logger.warning(

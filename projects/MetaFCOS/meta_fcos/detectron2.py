@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
 from detectron2.modeling.backbone import build_backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
@@ -20,6 +19,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from d2scale.errors import ConfigError, Fault
+from d2scale.step import ranks
 from meta_fcos.detector import OneStageDetector, Sample
 from meta_fcos.proposals import MetaFCOS
 from meta_fcos.validate import check_config
@@ -49,9 +49,9 @@ class MetaOneStageDetector(OneStageDetector):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(  # detectron2's trainers and evaluators want this form
+    def forward(  # the signature that detectron2's trainers and evaluators call
         self, batched_inputs: Sequence[Mapping[str, Any]], normalizers: Any = None
-    ) -> dict[str, Tensor] | list[dict[str, Instances]]:
+    ) -> Any:
         """Return losses in training mode, otherwise a dict with ``instances`` for each image.
 
         Args:
@@ -62,38 +62,27 @@ class MetaOneStageDetector(OneStageDetector):
         samples = [_to_sample(entry) for entry in batched_inputs]
         if self.training:
             if normalizers is None:
-                normalizers = self._step_normalizers(samples)
-            losses = super().forward(samples, normalizers)
-            assert isinstance(losses, dict)
-            return losses
-        found = super().forward(samples)
+                sums = super().loss_normalizers(samples)
+                totals = {name: ranks.sum_over_ranks(value) for name, value in sums.items()}
+                normalizers = self.finish_normalizers(totals, ranks.world_size())
+            return super().forward(samples, normalizers)
         return [
             {"instances": _to_instances(detections, sample)}
-            for detections, sample in zip(found, samples, strict=True)
+            for detections, sample in zip(super().forward(samples), samples, strict=True)
         ]
 
     def loss_normalizers(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Sums over detectron2's or d2scale's samples that the losses are divided by."""
+        """Return sums over detectron2's or d2scale's samples that the losses are divided by."""
         return super().loss_normalizers([_to_sample(sample) for sample in samples])
-
-    def _step_normalizers(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        totals = super().loss_normalizers(samples)
-        world_size = 1
-        if dist.is_available() and dist.is_initialized():
-            world_size = dist.get_world_size()
-            for total in totals.values():
-                dist.all_reduce(total)
-        return self.finish_normalizers(totals, world_size)
 
 
 def _to_sample(entry: Mapping[str, Any]) -> dict[str, Any]:
-    sample = {key: value for key, value in entry.items() if key != "instances"}
     height, width = entry["image"].shape[1:]
-    sample.setdefault("height", height)
-    sample.setdefault("width", width)
-    if "instances" in entry:
-        sample["boxes"] = entry["instances"].gt_boxes.tensor
-        sample["classes"] = entry["instances"].gt_classes
+    sample = {"height": height, "width": width, **entry}
+    instances = sample.pop("instances", None)
+    if instances is not None:
+        sample["boxes"] = instances.gt_boxes.tensor
+        sample["classes"] = instances.gt_classes
     return sample
 
 
@@ -144,22 +133,18 @@ def _build_meta_fcos(cfg: Any, input_shape: Any) -> MetaFCOS:
     return MetaFCOS.from_config(cfg)
 
 
-def _build_detector(cfg: Any) -> nn.Module:
-    return MetaOneStageDetector.from_config(cfg)
-
-
 def register() -> None:
-    """Register the published names with detectron2 and, if it is installed, d2go; once."""
-    detector = ("MetaOneStageDetector", _build_detector)
-    _register_once(
-        BACKBONE_REGISTRY, "build_fcos_resnet_fpn_backbone", build_fcos_resnet_fpn_backbone
-    )
+    """Register the published names with detectron2 and, if it is installed, d2go."""
+    name = "build_fcos_resnet_fpn_backbone"
+    _register_once(BACKBONE_REGISTRY, name, build_fcos_resnet_fpn_backbone)
     _register_once(PROPOSAL_GENERATOR_REGISTRY, "MetaFCOS", _build_meta_fcos)
-    _register_once(META_ARCH_REGISTRY, *detector)
+    registries = [META_ARCH_REGISTRY]
     if importlib.util.find_spec("d2go") is not None:
         from d2go.registry.builtin import META_ARCH_REGISTRY as D2GO_META_ARCH_REGISTRY
 
-        _register_once(D2GO_META_ARCH_REGISTRY, *detector)
+        registries.append(D2GO_META_ARCH_REGISTRY)
+    for registry in registries:
+        _register_once(registry, "MetaOneStageDetector", MetaOneStageDetector.from_config)
 
 
 def _register_once(registry: Any, name: str, build: Callable[..., nn.Module]) -> None:
@@ -169,5 +154,5 @@ def _register_once(registry: Any, name: str, build: Callable[..., nn.Module]) ->
     def builder(*arguments: Any) -> nn.Module:
         return build(*arguments)
 
-    builder.__name__ = name  # registries take the name of what they are given
-    registry.register()(builder)  # the form that both kinds of registry have
+    builder.__name__ = name  # the registries take it as the key
+    registry.register()(builder)  # the call that both kinds of registry have

@@ -1,8 +1,9 @@
-"""Feature pyramid (FPN, arXiv 1612.03144) with extra coarse levels, in detectron2's names."""
+"""Feature pyramid (FPN, arXiv 1612.03144) with extra coarse levels and detectron2's names."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,19 +58,13 @@ class FPN(nn.Module):
         self.average = fuse == "avg"
         self.numbers = tuple(STAGES.index(name) + 2 for name in in_features)
         for name, number in zip(in_features, self.numbers, strict=True):
-            width = bottom_up.out_channels[name]
-            bias = norm == ""
-            self.add_module(
-                f"fpn_lateral{number}", ConvNorm(width, channels, 1, bias=bias, norm=norm)
-            )
-            self.add_module(
-                f"fpn_output{number}", ConvNorm(channels, channels, 3, bias=bias, norm=norm)
-            )
+            conv = partial(ConvNorm, bias=norm == "", norm=norm)
+            lateral = conv(bottom_up.out_channels[name], channels, 1)
+            self.add_module(f"fpn_lateral{number}", lateral)
+            self.add_module(f"fpn_output{number}", conv(channels, channels, 3))
         last = self.numbers[-1]
         self.top_block = TopBlock(channels, [f"p{last + 1 + i}" for i in range(top_levels)])
-        self.out_names = tuple(
-            f"p{n}" for n in (*self.numbers, *range(last + 1, last + 1 + top_levels))
-        )
+        self.out_names = (*(f"p{number}" for number in self.numbers), *self.top_block.names)
         for child_name, child in self.named_children():
             if child_name != "bottom_up":
                 _initialize(child)

@@ -1,7 +1,7 @@
 """Convolutions joined with their normalization: fewer passes over, and copies of, activations.
 
-Each function equals the plain modules up to rounding. They matter in training only; without
-gradients, and under torch.compile which does the same by itself, plain operators run.
+Each function equals the plain modules up to rounding. They save memory in training; without
+gradients, and under torch.compile which fuses by itself, plain operators run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Pair = tuple[int, ...]
 def frozen_conv2d(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: Pair) -> Tensor:
     """Convolve, then scale and shift every channel by constants, in one convolution.
 
-    For the backward pass only ``x`` is kept; the scaled weight is made anew there.
+    For the backward pass only ``x`` is kept; the scaled weight is computed again there.
 
     Args:
         x: (n, c, h, w).
@@ -125,7 +125,7 @@ def _fuse() -> bool:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """What autocast does to a convolution's input; it does not see inside our functions."""
+    """Cast a convolution's input as autocast would, which does not see inside our functions."""
     if x.dtype is torch.float32 and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
@@ -149,7 +149,7 @@ def _padding(weight: Tensor) -> Pair:
 def _conv2d_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, wanted: tuple[bool, ...]
 ) -> tuple[Any, Any, Any]:
-    """Gradients of a convolution's input, weight and bias; None where not wanted."""
+    """Return the gradients of a convolution's input, weight and bias; None where not wanted."""
     return torch.ops.aten.convolution_backward(
         grad, x, weight, weight.shape[:1], stride, _padding(weight), (1, 1), False, (0, 0), 1,
         wanted,

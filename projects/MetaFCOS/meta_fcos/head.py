@@ -1,4 +1,4 @@
-"""The dense head that all pyramid levels share: classes, distances to the box, centre-ness."""
+"""The dense head, shared by all pyramid levels: class scores, box distances, centre-ness."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from meta_fcos.layers import GROUPS
 
 
 class HeadOutputs(NamedTuple):
-    """What the head says, one tensor a level, from fine to coarse.
+    """The outputs of the head, one tensor a level, from fine to coarse.
 
     Attributes:
         logits: (n, classes, h, w), of the class scores.
@@ -66,7 +66,7 @@ class FCOSHead(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        # Activation checkpointing: keep what goes into a tower, compute the rest again.
+        # Activation checkpointing: keep the input of a tower, compute the rest again.
         self.recompute_towers = False
         self.cls_tower = _tower(in_channels, num_cls_convs)
         self.bbox_tower = _tower(in_channels, num_box_convs)
@@ -88,7 +88,7 @@ class FCOSHead(nn.Module):
             torch.cat((self.bbox_pred.weight, self.ctrness.weight)),
             torch.cat((cast("Tensor", self.bbox_pred.bias), cast("Tensor", self.ctrness.bias))),
         )
-        run = self._run_again if self.recompute_towers and torch.is_grad_enabled() else _run
+        run = _run_again if self.recompute_towers and torch.is_grad_enabled() else _run
         outputs = HeadOutputs([], [], [])
         for level, feature in enumerate(features):
             outputs.logits.append(run(self.cls_tower, feature, *classes))
@@ -99,9 +99,10 @@ class FCOSHead(nn.Module):
             outputs.centerness.append(centerness)
         return outputs
 
-    def _run_again(self, *args: Any) -> Tensor:
-        """As ``_run``, now and once more in the backward pass."""
-        return checkpoint(_run, *args, use_reentrant=False, preserve_rng_state=False)
+
+def _run_again(*args: Any) -> Tensor:
+    """As ``_run``, now and once more in the backward pass."""
+    return checkpoint(_run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
@@ -116,9 +117,10 @@ def _tower(channels: int, convs: int) -> nn.Sequential:
 
 
 def _run(tower: nn.Sequential, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The tower on ``x``, and a last convolution. A layer runs together with the next one's input.
+    """Apply a tower and a last convolution.
 
-    The tower's own modules hold the parameters and are not called.
+    Each norm and ReLU run together with the convolution after them, so the tower's own modules
+    hold the parameters and are not called.
     """
     convs = [(layer.weight, layer.bias) for layer in tower if isinstance(layer, nn.Conv2d)]
     norms = [layer for layer in tower if isinstance(layer, nn.GroupNorm)]

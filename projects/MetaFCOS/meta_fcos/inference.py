@@ -1,4 +1,4 @@
-"""From the head's outputs to detections."""
+"""Turning the head's outputs into detections: scores, thresholds and NMS."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class InferenceRule:
     def _best(
         self, logits: Tensor, centerness: Tensor, boxes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The k best of one level: boxes (n, k, 4), scores (n, k), classes (n, k).
+        """Return the k best of one level: boxes (n, k, 4), scores (n, k), classes (n, k).
 
-        Those that do not pass the threshold have score 0. Fixed shapes spare a GPU the wait for
-        a count.
+        Those that do not pass the threshold have score 0: with fixed shapes a GPU need not
+        report a count first.
         """
         cells = boxes.shape[1]
         scores = logits.sigmoid()
@@ -73,8 +73,8 @@ class InferenceRule:
         return boxes.gather(1, cell), best.sqrt_(), index // cells
 
     def _suppress(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> Detections:
-        found = scores > 0
-        boxes, scores, classes = boxes[found], scores[found], classes[found]
+        passing = scores > 0
+        boxes, scores, classes = boxes[passing], scores[passing], classes[passing]
         kept = batched_nms(boxes, scores, classes, self.nms_iou)[: self.per_image]
         return {"boxes": boxes[kept], "scores": scores[kept], "classes": classes[kept]}
 

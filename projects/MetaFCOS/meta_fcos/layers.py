@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,21 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from meta_fcos.fused import frozen_conv2d
 
-NORMS = ("FrozenBN", "BN", "GN")
 GROUPS = 32  # of every GroupNorm
-
-
-def build_norm(name: str, channels: int) -> nn.Module | None:
-    """Return the normalization layer called ``name``; None for the empty name."""
-    if name == "":
-        return None
-    if name == "FrozenBN":
-        return identity_frozen_norm(channels)
-    if name == "BN":
-        return nn.BatchNorm2d(channels)
-    if name == "GN":
-        return nn.GroupNorm(GROUPS, channels)
-    raise ValueError(f"norm {name!r}; allowed: {', '.join(NORMS)} or the empty string")
 
 
 def identity_frozen_norm(channels: int) -> FrozenBatchNorm2d:
@@ -37,8 +26,16 @@ def identity_frozen_norm(channels: int) -> FrozenBatchNorm2d:
     return norm
 
 
+NORMS: dict[str, Callable[[int], nn.Module | None]] = {
+    "": lambda channels: None,
+    "FrozenBN": identity_frozen_norm,
+    "BN": nn.BatchNorm2d,
+    "GN": partial(nn.GroupNorm, GROUPS),
+}
+
+
 class ConvNorm(nn.Conv2d):
-    """A convolution that keeps the size (up to its stride), then a normalization ``norm``."""
+    """A convolution that keeps the size (up to its stride), then a norm of :data:`NORMS`."""
 
     def __init__(
         self,
@@ -52,7 +49,7 @@ class ConvNorm(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias
         )
-        self.norm = build_norm(norm, out_channels)
+        self.norm = NORMS[norm](out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, in_channels, h, w) to (n, out_channels, h / stride, w / stride)."""
@@ -65,17 +62,13 @@ class ConvNorm(nn.Conv2d):
 
 
 def freeze(module: nn.Module) -> None:
-    """Fix all parameters of ``module``, and turn its batch norms into frozen ones, in place."""
+    """Stop training the parameters of ``module``, and freeze its batch norms, in place."""
     for parameter in module.parameters():
         parameter.requires_grad = False
     for child in list(module.modules()):
         if isinstance(child, ConvNorm) and isinstance(child.norm, nn.BatchNorm2d):
-            child.norm = _frozen_copy(child.norm)
-
-
-def _frozen_copy(norm: nn.BatchNorm2d) -> FrozenBatchNorm2d:
-    frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
-    with torch.no_grad():
-        for name, value in frozen.named_buffers():
-            value.copy_(getattr(norm, name))
-    return frozen
+            frozen = FrozenBatchNorm2d(child.norm.num_features, eps=child.norm.eps)
+            with torch.no_grad():
+                for name, value in frozen.named_buffers():
+                    value.copy_(getattr(child.norm, name))
+            child.norm = frozen

@@ -1,4 +1,4 @@
-"""The losses of FCOS over dense maps, without selecting positives: no data-dependent shapes."""
+"""The losses of FCOS over all locations. Positives are masked, so no shape depends on the data."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class LossRule:
         )
         positives = normalizers["num_positives"].to(dtype)
         weight = targets.centerness
-        # Whatever is predicted for background must not reach the loss, were it infinite.
+        # Infinite predictions for background would make the masked sum nan.
         distances = torch.where(targets.positive[:, None], distances, 1)
         box = (BOX_LOSSES[self.box_loss](distances, targets.distances) * weight).sum()
         quality_loss = F.binary_cross_entropy_with_logits(
@@ -102,9 +102,9 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Te
 
 
 class _FocalLoss(torch.autograd.Function):
-    """Takes every class as a negative and then corrects the one that is not.
+    """Computes every class as a negative, then corrects the one that is positive.
 
-    The gradient is made along with the loss, while its parts are at hand.
+    The gradient is computed in the forward pass, from the same parts as the loss.
     """
 
     @staticmethod
@@ -129,7 +129,7 @@ class _FocalLoss(torch.autograd.Function):
 
 
 def _focal_negative(logits: Tensor, weight: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """Loss w * p^g * softplus(x) and its derivative w * p^g * (g * (1 - p) * softplus(x) + p)."""
+    """Return w * p^g * softplus(x) and its derivative w * p^g * (g * (1 - p) * softplus(x) + p)."""
     probability = logits.sigmoid()
     cross_entropy = F.softplus(logits)
     modulation = probability.pow(gamma).mul_(weight)
@@ -138,7 +138,7 @@ def _focal_negative(logits: Tensor, weight: float, gamma: float) -> tuple[Tensor
 
 
 def _overlap(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU with one square stride added to both areas, and the union, of boxes (n, 4, l)."""
+    """Return the IoU with one square stride added to both areas, and the union: (n, l) each."""
     left, top, right, bottom = torch.minimum(predicted, target).unbind(dim=1)
     intersection = (left + right) * (top + bottom)
     union = _area(predicted) + _area(target) - intersection

@@ -1,4 +1,4 @@
-"""Reading pickled weights without running what a pickle may ask for."""
+"""Reading pickled weights through an allow-list: a pickle can call any function otherwise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import builtins
 import pickle
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -49,16 +49,12 @@ def _allowed() -> dict[tuple[str, str], Any]:
 _ALLOWED = _allowed()
 
 
-class _ForbiddenError(pickle.UnpicklingError):
-    """The pickle asks for something that is not on the list."""
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
         except KeyError:
-            raise _ForbiddenError(f"{module}.{name}") from None
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
 
 def load_pickle(path: Path) -> Any:
@@ -70,28 +66,15 @@ def load_pickle(path: Path) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            return _load(file)
-    except _ForbiddenError as error:
-        fault = Fault(
-            str(path),
-            f"a pickle that asks for {error}",
-            "numpy arrays, OrderedDict and builtin containers",
-            "do not use it unless you trust its source; convert it to .pth there",
-        )
-        raise CheckpointError([fault]) from error
-    except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from error
+            # The zoo's files were written by Python 2, whose byte strings numpy reads as latin1.
+            return _Unpickler(file, encoding="latin1").load()
     except Exception as error:  # a broken pickle raises nearly any type
-        raise _unreadable(path, str(error) or type(error).__name__) from error
+        allowed = "a whole pickle of numpy arrays, OrderedDict and builtin containers"
+        raise unreadable(path, str(error) or type(error).__name__, allowed) from error
 
 
-def _load(file: IO[bytes]) -> Any:
-    # The zoo's files were written by Python 2, whose byte strings numpy reads as latin1.
-    return _Unpickler(file, encoding="latin1").load()
-
-
-def _unreadable(path: Path, reason: str) -> CheckpointError:
-    reason = reason.strip().splitlines()[0]
-    return CheckpointError(
-        [Fault(str(path), f"unreadable ({reason})", "a whole .pkl file", "download it again")]
-    )
+def unreadable(path: Path, reason: str, allowed: str) -> CheckpointError:
+    """Return the error of a file of weights that cannot be read."""
+    found = f"unreadable ({reason.strip().splitlines()[0]})"
+    advice = "it is truncated or holds other objects; use another one"
+    return CheckpointError([Fault(str(path), found, allowed, advice)])

@@ -1,4 +1,4 @@
-"""MetaFCOS, pretraining stage: from pyramid levels to losses or detections."""
+"""MetaFCOS, pretraining stage: head, targets, losses and post-processing in one module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MetaFCOS(nn.Module):
 
     Args:
         head: the layers.
-        target_rule: how boxes are given to locations.
+        target_rule: how boxes are assigned to locations.
         loss_rule: the settings of the losses.
         inference_rule: how detections are chosen.
     """
@@ -41,7 +41,7 @@ class MetaFCOS(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: Any) -> MetaFCOS:
-        """Build it as ``cfg.MODEL.FCOS`` says, for levels of ``cfg.MODEL.FPN.OUT_CHANNELS``."""
+        """Build what ``cfg.MODEL.FCOS`` describes, on levels of ``MODEL.FPN.OUT_CHANNELS``."""
         fcos = cfg.MODEL.FCOS
         strides = tuple(fcos.FPN_STRIDES)
         head = FCOSHead(
@@ -106,7 +106,7 @@ class MetaFCOS(nn.Module):
     def loss_normalizers(
         self, boxes: Sequence[Tensor], classes: Sequence[Tensor], size: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """Sums over these images that the losses are divided by, from the ground truth alone.
+        """Return sums over these images that the losses are divided by, from the ground truth.
 
         Args:
             boxes: one image each: (k, 4), x0 y0 x1 y1 in pixels of the padded image.

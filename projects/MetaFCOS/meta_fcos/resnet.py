@@ -33,20 +33,18 @@ class Stem(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """What both kinds of block share: a branch beside a shortcut, and a ReLU after their sum."""
+    """Base of both kinds of block: a branch beside a shortcut, and a ReLU after their sum."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str) -> None:
         super().__init__()
-        self.shortcut = (
-            ConvNorm(in_channels, out_channels, 1, stride=stride, norm=norm)
-            if in_channels != out_channels
-            else None
-        )
-
-        # Activation checkpointing: keep what goes in, compute the rest again.
+        self.shortcut: ConvNorm | None = None
+        if in_channels != out_channels:
+            self.shortcut = ConvNorm(in_channels, out_channels, 1, stride=stride, norm=norm)
+        # Activation checkpointing: keep the input, compute the rest again.
         self.recompute = False
 
     def branch(self, x: Tensor) -> Tensor:
+        """Return the convolutions' output, to be added to the shortcut's."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +67,7 @@ class BasicBlock(ResidualBlock):
         self.conv2 = ConvNorm(out_channels, out_channels, 3, norm=norm)
 
     def branch(self, x: Tensor) -> Tensor:
-        """The block without its shortcut."""
+        """Return the convolutions' output, to be added to the shortcut's."""
         return self.conv2(F.relu_(self.conv1(x)))
 
 
@@ -93,7 +91,7 @@ class Bottleneck(ResidualBlock):
         self.conv3 = ConvNorm(width, out_channels, 1, norm=norm)
 
     def branch(self, x: Tensor) -> Tensor:
-        """The block without its shortcut."""
+        """Return the convolutions' output, to be added to the shortcut's."""
         return self.conv3(F.relu_(self.conv2(F.relu_(self.conv1(x)))))
 
 
@@ -138,14 +136,11 @@ class ResNet(nn.Module):
             blocks += [block(out, out, 1, norm) for _ in range(BLOCKS[depth][index] - 1)]
             self.add_module(name, nn.Sequential(*blocks))
             self.out_channels[name] = channels = out
-        self._initialize()
-        for part in ("stem", *self.stage_names)[:freeze_at]:
-            freeze(getattr(self, part))
-
-    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for part in ("stem", *self.stage_names)[:freeze_at]:
+            freeze(getattr(self, part))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map normalized images (n, 3, h, w), h and w multiples of 32, to the stages asked for."""

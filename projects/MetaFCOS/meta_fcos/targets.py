@@ -1,4 +1,4 @@
-"""Which box every location of the pyramid has to predict (FCOS, arXiv 1904.01355, section 3.1).
+"""Assigning ground-truth boxes to the locations of the pyramid (FCOS, arXiv 1904.01355, 3.1).
 
 All shapes follow from the image size and the number of boxes alone, so the same code runs on
 fake tensors.
@@ -32,7 +32,7 @@ class Locations(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What the head should say at every location of n images.
+    """What the head should predict at every location of n images.
 
     Attributes:
         labels: (n, l), int64: the class, or -1 for background.
@@ -51,7 +51,7 @@ class Targets(NamedTuple):
         return self.labels != BACKGROUND
 
     def sums(self) -> dict[str, Tensor]:
-        """The loss normalizers, float64 scalars: positives, and the sum of their centre-ness."""
+        """Return the loss normalizers, float64 scalars: positives and their summed centre-ness."""
         return {
             "num_positives": self.positive.sum(dtype=torch.float64),
             "centerness_sum": self.centerness.sum(dtype=torch.float64),
@@ -59,7 +59,7 @@ class Targets(NamedTuple):
 
 
 def level_shapes(size: tuple[int, int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """Height and width of every level for a padded image of ``size`` (height, width)."""
+    """Return height and width of every level for a padded image of ``size`` (height, width)."""
     return [(math.ceil(size[0] / stride), math.ceil(size[1] / stride)) for stride in strides]
 
 
@@ -84,7 +84,7 @@ def locate(
 def _per_location(
     values: Sequence[float], shapes: Sequence[tuple[int, int]], like: Tensor
 ) -> Tensor:
-    """One value a level, repeated for each of its locations: (l,)."""
+    """Return one value a level, repeated for each of its locations: (l,)."""
     parts = [
         like.new_full((height * width,), value)
         for value, (height, width) in zip(values, shapes, strict=True)
@@ -94,12 +94,12 @@ def _per_location(
 
 @dataclass(frozen=True)
 class TargetRule:
-    """How boxes are given to locations.
+    """How boxes are assigned to locations.
 
     Attributes:
         strides: of the levels, in pixels, from fine to coarse.
-        sizes_of_interest: the largest distance to a side, in pixels, at which a level hands over
-            to the next; one fewer than levels.
+        sizes_of_interest: borders between neighbouring levels: the largest distance to a side
+            of the box, in pixels, on the finer one.
         center_sample: only locations near the box's centre are candidates.
         radius: how near, in strides along each axis.
     """
@@ -164,7 +164,7 @@ class TargetRule:
     def _candidates(
         self, boxes: Tensor, locations: Locations, lower: Tensor, upper: Tensor
     ) -> Tensor:
-        """(k, l), bool: may the location predict the box?"""
+        """Return whether a location may predict a box: (k, l), bool."""
         x, y, stride = locations
         x0, y0, x1, y1 = boxes.T[:, :, None]
         farthest = torch.maximum(torch.maximum(x - x0, x1 - x), torch.maximum(y - y0, y1 - y))
@@ -177,7 +177,7 @@ class TargetRule:
 
 
 def centerness(distances: Tensor) -> Tensor:
-    """Centre-ness of distances (n, 4, l), all positive (FCOS, equation 3): (n, l), in (0, 1]."""
+    """Return the centre-ness (FCOS, equation 3) of distances (n, 4, l) above 0: (n, l), (0, 1]."""
     left, top, right, bottom = distances.unbind(dim=1)
     horizontal = torch.minimum(left, right) / torch.maximum(left, right)
     vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from d2scale.errors import CheckpointError, Fault
-from meta_fcos.pickles import load_pickle
+from meta_fcos.pickles import load_pickle, unreadable
 
 logger = logging.getLogger(__name__)
 
-# Where a backbone's own names live in the detector, tried after the name as it is.
+# What turns the names of a backbone alone into the detector's, tried in this order.
 PREFIXES = ("", "backbone.bottom_up.", "backbone.")
-# Not part of this model, but of what was trained with the weights; by name, with the reason.
+# Tensors of published files that this model does not need, by name, with the reason.
 IGNORED = {
     r"(.*\.)?iou_overlap\.(weight|bias)": "the branch that pretraining never trains",
     r"(fc1000|pred|linear|stem\.fc)\.(weight|bias)": "the ImageNet classifier",
@@ -35,7 +35,7 @@ _SHOWN_KEYS = 8
 
 @dataclass(frozen=True)
 class LoadReport:
-    """How the names in a file and in a model met.
+    """Names that a file and a model do not share.
 
     Attributes:
         missing: names in the model that the file lacks; they keep their values.
@@ -49,12 +49,12 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
-    """Copy the weights in a file into ``model``, in place, and log what did not meet.
+    """Copy the weights in a file into ``model``, in place, and log the names that differ.
 
     ``.pkl`` is detectron2's zoo, as written by detectron2 or by caffe2; anything else is read as
-    torch writes it, a state dict by itself or under ``model``. Names of a backbone alone find
-    their place in the detector. Frozen batch norms of which only scale and shift are given get
-    the mean 0 and the variance 1.
+    torch writes it, a state dict by itself or under ``model``. Names of a backbone alone get the
+    detector's prefix. Frozen batch norms with scale and shift only get the mean 0 and the
+    variance 1.
 
     Raises:
         CheckpointError: if the file cannot be read, asks for objects other than tensors and
@@ -62,11 +62,9 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
             norms that the model lacks, or has no name in common with the model.
     """
     path = Path(path)
-    found = read_state(path)
     state = model.state_dict()
-    placed, strangers = _place(found, state)
-    ignored = tuple(name for name in strangers if _ignored(name))
-    unexpected = tuple(name for name in strangers if not _ignored(name))
+    placed, others = _place(read_state(path), state)
+    unexpected = tuple(name for name in others if not _ignored(name))
     _fill_frozen_norms(model, placed)
     faults = _faults(path, placed, state, unexpected)
     if faults:
@@ -75,7 +73,7 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     report = LoadReport(
         missing=tuple(name for name in state if name not in placed and not _ignored(name)),
         unexpected=unexpected,
-        ignored=ignored,
+        ignored=tuple(name for name in others if name not in unexpected),
     )
     _log(path, len(placed), report)
     return report
@@ -88,21 +86,18 @@ def read_state(path: Path) -> dict[str, Tensor]:
         CheckpointError: if the file cannot be read, or asks for other objects.
     """
     if not path.is_file():
-        raise CheckpointError(
-            [Fault("weights", str(path), "a file", "check the path, or download it")]
-        )
-    content = load_pickle(path) if path.suffix == ".pkl" else _load_torch(path)
-    caffe2 = path.suffix == ".pkl" and not (
-        isinstance(content, Mapping) and {"model", "__author__"} <= content.keys()
-    )
+        fault = Fault("weights", str(path), "a file", "check the path, or download it")
+        raise CheckpointError([fault])
+    pickled = path.suffix == ".pkl"
+    content = load_pickle(path) if pickled else _load_torch(path)
+    caffe2 = False
     if isinstance(content, Mapping):
+        caffe2 = pickled and not {"model", "__author__"} <= content.keys()
         # caffe2 keeps the weights of a detector under "blobs", those of a classifier bare.
         content = content.get("blobs" if caffe2 else "model", content)
     if not isinstance(content, Mapping):
-        allowed = "tensors by name"
-        raise CheckpointError(
-            [Fault(str(path), type(content).__name__, allowed, "use a file of weights")]
-        )
+        found, advice = type(content).__name__, "use a file of weights"
+        raise CheckpointError([Fault(str(path), found, "tensors by name", advice)])
     state = {
         str(name): _tensor(path, name, value)
         for name, value in content.items()
@@ -125,15 +120,10 @@ def _load_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for broken files
-        lines = str(error).strip().splitlines()
-        reason = next((line for line in lines if "Unsupported" in line), lines[0] if lines else "")
-        fault = Fault(
-            str(path),
-            f"unreadable ({reason or type(error).__name__})",
-            "a whole file of tensors and plain values, as torch.save writes it",
-            "it is truncated or holds other objects; use another one",
-        )
-        raise CheckpointError([fault]) from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # The line that names the class of a hostile file, without torch's advice to load it.
+        reason = next((line for line in lines if "Unsupported" in line), lines[0])
+        raise unreadable(path, reason, "a whole file of tensors and plain values") from error
 
 
 _BRANCHES = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
@@ -177,21 +167,21 @@ def _from_caffe2(name: str) -> str:
 
 
 def _place(
-    found: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors under the model's names, and the names that have none there."""
+    """Return the tensors by the model's names, and the names that the model does not have."""
     placed: dict[str, Tensor] = {}
-    strangers = []
-    for name, value in found.items():
+    others = []
+    for name, value in tensors.items():
         bare = name.removeprefix("module.")
         target = next((p + bare for p in PREFIXES if p + bare in state), None)
         if target is None:
-            strangers.append(name)
+            others.append(name)
         else:
             # A learned number may be written with one dimension or with none.
             same_number = value.numel() == 1 == state[target].numel()
             placed[target] = value.reshape(state[target].shape) if same_number else value
-    return placed, strangers
+    return placed, others
 
 
 def _ignored(name: str) -> bool:
@@ -216,26 +206,19 @@ def _faults(
     if not placed:
         advice = "use weights that were trained with this architecture"
         return [Fault(str(path), "without any name of this model", "its weights", advice)]
-    faults = [
-        Fault(
-            f"{name} in {path}",
-            tuple(value.shape),
-            f"{tuple(state[name].shape)}, the model's shape",
-            "use the config that it was trained with, or remove it from the file",
-        )
-        for name, value in placed.items()
-        if value.shape != state[name].shape
-    ]
+    advice = "use the config that it was trained with, or remove it from the file"
+    faults = []
+    for name, value in placed.items():
+        shape, expected = tuple(value.shape), tuple(state[name].shape)
+        if shape != expected:
+            allowed = f"{expected}, the model's shape"
+            faults.append(Fault(f"{name} in {path}", shape, allowed, advice))
     statistics = [name for name in unexpected if name.endswith("norm.running_mean")]
     if statistics:
-        faults.append(
-            Fault(
-                str(path),
-                f"with statistics of batch norms ({_some(statistics)})",
-                "weights of the norm that MODEL.RESNETS.NORM names",
-                "set MODEL.RESNETS.NORM to FrozenBN or BN",
-            )
-        )
+        found = f"with statistics of batch norms ({_some(statistics)})"
+        allowed = "weights of the norm that MODEL.RESNETS.NORM names"
+        advice = "set MODEL.RESNETS.NORM to FrozenBN or BN"
+        faults.append(Fault(str(path), found, allowed, advice))
     return faults
 
 
