@@ -50,17 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    # argparse cannot take KEY VALUE pairs behind options: they are what it leaves over.
-    arguments, arguments_left = parser.parse_known_args(argv)
-    wrong = [word for word in arguments_left if word.startswith("--") or not arguments.takes_opts]
-    if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    arguments.opts = arguments_left
-    return arguments
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="d2scale", description="Run recipes written for a cluster on the GPUs at hand."
     )
@@ -68,7 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in all_commands():
         command.add_parser(commands)
-    return parser
+    # argparse cannot take KEY VALUE pairs behind options: they are what it leaves over.
+    arguments, rest = parser.parse_known_args(argv)
+    wrong = [word for word in rest if word.startswith("--") or not arguments.takes_opts]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    arguments.opts = rest
+    return arguments
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from d2scale.commands.common import Commands, add_command
 
 _PACKAGES = ("torch", "torchvision", "numpy", "fvcore", "tensorboard", "matplotlib")
 _UPSTREAM = ("detectron2", "d2go", "mobile_cv")
+_TRAIN = "pip install 'd2scale[train]'"
+_OTHER = "only the d2go engine needs it; see the README"
 
 
 def add_parser(commands: Commands) -> None:
@@ -33,26 +35,19 @@ def diagnose() -> str:
         ("d2scale", d2scale.__version__),
         ("Python", f"{platform.python_version()} ({sys.executable})"),
         ("platform", f"{platform.platform()}, {os.cpu_count()} CPU cores"),
-        *((name, _version(name)) for name in _PACKAGES),
-        *((name, _upstream(name)) for name in _UPSTREAM),
+        *((name, _version(name, name, _TRAIN)) for name in _PACKAGES),
+        *((name, _version(name.replace("_", "-"), name, _OTHER)) for name in _UPSTREAM),
         ("devices", _devices()),
         ("datasets", os.path.abspath(os.environ.get("DETECTRON2_DATASETS", "datasets"))),
     ]
     return "\n".join(f"{name + ':':14}{value}" for name, value in lines)
 
 
-def _version(package: str) -> str:
+def _version(package: str, module: str, advice: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return f"not installed ({advice})"
     try:
         return version(package)
-    except PackageNotFoundError:
-        return "not installed (pip install 'd2scale[train]')"
-
-
-def _upstream(module: str) -> str:
-    if importlib.util.find_spec(module) is None:
-        return "not installed (only the d2go engine needs it; see the README)"
-    try:
-        return version(module.replace("_", "-"))
     except PackageNotFoundError:
         return "importable, version unknown"
 
@@ -64,8 +59,5 @@ def _devices() -> str:
 
     if not torch.cuda.is_available():
         return "no CUDA device; training runs on the CPU"
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB")
-    return "; ".join(found)
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return "; ".join(f"{one.name}, {one.total_memory / 2**30:.1f} GiB" for one in devices)

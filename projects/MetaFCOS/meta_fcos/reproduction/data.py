@@ -1,4 +1,4 @@
-"""The data of a reproduction: COCO, a few images of it, or drawn shapes. Nothing is fetched."""
+"""The data of a reproduction: COCO, a few images of it, or drawn shapes; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
 from d2scale.coco.catalog import ROOT_VARIABLE, datasets_root
 from d2scale.coco.shapes import write_shapes_dataset
-from d2scale.errors import DataError, Fault
+from d2scale.errors import DataError, Fault, collecting
 from d2scale.run_folder.files import write_atomically
 
 PARTS = ("train2017", "val2017")
@@ -24,10 +24,10 @@ TRAIN_IMAGES = 512
 VAL_IMAGES = 64
 SHAPES = "drawn shapes"
 _ZIPS = "http://images.cocodataset.org/"
-_ANNOTATIONS_ZIP = f"{_ZIPS}annotations/annotations_trainval2017.zip"
+_ANNOTATIONS_ZIP = f"{_ZIPS}annotations/annotations_trainval2017.zip (241 MB)"
 _SOURCES = {
-    "annotations/instances_train2017.json": f"{_ANNOTATIONS_ZIP} (241 MB)",
-    "annotations/instances_val2017.json": f"{_ANNOTATIONS_ZIP} (241 MB)",
+    "annotations/instances_train2017.json": _ANNOTATIONS_ZIP,
+    "annotations/instances_val2017.json": _ANNOTATIONS_ZIP,
     "train2017": f"{_ZIPS}zips/train2017.zip (18 GB)",
     "val2017": f"{_ZIPS}zips/val2017.zip (1 GB)",
 }
@@ -38,29 +38,29 @@ class Data:
     """What the experiments train on.
 
     Attributes:
-        root: what ``DETECTRON2_DATASETS`` is for them.
+        root: the value of ``DETECTRON2_DATASETS`` for them.
         name: tells it from other data; kept in the folder of the reproduction.
-        text: for the reader.
-        real: COCO's folder, None for drawn shapes.
-        images: of training and validation, where COCO is cut; None: all of it.
+        text: what to print about it.
+        images: of training and validation, in a subset or drawn; None: the whole of COCO.
+        coco: where a subset is cut from; None for drawn shapes.
     """
 
     root: Path
     name: str
     text: str
-    real: Path | None = None
     images: tuple[int, int] | None = None
+    coco: Path | None = None
 
 
 def whole_coco() -> Data:
-    """Return COCO as it lies under ``DETECTRON2_DATASETS``.
+    """Return COCO in ``DETECTRON2_DATASETS``.
 
     Raises:
         DataError: a line for each part that is missing, with where to get it.
     """
-    root = datasets_root().absolute()
-    _refuse_missing(root)
-    return Data(root, f"COCO in {root / 'coco'}", f"COCO 2017 in {root / 'coco'}", root / "coco")
+    coco = _coco_folder()
+    _refuse_missing(coco)
+    return Data(coco.parent, f"COCO in {coco}", f"COCO 2017 in {coco}")
 
 
 def small_data(folder: Path, images: tuple[int, int] = (TRAIN_IMAGES, VAL_IMAGES)) -> Data:
@@ -73,35 +73,33 @@ def small_data(folder: Path, images: tuple[int, int] = (TRAIN_IMAGES, VAL_IMAGES
     Raises:
         DataError: if a part of COCO is missing.
     """
-    root = datasets_root().absolute()
-    real = root / "coco"
+    coco = _coco_folder()
     most = "{} training and {} validation images".format(*images)
-    if not any((real / part).exists() for part in _SOURCES):
+    if not any((coco / part).exists() for part in _SOURCES):
         text = (
-            f"No COCO in {real}: shapes are drawn in its format, {most}.\n"
+            f"No COCO in {coco}: shapes are drawn in its format, {most}.\n"
             f"Set {ROOT_VARIABLE} to the folder that holds coco/ to use the real one."
         )
-        return Data(folder / "shapes", SHAPES, text, images=images)
-    _refuse_missing(root)
+        return Data(folder / "shapes", SHAPES, text, images)
+    _refuse_missing(coco)
     text = (
-        f"COCO in {real}, of which at most the first {most} are used.\n"
+        f"COCO in {coco}, of which at most the first {most} are used.\n"
         "Minutes do not teach photographs: compare the losses, not the AP."
     )
-    name = f"the first images of COCO in {real}"
-    return Data(folder / "coco-subset", name, text, real, images)
+    return Data(folder / "coco-subset", f"the first images of COCO in {coco}", text, images, coco)
 
 
-def _refuse_missing(root: Path) -> None:
-    faults = [
-        Fault(
-            ROOT_VARIABLE,
-            str(root),
-            f"a folder that holds coco/{part}",
-            f"set it to that folder, or unpack {source} in {root / 'coco'}",
-        )
-        for part, source in _SOURCES.items()
-        if not (root / "coco" / part).exists()
-    ]
+def _coco_folder() -> Path:
+    return datasets_root().absolute() / "coco"
+
+
+def _refuse_missing(coco: Path) -> None:
+    faults = []
+    for part, source in _SOURCES.items():
+        if not (coco / part).exists():
+            allowed = f"a folder that holds coco/{part}"
+            advice = f"set it to that folder, or unpack {source} in {coco}"
+            faults.append(Fault(ROOT_VARIABLE, str(coco.parent), allowed, advice))
     if faults:
         raise DataError(faults)
 
@@ -109,37 +107,32 @@ def _refuse_missing(root: Path) -> None:
 @contextmanager
 def datasets_under(root: Path) -> Iterator[None]:
     """Within the context, dataset names resolve under ``root``."""
-    before = os.environ.get(ROOT_VARIABLE)
+    before = dict(os.environ)
     os.environ[ROOT_VARIABLE] = str(root.absolute())
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[ROOT_VARIABLE]
-        else:
-            os.environ[ROOT_VARIABLE] = before
+        os.environ.pop(ROOT_VARIABLE)
+        os.environ.update(before)
 
 
 def read_subset(data: Data) -> dict[str, dict[str, Any]]:
     """Return the annotations of the first images of COCO, by the names of ``PARTS``.
 
-    Empty where ``data`` is not cut from COCO.
+    Empty if ``data`` is not cut from COCO.
 
     Raises:
-        DataError: every fault of the annotation files, and images that are missing.
+        DataError: with every fault of the annotation files, and images that are missing.
     """
-    if data.real is None or data.images is None:
+    if data.coco is None or data.images is None:
         return {}
     contents: dict[str, dict[str, Any]] = {}
     faults: list[Fault] = []
     for part, count in zip(PARTS, data.images, strict=True):
-        try:
-            file = read_annotation_file(data.real / "annotations" / f"instances_{part}.json")
-        except DataError as error:
-            faults += error.faults
-            continue
-        contents[part] = _first_images(file, count)
-        faults += _missing_images(data.real / part, contents[part])
+        with collecting(faults):
+            file = read_annotation_file(data.coco / "annotations" / f"instances_{part}.json")
+            contents[part] = _first_images(file, count)
+            faults += _missing_images(data.coco / part, contents[part])
     if faults:
         raise DataError(faults)
     return contents
@@ -179,26 +172,24 @@ def _missing_images(folder: Path, content: dict[str, Any]) -> list[Fault]:
 
 
 def make(data: Data, contents: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write what ``data`` needs: drawn shapes, or a layout of COCO with fewer images.
+    """Write drawn shapes, or annotations of COCO's first images beside links to all of them.
 
     Args:
         data: where to.
-        contents: as :func:`read_subset` returned them.
+        contents: what :func:`read_subset` returned.
 
     Raises:
         DataError: if the folder cannot be written.
     """
-    if data.real is None:
-        assert data.images is not None
+    if data.images is not None and data.coco is None:
         write_shapes_dataset(data.root, *data.images)
-        return
     target = data.root / "coco"
     try:
-        (target / "annotations").mkdir(parents=True, exist_ok=True)
         for part, content in contents.items():
-            link = target / part
-            link.unlink(missing_ok=True)
-            link.symlink_to(data.real / part)
+            assert data.coco is not None
+            (target / "annotations").mkdir(parents=True, exist_ok=True)
+            (target / part).unlink(missing_ok=True)
+            (target / part).symlink_to(data.coco / part)
             path = target / "annotations" / f"instances_{part}.json"
             write_atomically(path, json.dumps(content))
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,19 +49,18 @@ def final_loss(images_seen: Sequence[float], losses: Sequence[float]) -> FinalLo
         return None
     first = _WINDOW_BEGINS * images_seen[-1]
     window = [loss for seen, loss in zip(images_seen, losses, strict=True) if seen > first]
-    mean = sum(window) / len(window)
-    if len(window) < _FEWEST:
-        return FinalLoss(mean, math.nan, len(window))
-    variance = sum((loss - mean) ** 2 for loss in window) / (len(window) - 1)
-    return FinalLoss(mean, math.sqrt(variance / len(window)), len(window))
+    error = math.nan
+    if len(window) >= _FEWEST:
+        error = statistics.stdev(window) / math.sqrt(len(window))
+    return FinalLoss(statistics.fmean(window), error, len(window))
 
 
 def compare(loss: FinalLoss, baseline: FinalLoss) -> str:
-    """Say in one clause whether a loss agrees with the baseline's, within the noise of both."""
+    """Return in words whether a loss agrees with the baseline's, within the noise of both."""
     difference = loss.mean - baseline.mean
     noise = math.hypot(loss.error, baseline.error)
     if math.isnan(noise):
         return f"{difference:+.4f}; the training is too short to tell its noise"
     agrees = abs(difference) <= NOISE_ERRORS * noise
-    share = f", {abs(difference) / noise:.1f} standard errors" if noise else ""
-    return f"{difference:+.4f}{share}: {'within noise' if agrees else 'more than noise'}"
+    errors = f", {abs(difference) / noise:.1f} standard errors" if noise else ""
+    return f"{difference:+.4f}{errors}: {'within noise' if agrees else 'more than noise'}"

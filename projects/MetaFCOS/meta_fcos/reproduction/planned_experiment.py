@@ -52,22 +52,17 @@ class Machine:
         Raises:
             ConfigError: for more ranks than the machine has GPUs, on a CPU cores.
         """
-        gpus = torch.cuda.device_count() if form == "full" and torch.cuda.is_available() else 0
+        gpus = torch.cuda.device_count() if form == "full" else 0
         most = gpus or max(2, os.cpu_count() or 1)
         if num_gpus is not None and not 1 <= num_gpus <= most:
             what = "GPUs of this machine" if gpus else "processes that its cores can hold"
             advice = "use fewer" if num_gpus > most else "use one at least"
             raise ConfigError([Fault("--num-gpus", num_gpus, f"1 to {most}, the {what}", advice)])
         if not gpus:
-            ranks = 1 if form == "full" else 2
-            return cls("cpu", num_gpus or ranks, f"CPU with {os.cpu_count()} cores")
-        properties = torch.cuda.get_device_properties(0)
-        return cls(
-            "cuda",
-            num_gpus or min(2, gpus),
-            str(properties.name),
-            float(properties.total_memory / GIB),
-        )
+            ranks = num_gpus or (1 if form == "full" else 2)
+            return cls("cpu", ranks, f"CPU with {os.cpu_count()} cores")
+        device = torch.cuda.get_device_properties(0)
+        return cls("cuda", num_gpus or min(2, gpus), device.name, device.total_memory / GIB)
 
     @property
     def unit(self) -> str:

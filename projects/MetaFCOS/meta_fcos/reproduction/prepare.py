@@ -113,11 +113,8 @@ def prepare(options: ReproductionOptions) -> Reproduction:
     with collecting(faults):
         asked = chosen(options.only)
     finished = [one for one in EXPERIMENTS if is_finished(folder / one.folder)]
-    recipes = {
-        one: one.recipe(form, options.third_method)
-        for one in EXPERIMENTS
-        if one in asked or one in finished
-    }
+    shown = [one for one in EXPERIMENTS if one in asked or one in finished]
+    recipes = {experiment: experiment.recipe(form, options.third_method) for experiment in shown}
     cfgs = {experiment: load_cfg(recipe) for experiment, recipe in recipes.items()}
     if options.images_seen is not None:
         faults += length_faults(options.images_seen, list(cfgs.values()))

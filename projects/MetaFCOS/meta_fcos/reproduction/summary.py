@@ -50,12 +50,11 @@ def result_table(experiments: Sequence[PlannedExperiment]) -> str:
 
 
 def _result_column(planned: PlannedExperiment) -> dict[str, str]:
-    history = _history(planned)
+    history = read_history(planned.folder, planned.plan.ims_per_batch)
     loss = _final_loss(history)
     _, seconds = history.curve("time")
-    plan = planned.plan
     return {
-        "total batch": str(plan.ims_per_batch),
+        "total batch": str(planned.plan.ims_per_batch),
         "MAX_ITER": str(planned.cfg.SOLVER.MAX_ITER),
         "images seen": f"{history.rows[-1].images_seen:.0f}" if history.rows else "",
         "seconds a step": f"{median(seconds):.3f}" if len(seconds) else "",
@@ -65,14 +64,16 @@ def _result_column(planned: PlannedExperiment) -> dict[str, str]:
 
 
 def loss_verdicts(experiments: Sequence[PlannedExperiment]) -> str:
-    """Say whether the final losses agree with the baseline's, a line each; empty without one."""
-    losses = {planned.experiment: _final_loss(_history(planned)) for planned in experiments}
-    first, *others = losses.items()
-    baseline = first[1]
-    if first[0].number != 1 or baseline is None or not others:
+    """Return whether the final losses agree with the baseline's, a line each; empty without it."""
+    losses = {}
+    for planned in experiments:
+        history = read_history(planned.folder, planned.plan.ims_per_batch)
+        losses[planned.experiment] = _final_loss(history)
+    (first, baseline), *others = losses.items()
+    if first.number != 1 or baseline is None or not others:
         return ""
     lines = [
-        f"final loss of {experiment.title} against {first[0].title}: {compare(loss, baseline)}"
+        f"final loss of {experiment.title} against {first.title}: {compare(loss, baseline)}"
         for experiment, loss in others
         if loss is not None
     ]
@@ -81,10 +82,6 @@ def loss_verdicts(experiments: Sequence[PlannedExperiment]) -> str:
         f"{NOISE_ERRORS:g} count as noise)"
     )
     return "\n".join(lines)
-
-
-def _history(planned: PlannedExperiment) -> History:
-    return read_history(planned.folder, planned.plan.ims_per_batch)
 
 
 def _final_loss(history: History) -> FinalLoss | None:
