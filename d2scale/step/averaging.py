@@ -34,7 +34,7 @@ class _Bucket:
 
     Attributes:
         parameters: in the order in which a backward pass usually reaches them.
-        buffers: flat tensors, shared with the other buckets of this kind.
+        buffers: flat tensors that take turns, shared with the other buckets of this kind.
         missing: parameters whose gradient the running backward pass has not completed.
         started: whether its reduction has begun.
     """
@@ -48,14 +48,14 @@ class _Bucket:
     def numel(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
-
-@dataclass
-class _Reduction:
-    """An all-reduce under way."""
-
-    bucket: _Bucket
-    buffer: Tensor
-    work: Any
+    def views(self, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each gradient and its place in ``buffer``."""
+        start = 0
+        for parameter in self.parameters:
+            part = buffer[start : start + parameter.numel()]
+            start += parameter.numel()
+            assert parameter.grad is not None
+            yield parameter.grad, _laid_out(part, parameter)
 
 
 class GradientAverager:
@@ -75,19 +75,18 @@ class GradientAverager:
         self._parameters = tuple(parameters)
         self._buckets: list[_Bucket] = []
         self._order: list[_Bucket] = []
-        self._running: deque[_Reduction] = deque()
+        # Reductions that have begun: bucket, its buffer, the handle to wait for.
+        self._running: deque[tuple[_Bucket, Tensor, Any]] = deque()
         self.buffers: list[Tensor] = []
         # One number a parameter: ranks that have a gradient; then one a bucket: ranks on which
         # the backward pass did not complete it. Summed over the ranks by the caller.
         self.counts = torch.zeros(0, dtype=torch.int64)
         if ranks.world_size() == 1:
             return
-        for kind in _by_kind(self._parameters, compress):
-            buckets = _buckets(kind.parameters)
+        for (device, dtype), members in _by_kind(self._parameters, compress).items():
+            buckets = _buckets(members)
             size = max(bucket.numel for bucket in buckets)
-            buffers = deque(
-                torch.zeros(size, device=kind.device, dtype=kind.dtype) for _ in range(BUFFERS)
-            )
+            buffers = deque(torch.zeros(size, device=device, dtype=dtype) for _ in range(BUFFERS))
             for bucket in buckets:
                 bucket.buffers = buffers
             self._buckets += buckets
@@ -112,7 +111,7 @@ class GradientAverager:
             yield
         except Exception as error:
             if joins and is_out_of_memory(error):
-                self._join()
+                self._complete_all(use=False)
             raise
 
     @contextmanager
@@ -131,13 +130,13 @@ class GradientAverager:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._count()
-        self._fill_missing_gradients()
-        for bucket in self._order:
-            if not bucket.started:
-                self._start(bucket)
-        while self._running:
-            self._complete_first()
+        with_gradient = [parameter.grad is not None for parameter in self._parameters]
+        late = [not bucket.started for bucket in self._buckets]
+        self.counts.copy_(torch.tensor([*with_gradient, *late]))
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._complete_all(use=True)
 
     def drop_unused(self) -> None:
         """Take the zeros back that stand in for gradients which no rank has.
@@ -177,75 +176,47 @@ class GradientAverager:
             if not waiting.started:
                 self._start(waiting)
 
-    def _count(self) -> None:
-        with_gradient = [int(parameter.grad is not None) for parameter in self._parameters]
-        late = [int(not bucket.started) for bucket in self._buckets]
-        self.counts.copy_(torch.tensor([*with_gradient, *late]))
-
-    def _fill_missing_gradients(self) -> None:
-        for parameter in self._parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
     @torch.no_grad()
-    def _start(self, bucket: _Bucket, *, fill: bool = True) -> None:
-        """Begin the reduction of a bucket; ``fill`` False: of whatever its buffer holds."""
+    def _start(self, bucket: _Bucket, *, use: bool = True) -> None:
+        """Begin the reduction of a bucket; ``use`` False: of whatever its buffer holds."""
         buffer = bucket.buffers[0]
         bucket.buffers.rotate(-1)
-        while any(reduction.buffer is buffer for reduction in self._running):
-            self._complete_first(copy_back=fill)
+        while any(busy is buffer for _, busy, _ in self._running):
+            self._complete_first(use=use)
+        if use:
+            for gradient, view in bucket.views(buffer):
+                view.copy_(gradient)
         flat = buffer[: bucket.numel]
-        if fill:
-            for view, parameter in zip(
-                _views(flat, bucket.parameters), bucket.parameters, strict=True
-            ):
-                view.copy_(_gradient(parameter))
-            # Before the sum, as DistributedDataParallel does it: half floats would overflow.
-            flat.div_(ranks.world_size())
+        # Before the sum, as DistributedDataParallel does it: half floats would overflow.
+        flat.div_(ranks.world_size())
         bucket.started = True
-        self._running.append(_Reduction(bucket, buffer, dist.all_reduce(flat, async_op=True)))
+        self._running.append((bucket, buffer, dist.all_reduce(flat, async_op=True)))
 
     @torch.no_grad()
-    def _complete_first(self, *, copy_back: bool = True) -> None:
-        reduction = self._running.popleft()
-        reduction.work.wait()
-        if copy_back:
-            parameters = reduction.bucket.parameters
-            for view, parameter in zip(
-                _views(reduction.buffer, parameters), parameters, strict=True
-            ):
-                _gradient(parameter).copy_(view)
+    def _complete_first(self, *, use: bool) -> None:
+        bucket, buffer, handle = self._running.popleft()
+        handle.wait()
+        if use:
+            for gradient, view in bucket.views(buffer):
+                gradient.copy_(view)
 
-    def _join(self) -> None:
-        """Take part in all reductions that are left, without using their results."""
+    def _complete_all(self, *, use: bool) -> None:
+        """Take part in all reductions that are left; ``use`` their results or drop them."""
         for bucket in self._order:
             if not bucket.started:
-                self._start(bucket, fill=False)
+                self._start(bucket, use=use)
         while self._running:
-            self._complete_first(copy_back=False)
+            self._complete_first(use=use)
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-@dataclass
-class _Kind:
-    """Parameters that can share a buffer, and the buffer's device and dtype."""
-
-    device: torch.device
-    dtype: torch.dtype
-    parameters: list[nn.Parameter]
-
-
-def _by_kind(parameters: Sequence[nn.Parameter], compress: torch.dtype | None) -> list[_Kind]:
-    kinds: dict[tuple[torch.device, torch.dtype], _Kind] = {}
+def _by_kind(
+    parameters: Sequence[nn.Parameter], compress: torch.dtype | None
+) -> dict[tuple[torch.device, torch.dtype], list[nn.Parameter]]:
+    """Group parameters that can share a buffer, by its device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
     for parameter in parameters:
-        dtype = compress or parameter.dtype
-        kind = kinds.setdefault((parameter.device, dtype), _Kind(parameter.device, dtype, []))
-        kind.parameters.append(parameter)
-    return list(kinds.values())
+        kinds.setdefault((parameter.device, compress or parameter.dtype), []).append(parameter)
+    return kinds
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[_Bucket]:
@@ -262,25 +233,17 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> list[_Bucket]:
     return buckets
 
 
-def _views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Return consecutive parts of a flat tensor in the shapes of ``parameters``."""
-    views, start = [], 0
-    for parameter in parameters:
-        part = flat[start : start + parameter.numel()]
-        # In the parameter's memory layout, where copying a gradient is fastest.
-        dense = parameter.is_contiguous() or parameter.is_contiguous(
-            memory_format=torch.channels_last
-        )
-        shape, stride = parameter.shape, parameter.stride()
-        views.append(part.as_strided(shape, stride) if dense else part.view(shape))
-        start += parameter.numel()
-    return views
+def _laid_out(part: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a flat tensor in the parameter's shape and, if it is dense, in its memory layout."""
+    last = torch.channels_last
+    if parameter.is_contiguous() or parameter.is_contiguous(memory_format=last):
+        return part.as_strided(parameter.shape, parameter.stride())  # copying is fastest so
+    return part.view(parameter.shape)
 
 
 def averaging_bytes(parameters: Sequence[nn.Parameter]) -> int:
     """Return the bytes that averaging over several ranks holds on the device."""
-    largest: dict[Any, int] = {}
-    for kind in _by_kind(parameters, None):
-        size = max(bucket.numel for bucket in _buckets(kind.parameters))
-        largest[kind.device, kind.dtype] = size * kind.dtype.itemsize
-    return BUFFERS * sum(largest.values())
+    return BUFFERS * sum(
+        max(bucket.numel for bucket in _buckets(members)) * dtype.itemsize
+        for (_, dtype), members in _by_kind(parameters, None).items()
+    )

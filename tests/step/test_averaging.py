@@ -26,18 +26,20 @@ def test_buckets_are_small_and_begin_at_the_end(monkeypatch):
 def test_buckets_hold_one_dtype(monkeypatch):
     single, double = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1, dtype=torch.float64))
     kinds = averaging._by_kind([single, double, single], None)
-    assert [(kind.dtype, len(kind.parameters)) for kind in kinds] == [
+    assert [(dtype, len(members)) for (_, dtype), members in kinds.items()] == [
         (torch.float32, 2),
         (torch.float64, 1),
     ]
-    (compressed,) = averaging._by_kind([single, double], torch.float16)
-    assert compressed.dtype == torch.float16
+    ((_, compressed),) = averaging._by_kind([single, double], torch.float16)
+    assert compressed == torch.float16
 
 
-def test_views_have_the_memory_layout_of_the_parameters():
+def test_gradients_keep_the_memory_layout_of_their_parameters():
     plain = nn.Parameter(torch.zeros(2, 3, 2, 2))
     last = nn.Parameter(torch.zeros(2, 3, 2, 2).to(memory_format=torch.channels_last))
+    for parameter in (plain, last):
+        parameter.grad = torch.zeros_like(parameter)
     flat = torch.arange(48.0)
-    views = averaging._views(flat, [plain, last])
+    views = [view for _, view in averaging._Bucket([plain, last]).views(flat)]
     assert [view.stride() for view in views] == [plain.stride(), last.stride()]
     assert sorted(torch.cat([view.reshape(-1) for view in views]).tolist()) == flat.tolist()
