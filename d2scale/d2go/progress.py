@@ -18,17 +18,7 @@ from d2scale import __version__
 from d2scale.d2go.config import exit_on_user_error
 from d2scale.d2go.scaling_methods import applied_plan
 from d2scale.errors import CheckpointError, Fault
-from d2scale.planning.progress import (
-    FORMAT,
-    Progress,
-    batch_change_note,
-    next_iteration,
-    plan_changes,
-    recipe_changes,
-    recipe_of,
-    refuse_changes,
-    to_table,
-)
+from d2scale.planning.progress import FORMAT, Progress, continue_training, recipe_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,33 +83,18 @@ class ProgressRecord:
             CheckpointError: for a newer format, or another recipe that was not asked for.
         """
         stopped = self._stopped(iteration)
-        changes = recipe_changes(stopped, self._recipe)
-        if not self._cfg.D2SCALE.ALLOW_CHANGED_RECIPE:
-            refuse_changes(changes)
-        total = self._cfg.SOLVER.IMS_PER_BATCH
-        first = next_iteration(
-            stopped.images_seen,
-            recipe_images=self._recipe["SOLVER.MAX_ITER"] * self._recipe["SOLVER.IMS_PER_BATCH"],
-            ims_per_batch=total,
+        continuation = continue_training(
+            stopped,
+            self._recipe,
+            self._plan,
             max_iter=self._cfg.SOLVER.MAX_ITER,
+            allow_changes=self._cfg.D2SCALE.ALLOW_CHANGED_RECIPE,
         )
-        self._start_iteration, self._images_before = first, stopped.images_seen
-        if stopped.assumption:
-            logger.warning(stopped.assumption)
-        if changes:
-            logger.warning("The recipe has changed, as allowed:\n%s", to_table(changes))
-        replanned = plan_changes(stopped.plan, self._plan) if stopped.plan else {}
-        if replanned:
-            logger.info("The plan has changed:\n%s", to_table(replanned))
-        before = stopped.plan.get("ims_per_batch", total)
-        if before != total:
-            logger.info(batch_change_note(self._cfg.SOLVER.OPTIMIZER.lower(), before, total))
-        logger.info(
-            "%d images seen in %d iterations: going on with iteration %d of %d. detectron2's "
-            "sampler begins its order anew",
-            *(stopped.images_seen, iteration + 1, first, self._cfg.SOLVER.MAX_ITER),
-        )
-        return first
+        continuation.log(logger)
+        logger.info("detectron2's sampler begins its order anew")
+        self._start_iteration = continuation.first_iteration
+        self._images_before = stopped.images_seen
+        return continuation.first_iteration
 
     def _stopped(self, iteration: int) -> Progress:
         found = self._loaded

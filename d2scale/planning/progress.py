@@ -7,6 +7,7 @@ which learning rate. Plain values only; every engine uses it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -232,6 +233,75 @@ def to_table(changes: Changes) -> str:
 
 def _show(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a stopped training goes on with the recipe and the plan of now.
+
+    Attributes:
+        first_iteration: in the steps of the plan of now.
+        changes: of the recipe, which the user allows.
+        warnings, notes: what to log.
+    """
+
+    first_iteration: int
+    changes: Changes
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def log(self, logger: logging.Logger) -> None:
+        """Log what has changed, and where the training goes on."""
+        for text in self.warnings:
+            logger.warning(text)
+        for text in self.notes:
+            logger.info(text)
+
+
+def continue_training(
+    stopped: Progress,
+    recipe: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    *,
+    max_iter: int,
+    allow_changes: bool,
+) -> Continuation:
+    """Compare a stopped training with the recipe and the plan of now.
+
+    Args:
+        stopped: what the checkpoint says.
+        recipe: :func:`recipe_of` the config before planning.
+        plan: ``Plan.to_json()``, or as much of it as is known.
+        max_iter: of the plan.
+        allow_changes: ``D2SCALE.ALLOW_CHANGED_RECIPE``.
+
+    Raises:
+        CheckpointError: if the recipe has changed and may not.
+    """
+    changes = recipe_changes(stopped, recipe)
+    if not allow_changes:
+        refuse_changes(changes)
+    total = plan["ims_per_batch"]
+    first = next_iteration(
+        stopped.images_seen,
+        recipe_images=recipe["SOLVER.MAX_ITER"] * recipe["SOLVER.IMS_PER_BATCH"],
+        ims_per_batch=total,
+        max_iter=max_iter,
+    )
+    warnings = [stopped.assumption] if stopped.assumption else []
+    if changes:
+        warnings.append(f"the recipe has changed, as allowed:\n{to_table(changes)}")
+    notes = []
+    if replanned := plan_changes(stopped.plan, plan) if stopped.plan else {}:
+        notes.append(f"the plan has changed:\n{to_table(replanned)}")
+    before = stopped.plan.get("ims_per_batch", total)
+    if before != total:
+        notes.append(batch_change_note(str(recipe["SOLVER.OPTIMIZER"]).lower(), before, total))
+    notes.append(
+        f"{stopped.images_seen} images seen in {stopped.iteration + 1} iterations: going on with "
+        f"iteration {first} of {max_iter}"
+    )
+    return Continuation(first, changes, tuple(warnings), tuple(notes))
 
 
 def batch_change_note(optimizer: str, old: int, new: int) -> str:

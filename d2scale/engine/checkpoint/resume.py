@@ -16,15 +16,10 @@ from d2scale.planning.plan import Plan
 from d2scale.planning.progress import (
     FORMAT,
     RECORD,
-    Changes,
+    Continuation,
     Progress,
-    batch_change_note,
+    continue_training,
     keeps_order,
-    next_iteration,
-    plan_changes,
-    recipe_changes,
-    refuse_changes,
-    to_table,
 )
 from d2scale.step.ranks import same_on_all_ranks
 
@@ -118,44 +113,28 @@ class Resumer:
         )
 
     def _check(self, content: Mapping[str, Any]) -> list[Fault]:
-        if self._cfg.D2SCALE.ALLOW_CHANGED_RECIPE:
-            return []
         try:
-            refuse_changes(recipe_changes(self._progress(content), self._recipe))
+            self._continuation(self._progress(content))
         except CheckpointError as error:
             return list(error.faults)
         return []
 
-    def _continue(self, stopped: Progress) -> Position:
-        changes = recipe_changes(stopped, self._recipe)
-        plan = self._plan
-        first = next_iteration(
-            stopped.images_seen,
-            recipe_images=self._recipe["SOLVER.MAX_ITER"] * self._recipe["SOLVER.IMS_PER_BATCH"],
-            ims_per_batch=plan.ims_per_batch,
+    def _continuation(self, stopped: Progress) -> Continuation:
+        return continue_training(
+            stopped,
+            self._recipe,
+            self._plan.to_json(),
             max_iter=self._cfg.SOLVER.MAX_ITER,
+            allow_changes=self._cfg.D2SCALE.ALLOW_CHANGED_RECIPE,
         )
-        self._tell(stopped, changes, first)
+
+    def _continue(self, stopped: Progress) -> Position:
+        continuation = self._continuation(stopped)
+        continuation.log(logger)
+        first = continuation.first_iteration
         seed, sampler = stopped.seed, stopped.sampler
-        if seed is None or sampler is None or not keeps_order(changes):
+        if seed is None or sampler is None or not keeps_order(continuation.changes):
             logger.info("the order of images begins anew")
             seed, sampler = self._seed, None
         same_steps = first == stopped.iteration + 1
         return Position(first, stopped.images_seen, seed, sampler, same_steps)
-
-    def _tell(self, stopped: Progress, changes: Changes, first: int) -> None:
-        if stopped.assumption:
-            logger.warning(stopped.assumption)
-        if changes:
-            logger.warning("the recipe has changed, as allowed:\n%s", to_table(changes))
-        replanned = plan_changes(stopped.plan, self._plan.to_json()) if stopped.plan else {}
-        if replanned:
-            logger.info("the plan has changed:\n%s", to_table(replanned))
-        before = stopped.plan.get("ims_per_batch", self._plan.ims_per_batch)
-        if before != self._plan.ims_per_batch:
-            optimizer = self._cfg.SOLVER.OPTIMIZER.lower()
-            logger.info(batch_change_note(optimizer, before, self._plan.ims_per_batch))
-        logger.info(
-            "%d images seen in %d iterations: going on with iteration %d of %d",
-            *(stopped.images_seen, stopped.iteration + 1, first, self._cfg.SOLVER.MAX_ITER),
-        )
