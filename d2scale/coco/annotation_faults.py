@@ -1,6 +1,6 @@
-"""Everything that can be wrong with the contents of a COCO annotation file.
+"""Checks of the contents of a COCO annotation file.
 
-What COCO itself holds must load: it has a handful of boxes of no size, and boxes that reach over
+COCO's own files must pass: they have a handful of boxes of no size, and boxes that reach over
 the image's edge by a rounding error. A larger share of either points at a broken conversion, and
 a box that lies outside altogether, or has a negative size, is always a mistake.
 """
@@ -26,7 +26,7 @@ TOLERATED_OVERHANG = 2.0
 
 
 def link_faults(file: AnnotationFile) -> Iterable[Fault]:
-    """Yield what is wrong between the lists of the file: unknown images, unknown categories."""
+    """Yield a fault for annotations of unknown images, and one for unknown categories."""
     orphans = file.annotation_ids[file.image_numbers < 0]
     if len(orphans):
         yield Fault(
@@ -47,7 +47,12 @@ def link_faults(file: AnnotationFile) -> Iterable[Fault]:
 
 
 def category_faults(file: AnnotationFile, wanted: Mapping[int, str]) -> Iterable[Fault]:
-    """Yield the classes of a dataset that the file's categories lack or call otherwise."""
+    """Yield a fault for classes that the file lacks, and one for those with another name.
+
+    Args:
+        file: the annotations.
+        wanted: category id to the name that it must have; empty allows any.
+    """
     missing = [i for i in wanted if i not in file.categories]
     if missing:
         yield Fault(
@@ -97,15 +102,15 @@ def _names_in(folder: Path) -> frozenset[str]:
 
 
 def usable_boxes(file: AnnotationFile, faults: list[Fault]) -> tuple[np.ndarray, np.ndarray]:
-    """Turn the boxes into corners, cut to their images, and judge them.
+    """Return the boxes, cut to their images, and which of them can be trained on.
 
     Args:
-        file: the annotations; those of unknown images are left out.
+        file: the annotations.
         faults: what is wrong with the boxes is added here.
 
     Returns:
         boxes: x0 y0 x1 y1 in pixels, shape (annotations, 4), float64, within the image.
-        usable: shape (annotations,), bool: has a size and is no crowd.
+        usable: shape (annotations,), bool: has a size, is no crowd, and its image is known.
     """
     judged = (file.image_numbers >= 0) & ~file.crowds
     limits = np.stack([file.widths, file.heights], axis=1).astype(np.float64)
@@ -137,19 +142,16 @@ def _box_faults(
     file: AnnotationFile, impossible: np.ndarray, empty: np.ndarray, reaching: np.ndarray
 ) -> Iterable[Fault]:
     total = int((~file.crowds).sum())
-    allowed = "x, y, width, height in pixels, with a size, within the image"
-    advice = "correct or remove them; are they x0, y0, x1, y1?"
-    for found, what, tolerated in (
+    for faulty, what, tolerated in (
         (impossible, "outside the image, negative or not a number", 0.0),
         (empty, "of no size", TOLERATED_SHARE),
         (reaching, f"more than {TOLERATED_OVERHANG:g} pixels over the edge", TOLERATED_SHARE),
     ):
-        count = int(found.sum())
+        count = int(faulty.sum())
         if count > tolerated * total:
-            ids = examples(file.annotation_ids[found])
             yield Fault(
                 f"bbox of {count} of {total} annotations in {file.path}",
-                f"{what} (annotations {ids})",
-                allowed,
-                advice,
+                f"{what} (annotations {examples(file.annotation_ids[faulty])})",
+                "x, y, width, height in pixels, with a size, within the image",
+                "correct or remove them; are they x0, y0, x1, y1?",
             )

@@ -1,7 +1,7 @@
-"""Dataset names and where their files lie.
+"""Names of datasets, and where their files are.
 
-Relative paths resolve under the folder that the environment variable ``DETECTRON2_DATASETS``
-names (default ``datasets``), at the moment a dataset is read.
+Relative paths resolve under the folder in the environment variable ``DETECTRON2_DATASETS``
+(default ``datasets``) when a dataset is read.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ROOT_VARIABLE = "DETECTRON2_DATASETS"
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Where a COCO-format dataset lies and which classes are read from it.
+    """Where a COCO-format dataset is, and which classes are read from it.
 
     Attributes:
         json_file: annotation file.
         image_root: the folder that the file names in it are relative to.
-        category_ids: ids of the classes to read, in the order of the model's class numbers;
+        category_ids: of the classes to read, in the order of the model's class numbers;
             None reads all that the file lists, by ascending id.
-        class_names: the names that the file must have for them; None takes any.
+        class_names: the names that the file must have for them; None allows any.
     """
 
     json_file: Path
@@ -41,21 +41,21 @@ class DatasetSpec:
 
 
 def _builtin_datasets() -> dict[str, DatasetSpec]:
-    specs = {}
-    for part in ("train", "val"):
+    return {
+        name.format(part): DatasetSpec(
+            Path(f"coco/annotations/instances_{part}2017.json"),
+            Path(f"coco/{part}2017"),
+            ids,
+            tuple(COCO_CLASSES[category_id] for category_id in ids),
+        )
+        for part in ("train", "val")
         for name, ids in (
-            (f"coco_2017_{part}", ALL_CATEGORY_IDS),
-            (f"coco_pretrain_{part}_base", BASE_CATEGORY_IDS),
-            (f"coco_pretrain_{part}_novel", NOVEL_CATEGORY_IDS),
-            (f"coco_pretrain_{part}_all", ALL_CATEGORY_IDS),
-        ):
-            specs[name] = DatasetSpec(
-                Path(f"coco/annotations/instances_{part}2017.json"),
-                Path(f"coco/{part}2017"),
-                ids,
-                tuple(COCO_CLASSES[category_id] for category_id in ids),
-            )
-    return specs
+            ("coco_2017_{}", ALL_CATEGORY_IDS),
+            ("coco_pretrain_{}_base", BASE_CATEGORY_IDS),
+            ("coco_pretrain_{}_novel", NOVEL_CATEGORY_IDS),
+            ("coco_pretrain_{}_all", ALL_CATEGORY_IDS),
+        )
+    }
 
 
 _DATASETS = _builtin_datasets()
@@ -77,10 +77,10 @@ def register_coco_dataset(
     image_root: str | Path,
     category_ids: Sequence[int] | None = None,
 ) -> None:
-    """Make a COCO-format dataset known under ``name``.
+    """Register a COCO-format dataset.
 
     Args:
-        name: what ``DATASETS.TRAIN`` and ``DATASETS.TEST`` call it.
+        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         json_file, image_root: absolute, or relative to :func:`datasets_root`.
         category_ids: see :class:`DatasetSpec`.
 
@@ -94,7 +94,7 @@ def register_coco_dataset(
 
 
 def dataset_spec(name: str, *, key: str = "DATASETS") -> DatasetSpec:
-    """Look a name up and resolve its paths.
+    """Look up a name and resolve its paths.
 
     Args:
         name: a registered name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Ids as in the annotation files; ten of the ids up to 90 were never used.
+# Category id to name, as in the annotation files; COCO leaves ten of the ids up to 90 unused.
 COCO_CLASSES: dict[int, str] = {
     1: "person",
     2: "bicycle",

@@ -1,10 +1,11 @@
-"""From a dataset's name to its images and boxes, with every fault told at once."""
+"""Reading datasets by name; all faults of a dataset are reported together."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_dataset(name: str, *, key: str = "DATASETS") -> CocoDataset:
-    """Read a dataset: all its images, with the boxes of its classes that are no crowds.
+    """Read the images of a dataset and the boxes of its classes, without crowds.
 
     Args:
         name: a registered name.
@@ -69,7 +70,7 @@ def _check_files_exist(name: str, key: str, json_file: Path, image_root: Path) -
 
 
 def _wanted_classes(file: AnnotationFile, spec: DatasetSpec) -> Mapping[int, str]:
-    """Return category id to the name it must have (empty: any), in the order of the classes."""
+    """Return the category ids in class order, with the name that each must have, or ''."""
     if spec.category_ids is None:
         return file.categories
     names = spec.class_names or ("",) * len(spec.category_ids)
@@ -108,7 +109,10 @@ def load_training_dataset(cfg: CfgNode) -> CocoDataset:
     Raises:
         DataError: if a dataset is faulty, if they differ in their classes, if no image is left.
     """
-    names = _training_names(cfg)
+    names = tuple(cfg.DATASETS.TRAIN)
+    if not names:
+        advice = "name the training dataset"
+        raise DataError([Fault("DATASETS.TRAIN", names, "at least one dataset", advice)])
     parts = [load_dataset(name, key="DATASETS.TRAIN") for name in names]
     for part in parts[1:]:
         if part.class_names != parts[0].class_names:
@@ -128,15 +132,6 @@ def load_training_dataset(cfg: CfgNode) -> CocoDataset:
         records=records,
         json_file=parts[0].json_file if len(parts) == 1 else "",
     )
-
-
-def _training_names(cfg: CfgNode) -> tuple[str, ...]:
-    names = tuple(cfg.DATASETS.TRAIN)
-    if not names:
-        raise DataError(
-            [Fault("DATASETS.TRAIN", names, "at least one dataset", "name the training dataset")]
-        )
-    return names
 
 
 def _class_fault(key: str, dataset: CocoDataset, trained: CocoDataset) -> Fault:
@@ -161,26 +156,28 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> int:
     Raises:
         DataError: every fault of every dataset.
     """
-    faults: dict[str, Fault] = {}
+    faults: list[Fault] = []
     trained = None
     if not eval_only:
-        try:
+        with _collected(faults):
             trained = load_training_dataset(cfg)
-        except DataError as error:
-            faults.update({str(fault): fault for fault in error.faults})
-    if eval_only and not cfg.DATASETS.TEST:
-        fault = Fault("DATASETS.TEST", (), "at least one dataset", "name the dataset to evaluate")
-        faults[str(fault)] = fault
+    elif not cfg.DATASETS.TEST:
+        advice = "name the dataset to evaluate"
+        faults.append(Fault("DATASETS.TEST", (), "at least one dataset", advice))
     for name in cfg.DATASETS.TEST:
-        try:
+        with _collected(faults):
             tested = load_dataset(name, key="DATASETS.TEST")
-        except DataError as error:
-            # Two splits of one file share its faults.
-            faults.update({str(fault): fault for fault in error.faults})
-            continue
-        if trained and tested.class_names != trained.class_names:
-            fault = _class_fault("DATASETS.TEST", tested, trained)
-            faults[str(fault)] = fault
+            if trained and tested.class_names != trained.class_names:
+                faults.append(_class_fault("DATASETS.TEST", tested, trained))
     if faults:
-        raise DataError(list(faults.values()))
+        # Two splits of one file share its faults.
+        raise DataError(list({str(fault): fault for fault in faults}.values()))
     return len(trained) if trained else 0
+
+
+@contextmanager
+def _collected(faults: list[Fault]) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        faults += error.faults

@@ -1,21 +1,21 @@
-"""A dataset in memory: one numpy array per column, not one object per image.
+"""A dataset in memory, in one numpy array per column.
 
-A list of dicts would be copied, page by page, into every loader worker as reference counts
-change; arrays stay shared.
+With one object per image, each loader worker would copy the dataset page by page, because reading
+an object changes its reference count; arrays stay shared.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 
 class Record(NamedTuple):
-    """One image as annotated.
+    """One image and its annotated boxes.
 
     Attributes:
         file_name: path of the image file.
@@ -35,12 +35,13 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Records:
-    """Every image of a dataset, in columns. Behaves as a sequence of :class:`Record`.
+    """All images of a dataset, in columns: a sequence of :class:`Record`.
 
     Attributes:
         file_names: encoded paths, shape (images,).
         image_ids, heights, widths: shape (images,), int64.
-        box_starts: where an image's boxes start, shape (images + 1,), int64.
+        box_starts: row of each image's first box, and the number of boxes, shape (images + 1,),
+            int64.
         boxes: of all images, shape (boxes, 4), float32.
         classes: shape (boxes,), int64.
     """
@@ -78,15 +79,13 @@ class Records:
     def with_boxes_only(self) -> Records:
         """Return the images that have at least one box."""
         kept = self.box_counts > 0
-        counts = self.box_counts[kept]
-        return Records(
-            self.file_names[kept],
-            self.image_ids[kept],
-            self.heights[kept],
-            self.widths[kept],
-            starts_from_counts(counts),
-            self.boxes,
-            self.classes,
+        return replace(
+            self,
+            file_names=self.file_names[kept],
+            image_ids=self.image_ids[kept],
+            heights=self.heights[kept],
+            widths=self.widths[kept],
+            box_starts=starts_from_counts(self.box_counts[kept]),
         )
 
 
@@ -110,14 +109,14 @@ def concatenate(parts: Sequence[Records]) -> Records:
 
 @dataclass(frozen=True)
 class CocoDataset:
-    """A dataset that was read.
+    """A dataset, or several that are trained on as one.
 
     Attributes:
-        name: as in ``DATASETS``; several names joined by commas for a training set of several.
+        name: as in ``DATASETS``; of several datasets, their names joined by commas.
         class_names: by contiguous class number.
-        category_ids: contiguous class number to the annotation file's category id.
+        category_ids: the annotation file's category id of each class number.
         records: the images.
-        json_file: the annotation file; empty for a training set of several.
+        json_file: the annotation file; empty for several datasets.
     """
 
     name: str

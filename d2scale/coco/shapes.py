@@ -1,7 +1,7 @@
-"""A COCO-format dataset of drawn shapes, for machines that have no COCO.
+"""A COCO-format dataset of drawn shapes, for machines without COCO.
 
-It has COCO's folder layout and lists COCO's 80 categories. Each kind of shape stands for a real
-base class, so that recipes, class splits and metrics work on it as they are.
+It has COCO's folder layout and categories. Each kind of shape stands for one of COCO's base
+classes, so recipes, class splits and metrics work on it unchanged.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,27 @@ from PIL import Image, ImageDraw
 from d2scale.coco.classes import COCO_CLASSES
 from d2scale.errors import DataError, Fault
 
-# Marks a folder as made here, and by which settings.
+# Marks a folder as written here; holds the settings.
 MARKER = ".d2scale_shapes.json"
 _VERSION = 1
-_TRAIN_STREAM, _VAL_STREAM = 0, 1
-# Every tenth image shows nothing, every ninth also a crowd.
+# Every tenth image shows nothing; every ninth has a crowd too.
 _EMPTY_EVERY = 10
 _CROWD_EVERY = 9
 
-Corners = list[tuple[float, float]]
+Corners = list[tuple[float, float]]  # x, y in pixels
+Circle = tuple[float, float, float]  # x, y of the centre and radius, in pixels
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A class.
+    """How a class is drawn.
 
     Attributes:
         category_id: COCO's.
         colour: red, green, blue.
-        corners: their angles on the unit circle, in turns from the top.
-        waist: reach of a further corner between each two: below 1 makes a star.
-        hole: reach of a hole in the middle.
+        corners: angles of the corners on the unit circle, in turns from the top.
+        waist: radius of a further corner between each two: below 1 makes a star.
+        hole: radius of a hole in the middle.
     """
 
     category_id: int
@@ -55,7 +56,7 @@ def _regular(corners: int, turn: float = 0.0) -> tuple[float, ...]:
     return tuple(corner / corners + turn for corner in range(corners))
 
 
-# Stop sign, sports ball, kite, pizza, donut and book: base classes all.
+# Stop sign, sports ball, kite, pizza, donut and book.
 KINDS = (
     _Kind(13, (215, 35, 40), _regular(8, 1 / 16)),
     _Kind(37, (245, 240, 235), _regular(48)),
@@ -66,15 +67,6 @@ KINDS = (
 )
 
 
-@dataclass(frozen=True)
-class _Settings:
-    version: int
-    train_images: int
-    val_images: int
-    seed: int
-    image_size: tuple[int, int]
-
-
 def write_shapes_dataset(
     root: str | Path,
     train_images: int,
@@ -82,18 +74,15 @@ def write_shapes_dataset(
     seed: int = 0,
     image_size: tuple[int, int] = (160, 256),
 ) -> Path:
-    """Write ``root/coco``, unless it is there already with the same settings.
+    """Write ``root/coco``, unless it is there already with the same settings; return ``root``.
 
-    The result depends on the arguments alone. It appears as a whole or not at all.
+    The files depend on the arguments alone. They appear together, or none does.
 
     Args:
-        root: what ``DETECTRON2_DATASETS`` is to be set to.
-        train_images, val_images: how many of each.
+        root: folder to set ``DETECTRON2_DATASETS`` to.
+        train_images, val_images: number of images.
         seed: not negative.
         image_size: smallest and largest edge, pixels.
-
-    Returns:
-        ``root``.
 
     Raises:
         DataError: if ``root/coco`` holds files that were not written here, or cannot be written.
@@ -106,22 +95,17 @@ def write_shapes_dataset(
             f"{train_images}, {val_images}, {seed}, {image_size}"
         )
     root = Path(root)
-    settings = _Settings(_VERSION, train_images, val_images, seed, (low, high))
     target = root / "coco"
-    if _settings_of(target) == _as_json(settings):
-        return root
-    _refuse_foreign(target)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _write_and_swap(target, settings)
-    except OSError as error:
-        advice = f"choose another folder ({error.strerror})"
-        raise DataError([Fault("folder", str(root), "a writable folder", advice)]) from error
+    settings: dict[str, Any] = {"version": _VERSION, "train_images": train_images}
+    settings |= {"val_images": val_images, "seed": seed, "image_size": [low, high]}
+    if _settings_of(target) != settings:
+        _refuse_foreign(target)
+        try:
+            _write_and_swap(target, settings)
+        except OSError as error:
+            advice = f"choose another folder ({error.strerror})"
+            raise DataError([Fault("folder", str(root), "a writable folder", advice)]) from error
     return root
-
-
-def _as_json(settings: _Settings) -> dict[str, Any]:
-    return {**asdict(settings), "image_size": list(settings.image_size)}
 
 
 def _settings_of(folder: Path) -> Any:
@@ -134,48 +118,42 @@ def _settings_of(folder: Path) -> Any:
 def _refuse_foreign(target: Path) -> None:
     ours = (target / MARKER).is_file()
     if target.exists() and not ours and not (target.is_dir() and not any(target.iterdir())):
-        raise DataError(
-            [
-                Fault(
-                    "folder",
-                    str(target),
-                    "a folder that is empty, not there, or holds drawn shapes",
-                    "choose another root, or move its files away",
-                )
-            ]
-        )
+        allowed = "a folder that is empty, not there, or holds drawn shapes"
+        advice = "choose another root, or move its files away"
+        raise DataError([Fault("folder", str(target), allowed, advice)])
 
 
-def _write_and_swap(target: Path, settings: _Settings) -> None:
+def _write_and_swap(target: Path, settings: dict[str, Any]) -> None:
     """Write next to ``target``, then rename into place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".shapes-") as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         (new / "annotations").mkdir(parents=True)
-        for part, images, stream in (
-            ("train", settings.train_images, _TRAIN_STREAM),
-            ("val", settings.val_images, _VAL_STREAM),
-        ):
+        for stream, part in enumerate(("train", "val")):
             (new / f"{part}2017").mkdir()
-            content = _write_images(new / f"{part}2017", images, settings, stream)
+            seeds = [(settings["seed"], stream, 1 + n) for n in range(settings[f"{part}_images"])]
+            content = _write_images(new / f"{part}2017", seeds, settings["image_size"])
             path = new / "annotations" / f"instances_{part}2017.json"
             path.write_text(json.dumps(content))
-        (new / MARKER).write_text(json.dumps(_as_json(settings)))
+        (new / MARKER).write_text(json.dumps(settings))
         if target.exists():
             os.replace(target, old)
         os.replace(new, target)
 
 
-def _write_images(folder: Path, count: int, settings: _Settings, stream: int) -> dict[str, Any]:
+def _write_images(
+    folder: Path, seeds: Sequence[tuple[int, ...]], image_size: tuple[int, int]
+) -> dict[str, Any]:
+    """Write an image for each seed and return the content of the annotation file."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number in range(1, count + 1):
-        rng = np.random.default_rng((settings.seed, stream, number))
-        picture, found = _draw_picture(number, rng, settings.image_size)
+    for number, seed in enumerate(seeds, start=1):
+        picture, drawn = _draw_picture(number, np.random.default_rng(seed), image_size)
         name = f"{number:012d}.jpg"
         picture.save(folder / name, quality=90)
         width, height = picture.size
         images.append({"id": number, "file_name": name, "width": width, "height": height})
-        for annotation in found:
+        for annotation in drawn:
             annotations.append({"id": len(annotations) + 1, "image_id": number, **annotation})
     return {
         "info": {"description": "drawn shapes in COCO's format"},
@@ -194,7 +172,7 @@ def _draw_picture(
     if number % _EMPTY_EVERY == 0:
         return picture, []
     annotations = []
-    taken: list[tuple[float, float, float]] = []
+    taken: list[Circle] = []
     for _ in range(int(rng.integers(1, 5))):
         place = _free_place(rng, width, height, taken)
         if place is not None:
@@ -207,7 +185,7 @@ def _draw_picture(
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Return a dull picture: soft patches of grey-green and brown, with grain."""
+    """Return soft patches of grey-green and brown, with grain."""
     patches = rng.integers(70, 130, size=(5, 5, 3)).astype(np.uint8)
     soft = Image.fromarray(patches).resize((width, height), Image.Resampling.BICUBIC)
     grain = rng.integers(-12, 13, size=(height, width, 1))
@@ -215,9 +193,9 @@ def _background(rng: np.random.Generator, width: int, height: int) -> Image.Imag
 
 
 def _free_place(
-    rng: np.random.Generator, width: int, height: int, taken: list[tuple[float, float, float]]
-) -> tuple[float, float, float] | None:
-    """Return centre and radius, in pixels, of a circle that covers no other's centre."""
+    rng: np.random.Generator, width: int, height: int, taken: list[Circle]
+) -> Circle | None:
+    """Return centre and radius, in pixels, of a circle beside those taken; None if none is free."""
     short = min(width, height)
     for _ in range(20):
         radius = float(rng.uniform(0.1, 0.3)) * short
@@ -230,30 +208,24 @@ def _free_place(
 
 
 def _draw_shape(
-    picture: Image.Image,
-    rng: np.random.Generator,
-    kind: _Kind,
-    place: tuple[float, float, float],
+    picture: Image.Image, rng: np.random.Generator, kind: _Kind, place: Circle
 ) -> dict[str, Any]:
     x, y, radius = place
     stretch = float(rng.uniform(0.75, 1.0))
     turn = float(rng.uniform(-0.04, 0.04))
-    colour = tuple(
-        int(c) for c in np.clip(np.array(kind.colour) + rng.integers(-20, 21, 3), 0, 255)
-    )
-    corners = _corners(kind, x, y, radius, stretch, turn)
+    colour = np.clip(np.array(kind.colour) + rng.integers(-20, 21, 3), 0, 255)
+    corners = _corners(kind, place, stretch, turn)
     background = picture.getpixel((int(x), int(y)))
     draw = ImageDraw.Draw(picture)
-    draw.polygon(corners, fill=colour, outline=(20, 20, 20))
+    draw.polygon(corners, fill=tuple(colour.tolist()), outline=(20, 20, 20))
     if kind.hole:
-        hole = _corners(kind, x, y, radius * kind.hole, stretch, turn)
+        hole = _corners(kind, (x, y, radius * kind.hole), stretch, turn)
         draw.polygon(hole, fill=background, outline=(20, 20, 20))
     return _annotation(corners, kind.category_id, picture.size)
 
 
-def _corners(
-    kind: _Kind, x: float, y: float, radius: float, stretch: float, turn: float
-) -> Corners:
+def _corners(kind: _Kind, place: Circle, stretch: float = 1.0, turn: float = 0.0) -> Corners:
+    x, y, radius = place
     between = 0.5 / len(kind.corners)
     angles = [(angle, 1.0) for angle in kind.corners]
     if kind.waist < 1:
@@ -284,14 +256,14 @@ def _annotation(
 
 
 def _draw_crowd(picture: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
-    """Draw small shapes of one kind in a corner; one crowd region covers them all."""
+    """Draw small shapes of one kind in a corner, annotated as one crowd."""
     kind = KINDS[int(rng.integers(len(KINDS)))]
     radius = min(picture.size) / 40
     all_corners: Corners = []
     for row in range(2):
         for column in range(4):
-            x, y = (2.5 * column + 2) * radius, (2.5 * row + 2) * radius
-            corners = _corners(kind, x, y, radius, 1.0, 0.0)
+            place = ((2.5 * column + 2) * radius, (2.5 * row + 2) * radius, radius)
+            corners = _corners(kind, place)
             ImageDraw.Draw(picture).polygon(corners, fill=kind.colour)
             all_corners += corners
     return _annotation(all_corners, kind.category_id, picture.size, iscrowd=1)
