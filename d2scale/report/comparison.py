@@ -1,144 +1,136 @@
-"""Which runs may be compared, and what tells them apart beyond the noise of the images."""
+"""Results of runs with their noise, which runs are comparable, and how they differ."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from d2scale.coco.accumulate import METRICS
 from d2scale.errors import DataError
-from d2scale.report.detections import Detected, GroundTruths, max_dets_of, read_detected
+from d2scale.report.detections import RunDetections, read_detections, read_evaluation_set
 from d2scale.report.noise import Noise, bootstrap
 from d2scale.report.published import Publication
 from d2scale.report.runs import Run
 
-# Results are told with three digits; what differs by more is of another evaluation.
+# Percent. Logs round to three digits; a larger difference comes from another evaluation.
 _SAME_RESULT = 0.01
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A run with what its own detections say.
+class EvaluatedRun:
+    """A run with its results and their noise.
 
     Attributes:
         run: the run.
         detected: its detections; None if they or their ground truth are missing.
         noise: of its results; None without detections.
-        results: what the run told, else what its detections give, percent by column.
-        class_results: the same for each class.
+        results: as the run reported, else computed from its detections, percent by column.
+        class_results: AP of each class, likewise.
     """
 
     run: Run
-    detected: Detected | None = None
+    detected: RunDetections | None = None
     noise: Noise | None = None
     results: Mapping[str, float] = field(default_factory=dict)
     class_results: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def test_set(self) -> str:
-        """Name of the test set; empty if it is not known."""
-        return self.run.test_set
-
-    @property
     def classes(self) -> frozenset[str]:
         """Classes that were evaluated; empty if they are not known."""
-        if self.detected is not None:
-            return frozenset(self.detected.truth.class_names)
-        return frozenset(self.class_results)
-
-    @property
-    def max_dets(self) -> int:
-        """Best detections of an image that count."""
-        return max_dets_of(self.run)
+        names = self.class_results if self.detected is None else self.detected.dataset.class_names
+        return frozenset(names)
 
     @property
     def images(self) -> int | None:
-        """How many images the test set has; None if it is not known."""
-        return None if self.detected is None else self.detected.truth.images
+        """Number of test images; None if it is not known."""
+        return None if self.detected is None else len(self.detected.dataset)
+
+    def half_width(self, name: str) -> float | None:
+        """Return half of the width of a column's noise band; None if it is not known."""
+        return None if self.noise is None else self.noise.half_width(name)
 
 
-def judge(runs: Sequence[Run], notes: list[str]) -> list[Judged]:
-    """Read and resample the detections of each run; what is missing goes into ``notes``."""
-    truths = GroundTruths()
-    return [_judge(run, truths, notes) for run in runs]
+def as_reported(run: Run) -> EvaluatedRun:
+    """Return a run with the results that it reported, without noise."""
+    return EvaluatedRun(run, results=run.results, class_results=run.class_results)
 
 
-def _judge(run: Run, truths: GroundTruths, notes: list[str]) -> Judged:
-    told = Judged(run, results=run.results, class_results=run.class_results)
-    if not run.results and not run.folder:
-        return told
-    try:
-        detected = read_detected(run, truths)
-    except DataError as error:
-        reason = "; ".join(str(fault) for fault in error.faults)
-        notes.append(f"{run.name}: no noise and no example detections: {reason}")
-        return told
+def evaluate_runs(runs: Sequence[Run], notes: list[str]) -> list[EvaluatedRun]:
+    """Read and resample the detections of each run; add to ``notes`` what is missing."""
+    read_set = cache(read_evaluation_set)
+    evaluated = []
+    for run in runs:
+        detected = None
+        if run.results or run.folder:
+            try:
+                detected = read_detections(run, read_set)
+            except DataError as error:
+                reason = "; ".join(str(fault) for fault in error.faults)
+                notes.append(f"{run.name}: no noise and no example detections: {reason}")
+        evaluated.append(as_reported(run) if detected is None else _evaluate(run, detected, notes))
+    return evaluated
+
+
+def _evaluate(run: Run, detected: RunDetections, notes: list[str]) -> EvaluatedRun:
     noise = bootstrap(detected)
-    for name in METRICS:
-        exact, own = noise.exact[name], run.results.get(name, math.nan)
-        if math.isfinite(own) and not abs(exact - own) < _SAME_RESULT:
+    reported = {name: value for name, value in run.results.items() if math.isfinite(value)}
+    for name, value in reported.items():
+        if not abs(noise.exact[name] - value) < _SAME_RESULT:
             notes.append(
-                f"{run.name}: its detections give {name} {exact:.3f} where the run told "
-                f"{own:.3f}, so they or the ground truth are not those of its last evaluation: "
-                "no noise and no example detections"
+                f"{run.name}: its detections give {name} {noise.exact[name]:.3f} where the run "
+                f"reported {value:.3f}, so they or the ground truth are not those of its last "
+                "evaluation: no noise and no example detections"
             )
-            return told
+            return as_reported(run)
     if not run.results:
-        notes.append(f"{run.name}: it told no results; they are computed from its detections")
+        notes.append(f"{run.name}: it reported no results; they are computed from its detections")
     by_class = {n.removeprefix("AP-"): v for n, v in noise.exact.items() if n.startswith("AP-")}
-    return Judged(run, detected, noise, {**noise.exact, **_finite(run.results)}, by_class)
+    return EvaluatedRun(run, detected, noise, {**noise.exact, **reported}, by_class)
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def groups(judged: Sequence[Judged]) -> list[list[Judged]]:
-    """Put runs together that were tested on the same images and classes, in order."""
-    found: list[list[Judged]] = []
-    for each in judged:
-        for group in found:
-            if not difference_of_tests(group[0], each):
-                group.append(each)
+def comparable_groups(runs: Sequence[EvaluatedRun]) -> list[list[EvaluatedRun]]:
+    """Group the runs that were tested on the same images and classes, in order."""
+    groups: list[list[EvaluatedRun]] = []
+    for run in runs:
+        for group in groups:
+            if not why_not_comparable(group[0], run):
+                group.append(run)
                 break
         else:
-            found.append([each])
-    return found
+            groups.append([run])
+    return groups
 
 
-def difference_of_tests(one: Judged, other: Judged) -> str:
+def why_not_comparable(one: EvaluatedRun, other: EvaluatedRun) -> str:
     """Return why the results of two runs cannot be compared; empty if they can."""
     if not one.results or not other.results:
         return "one of them has no results"
-    if not one.test_set or not other.test_set:
+    tests = (one.run.test_set, other.run.test_set)
+    if not all(tests):
         return "a test set is not known"
-    if one.test_set != other.test_set:
-        return f"one was tested on {one.test_set}, the other on {other.test_set}"
+    if tests[0] != tests[1]:
+        return f"one was tested on {tests[0]}, the other on {tests[1]}"
     if one.classes and other.classes and one.classes != other.classes:
         return f"one has {len(one.classes)} classes, the other {len(other.classes)} or others"
-    if one.max_dets != other.max_dets:
+    if one.run.max_dets != other.run.max_dets:
         return (
-            f"one counts the {one.max_dets} best detections of an image, the other the "
-            f"{other.max_dets} best"
+            f"one counts the {one.run.max_dets} best detections of an image, the other the "
+            f"{other.run.max_dets} best"
         )
     return ""
 
 
-def difference_to_published(judged: Judged, publication: Publication) -> str:
+def why_not_comparable_to_published(run: EvaluatedRun, publication: Publication) -> str:
     """Return why a run cannot be compared with published ones; empty if it can."""
-    reference = Judged(
-        publication.runs[0],
-        results=publication.runs[0].results,
-        class_results=publication.runs[0].class_results,
-    )
-    if reason := difference_of_tests(judged, reference):
+    if reason := why_not_comparable(run, as_reported(publication.runs[0])):
         return reason.replace("one ", "the run ", 1).replace("the other", "the published", 1)
-    if judged.images is None:
+    if run.images is None:
         return "how many images the run was tested on is not known here"
-    if judged.images != publication.test_images:
+    if run.images != publication.test_images:
         return (
-            f"the run was tested on {judged.images} images, the published ones on "
+            f"the run was tested on {run.images} images, the published ones on "
             f"{publication.test_images}"
         )
     return ""
@@ -156,13 +148,12 @@ def nearest_published(run: Run, publication: Publication) -> Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """A result minus another.
+    """The results of a run minus those of another.
 
     Attributes:
         title: what is subtracted from what.
         values: by column, percent.
-        bands: what the difference becomes on other images; empty without detections.
-        beyond_noise: columns whose band does not hold 0.
+        bands: range of the difference on other images, by column; empty without detections.
     """
 
     title: str
@@ -171,37 +162,35 @@ class Difference:
 
     @property
     def beyond_noise(self) -> frozenset[str]:
-        """Columns that differ by more than the images explain."""
+        """Columns that differ by more than the choice of images explains."""
         return frozenset(name for name, (low, high) in self.bands.items() if low * high > 0)
 
 
-def difference_of_runs(one: Judged, first: Judged) -> Difference:
-    """Return ``one`` minus ``first``, tested on the same images."""
-    values = _subtract(one.results, first.results)
+def difference_of_runs(run: EvaluatedRun, first: EvaluatedRun) -> Difference:
+    """Return ``run`` minus ``first``, which must be comparable."""
     bands = {}
-    if one.noise is not None and first.noise is not None:
+    if run.noise is not None and first.noise is not None:
         for name in METRICS:
-            band = one.noise.difference(first.noise, name)
-            if band is not None:
+            if band := run.noise.difference(first.noise, name):
                 bands[name] = band
-    return Difference(f"{one.run.name} minus {first.run.name}", values, bands)
+    return _difference(run, first.run.name, first.results, bands)
 
 
-def difference_of_published(one: Judged, published: Run) -> Difference:
-    """Return ``one`` minus a published run, within the noise of ``one`` alone."""
-    values = _subtract(one.results, published.results)
+def difference_to_published(run: EvaluatedRun, published: Run) -> Difference:
+    """Return ``run`` minus a published run, within the noise of ``run`` alone."""
     bands = {}
-    for name, value in values.items():
-        band = one.noise.band(name) if one.noise is not None else None
-        if band is not None:
-            exact = one.results[name]
-            bands[name] = (value + band[0] - exact, value + band[1] - exact)
-    return Difference(f"{one.run.name} minus {published.name}", values, bands)
+    for name, value in published.results.items():
+        if run.noise is not None and (band := run.noise.band(name)):
+            bands[name] = (band[0] - value, band[1] - value)
+    return _difference(run, published.name, published.results, bands)
 
 
-def _subtract(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    return {
-        name: one[name] - other[name]
-        for name in METRICS
-        if math.isfinite(one.get(name, math.nan)) and math.isfinite(other.get(name, math.nan))
-    }
+def _difference(
+    run: EvaluatedRun,
+    name: str,
+    results: Mapping[str, float],
+    bands: Mapping[str, tuple[float, float]],
+) -> Difference:
+    differences = {n: run.results.get(n, math.nan) - results.get(n, math.nan) for n in METRICS}
+    values = {n: value for n, value in differences.items() if math.isfinite(value)}
+    return Difference(f"{run.run.name} minus {name}", values, bands)

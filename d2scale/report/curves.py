@@ -1,4 +1,4 @@
-"""The curves of the published comparison, against images seen, iterations and time."""
+"""The curves of the runs, against images seen, iterations and time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d2scale.report.columns import CURVES
 from d2scale.report.document import Picture
 from d2scale.report.history import AXES, Axis
 from d2scale.report.runs import Run
@@ -38,49 +37,47 @@ _COLOURS_IN_FILE = 128
 
 
 def draw_curves(runs: Sequence[Run]) -> tuple[Picture, ...]:
-    """Draw every curve against every axis; empty if no run tells any."""
+    """Draw every curve against every axis; empty if the runs have none."""
     return tuple(
         Picture(
-            name=f"{_slug(name)}-{axis}.png",
-            title=f"{title_of(name)}, against {AXES[axis]}",
-            light=_draw_one(runs, name, axis, LIGHT),
-            dark=_draw_one(runs, name, axis, DARK),
+            name=f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)}-{axis}.png",
+            title=f"{title_of(name)}, against {title}",
+            light=_draw(runs, [name], axis, LIGHT),
+            dark=_draw(runs, [name], axis, DARK),
             axis=axis,
         )
         for name in curve_names(runs)
-        for axis in AXES
+        for axis, title in AXES.items()
         if any(len(run.history.curve(name, axis)[0]) for run in runs)
     )
 
 
-def draw_overview(runs: Sequence[Run]) -> tuple[Picture, ...]:
-    """Draw all curves against images seen in one picture; nothing if there are none."""
+def draw_overview(runs: Sequence[Run]) -> Picture | None:
+    """Draw all curves against images seen in one picture; None if there are none."""
     names = [n for n in curve_names(runs) if any(len(run.history.curve(n)[0]) for run in runs)]
     if not names:
-        return ()
-    title = "all curves, against images seen"
-    light, dark = (_draw_all(runs, names, theme) for theme in (LIGHT, DARK))
-    return (Picture("curves.png", title, light, dark, axis="images"),)
+        return None
+    light, dark = (_draw(runs, names, "images", theme) for theme in (LIGHT, DARK))
+    return Picture("curves.png", "all curves, against images seen", light, dark, axis="images")
 
 
 def curve_names(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Return the published curves, then any other losses that a run tells."""
-    told = dict.fromkeys(name for run in runs for name in run.history.names())
-    others = [name for name in told if name.startswith("loss") and name not in CURVES]
-    published = [name for name in CURVES if name in told]
-    place = 1 + max((i for i, name in enumerate(published) if "loss" in name), default=-1)
-    return (*published[:place], *others, *published[place:])
+    """Return the names of the curves: the losses first, then learning rate and times."""
+    names = {name for run in runs for name in run.history.names()}
+    losses = sorted(name for name in names if name.startswith("loss"))
+    wanted = ("total_loss", *losses, "lr", "time", "data_time")
+    return tuple(name for name in wanted if name in names)
 
 
 def title_of(name: str) -> str:
-    """Return what a curve shows, with the name that metrics.json has for it."""
+    """Return what a curve shows, with its name in metrics.json."""
     return f"{_TITLES[name]} ({name})" if name in _TITLES else name
 
 
 def smooth(places: np.ndarray, values: np.ndarray, width: float) -> np.ndarray:
     """Return the mean of the values that lie within ``width`` around each place.
 
-    Runs of different batch sizes are smoothed alike where the places are images.
+    Where the places are images, runs of different batch sizes are smoothed alike.
 
     Args:
         places: ascending, shape (points,).
@@ -94,60 +91,39 @@ def smooth(places: np.ndarray, values: np.ndarray, width: float) -> np.ndarray:
     return means
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
-
-
-def _draw_one(runs: Sequence[Run], name: str, axis: Axis, theme: Theme) -> bytes:
-    figure = _figure(_SIZE, theme)
-    axes = figure.add_subplot()
-    handles = _plot(axes, runs, name, axis, theme)
-    _legend(axes, handles, theme)
-    return _to_png(figure)
-
-
-def _draw_all(runs: Sequence[Run], names: Sequence[str], theme: Theme) -> bytes:
-    rows = (len(names) + 1) // 2
-    figure = _figure((2 * _SIZE[0], rows * _SIZE[1]), theme)
-    for number, name in enumerate(names):
-        axes = figure.add_subplot(rows, 2, number + 1)
-        handles = _plot(axes, runs, name, "images", theme)
-        if not number:
-            _legend(axes, handles, theme)
-    return _to_png(figure)
-
-
-def _figure(size: tuple[float, float], theme: Theme) -> Figure:
+def _draw(runs: Sequence[Run], names: Sequence[str], axis: Axis, theme: Theme) -> bytes:
+    """Draw one subplot for each name, in two columns if there are several."""
     # Without pyplot there is no global state, and no window system is asked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    columns = min(len(names), 2)
+    rows = -(-len(names) // columns)
+    size = (columns * _SIZE[0], rows * _SIZE[1])
     figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, facecolor=theme.paper)
     FigureCanvasAgg(figure)
     # Laying out by the size of the labels would draw everything twice.
-    columns, rows = (round(length / one) for length, one in zip(size, _SIZE, strict=True))
-    figure.subplots_adjust(
-        left=0.12 / columns,
-        right=1 - 0.03 / columns,
-        bottom=0.17 / rows,
-        top=1 - 0.1 / rows,
-        wspace=0.18,
-        hspace=0.38,
-    )
-    return figure
+    margins = {"left": 0.12 / columns, "right": 1 - 0.03 / columns}
+    margins |= {"bottom": 0.17 / rows, "top": 1 - 0.1 / rows}
+    figure.subplots_adjust(**margins, wspace=0.18, hspace=0.38)
+    for number, name in enumerate(names, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        handles = _plot(axes, runs, name, axis, theme)
+        if number == 1 and handles:
+            _add_legend(axes, handles, theme)
+    return _to_png(figure)
 
 
 def _plot(
     axes: Axes, runs: Sequence[Run], name: str, axis: Axis, theme: Theme
 ) -> list[tuple[Any, str]]:
-    """Draw the runs' lines and return what a legend needs."""
+    """Draw the runs' lines; return each with the name of its run."""
     curves = [(number, *run.history.curve(name, axis)) for number, run in enumerate(runs)]
     curves = [curve for curve in curves if len(curve[1])]
     end = max((places[-1] for _, places, _ in curves), default=0.0)
     scale, unit = _unit(axis, end)
-    width = _width([places for _, places, _ in curves], end)
-    handles = []
-    smoothed = []
+    width = _smoothing_width([places for _, places, _ in curves], end)
+    handles, smoothed = [], []
     for number, places, values in curves:
         colour, dashes = line_of(theme, number)
         style: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 2.0}
@@ -160,18 +136,19 @@ def _plot(
         handles.append((line, runs[number].name))
         smoothed.append(main)
     _style(axes, name, unit, theme)
-    _limit(axes, [values for _, _, values in curves], smoothed)
+    if curves:
+        _limit(axes, np.concatenate([values for _, _, values in curves]), smoothed)
     return handles
 
 
-def _width(places: Sequence[np.ndarray], end: float) -> float:
+def _smoothing_width(places: Sequence[np.ndarray], end: float) -> float:
     """Return the width over which all runs are smoothed, wide enough for the sparsest."""
-    gaps = [float(np.median(np.diff(each))) for each in places if len(each) > 1]
+    gaps = [float(np.median(np.diff(of_run))) for of_run in places if len(of_run) > 1]
     return max([end * _WINDOW, *(_FEWEST_IN_WINDOW * gap for gap in gaps)])
 
 
 def _unit(axis: Axis, end: float) -> tuple[float, str]:
-    """Return how many of an axis's numbers make one of its unit, and the title."""
+    """Return the size of an axis's unit and its title, for places up to ``end``."""
     if axis != "time":
         return 1.0, AXES[axis]
     for seconds, unit in ((3600.0, "hours"), (60.0, "minutes")):
@@ -180,11 +157,8 @@ def _unit(axis: Axis, end: float) -> tuple[float, str]:
     return 1.0, "seconds of training"
 
 
-def _limit(axes: Axes, raw: list[np.ndarray], smoothed: list[np.ndarray]) -> None:
+def _limit(axes: Axes, values: np.ndarray, smoothed: list[np.ndarray]) -> None:
     """Let a few outliers, such as the first step's time, leave the picture."""
-    if not raw:
-        return
-    values = np.concatenate(raw)
     low, high = np.quantile(values, (0.005, 0.995))
     low = min([low, *(line.min() for line in smoothed)])
     high = max([high, *(np.quantile(line, 0.98) for line in smoothed)])
@@ -207,9 +181,7 @@ def _style(axes: Axes, name: str, unit: str, theme: Theme) -> None:
         spine.set_color(theme.grid)
 
 
-def _legend(axes: Axes, handles: list[tuple[Any, str]], theme: Theme) -> None:
-    if not handles:
-        return
+def _add_legend(axes: Axes, handles: list[tuple[Any, str]], theme: Theme) -> None:
     legend = axes.legend(
         [handle for handle, _ in handles],
         [_plain(name) for _, name in handles],
@@ -223,22 +195,20 @@ def _legend(axes: Axes, handles: list[tuple[Any, str]], theme: Theme) -> None:
 
 
 def _plain(text: str) -> str:
-    """Keep matplotlib from reading formulas, or names that it shall hide, into a run's name."""
+    """Escape what matplotlib reads as a formula, or as a label to hide, in a run's name."""
     escaped = text.replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped
 
 
 def _to_png(figure: Figure) -> bytes:
-    """Return the picture with few colours: a third of the size, and the eye sees no difference."""
+    """Return the picture with few colours: a third of the size, with no visible difference."""
     from PIL import Image
 
-    content = io.BytesIO()
+    content, small = io.BytesIO(), io.BytesIO()
     with warnings.catch_warnings():
         # A name may hold characters that the font lacks; they become boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(content, format="png", facecolor=figure.get_facecolor())
-    small = io.BytesIO()
     with Image.open(content) as picture:
-        few = picture.convert("RGB").quantize(_COLOURS_IN_FILE)
-        few.save(small, format="png")
+        picture.convert("RGB").quantize(_COLOURS_IN_FILE).save(small, format="png")
     return small.getvalue()

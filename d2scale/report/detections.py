@@ -1,8 +1,9 @@
-"""A run's own detections, and the boxes that they should have found."""
+"""A run's detections, and the test set that they are evaluated on."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,26 +12,22 @@ import numpy as np
 
 from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
 from d2scale.coco.catalog import ROOT_VARIABLE, dataset_names, dataset_spec, datasets_root
-from d2scale.coco.matching import Detections as Found
-from d2scale.coco.matching import GroundTruth as Truth
-from d2scale.coco.matching import numbers_of
+from d2scale.coco.matching import Detections, GroundTruth
 from d2scale.coco.results import CocoResults
 from d2scale.errors import DataError, Fault
-from d2scale.report.runs import Run, whole_number
+from d2scale.report.runs import Run
 from d2scale.run_folder.files import INFERENCE_FOLDER, RESULTS_FILE
-
-_OFFICIAL_MAX_DETS = 100
 
 
 @dataclass(frozen=True)
-class GroundTruth:
-    """A test set as its annotation file has it. Needs no images.
+class EvaluationSet:
+    """A test set as annotated. Its images need not be there.
 
     Attributes:
         name: as in ``DATASETS.TEST``.
         file: the annotations.
-        image_root: where the images lie.
-        category_ids: of the classes that count, ascending.
+        image_root: folder of the images.
+        category_ids: of the evaluated classes, ascending.
     """
 
     name: str
@@ -38,67 +35,51 @@ class GroundTruth:
     image_root: Path
     category_ids: tuple[int, ...]
 
+    def __len__(self) -> int:
+        return len(self.file.image_ids)
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names, in the order of ``category_ids``."""
-        return tuple(self.file.categories[each] for each in self.category_ids)
-
-    @property
-    def images(self) -> int:
-        """How many images there are."""
-        return len(self.file.image_ids)
+        return tuple(self.file.categories[category_id] for category_id in self.category_ids)
 
     @cached_property
-    def boxes(self) -> Truth:
-        """The boxes of the classes that count, images and classes by number."""
-        file = self.file
-        classes = numbers_of(file.category_ids, np.array(self.category_ids))
-        truth = Truth(
-            file.annotation_ids, file.image_numbers, classes, file.boxes, file.areas, file.crowds
-        )
-        return truth.take(np.flatnonzero((classes >= 0) & (file.image_numbers >= 0)))
+    def truth(self) -> GroundTruth:
+        """The boxes of the evaluated classes, images and classes by number."""
+        return self.file.ground_truth(np.array(self.category_ids), self.file.image_ids)
 
-    def objects_of(self, number: int) -> Truth:
-        """Return the boxes of one image that should be found."""
-        boxes = self.boxes
-        return boxes.take(np.flatnonzero((boxes.images == number) & ~boxes.crowds))
+    def boxes_of(self, image: int) -> GroundTruth:
+        """Return the boxes of one image that should be detected."""
+        return self.truth.take(np.flatnonzero((self.truth.images == image) & ~self.truth.crowds))
+
+    def path_of(self, image: int) -> Path:
+        """Return the file of an image."""
+        return self.image_root / self.file.file_names[image]
 
 
 @dataclass(frozen=True)
-class Detected:
+class RunDetections:
     """What a run detected on its test set.
 
     Attributes:
-        truth: the test set.
-        found: detections of its classes, images and classes by number as in ``truth``.
-        max_dets: best detections of an image that count.
+        dataset: the test set.
+        detections: of its classes, images and classes by number as in ``dataset.truth``.
+        max_dets: best detections of an image and class that count.
     """
 
-    truth: GroundTruth
-    found: Found
+    dataset: EvaluationSet
+    detections: Detections
     max_dets: int
 
 
-class GroundTruths:
-    """Reads each test set once.
+def read_evaluation_set(name: str) -> EvaluationSet:
+    """Read the annotations of a registered dataset.
 
     Raises:
-        DataError: from its method, if a test set is not known or not there.
+        DataError: if it is not registered, not on this machine, or lacks classes.
     """
-
-    def __init__(self) -> None:
-        self._read: dict[str, GroundTruth] = {}
-
-    def of(self, name: str) -> GroundTruth:
-        """Return the ground truth of a dataset's name."""
-        if name not in self._read:
-            self._read[name] = _read_truth(name)
-        return self._read[name]
-
-
-def _read_truth(name: str) -> GroundTruth:
     if name not in dataset_names():
-        raise _fault(name, "a test set that d2scale knows", "its ground truth is not known here")
+        raise _fault(name, "a registered test set", "its ground truth is not known here")
     spec = dataset_spec(name)
     if not spec.json_file.is_file():
         advice = (
@@ -107,16 +88,23 @@ def _read_truth(name: str) -> GroundTruth:
         )
         raise _fault(name, "a test set that is on this machine", advice)
     file = read_annotation_file(spec.json_file)
-    wanted = spec.category_ids or tuple(file.categories)
-    lacking = [str(each) for each in wanted if each not in file.categories]
-    if lacking:
+    wanted = sorted(spec.category_ids or file.categories)
+    if lacking := [str(i) for i in wanted if i not in file.categories]:
         advice = f"{spec.json_file} lacks the categories {', '.join(lacking)}"
         raise _fault(name, "an annotation file with all of its classes", advice)
-    return GroundTruth(name, file, spec.image_root, tuple(sorted(wanted)))
+    if not len(file.image_ids):
+        raise _fault(name, "a test set with images", f"{spec.json_file} lists none")
+    return EvaluationSet(name, file, spec.image_root, tuple(wanted))
 
 
-def read_detected(run: Run, truths: GroundTruths) -> Detected:
+def read_detections(
+    run: Run, read_set: Callable[[str], EvaluationSet] = read_evaluation_set
+) -> RunDetections:
     """Read the detections of a run's last evaluation.
+
+    Args:
+        run: the run.
+        read_set: reads its test set by name.
 
     Raises:
         DataError: if they or the ground truth are missing, broken, or do not belong together.
@@ -125,35 +113,23 @@ def read_detected(run: Run, truths: GroundTruths) -> Detected:
     if run.folder is None or not name:
         raise _fault(run.name, "a run with DATASETS.TEST", "its test set is not known")
     path = _results_file(run.folder, name)
-    truth = truths.of(name)
+    dataset = read_set(name)
     results = _read_results(path)
-    images = numbers_of(results.image_ids, truth.file.image_ids)
-    if (images < 0).any():
-        strange = int(results.image_ids[images < 0][0])
-        advice = f"image {strange} is not in {truth.file.path}; set {ROOT_VARIABLE} as the run had"
+    image_ids = dataset.file.image_ids
+    unknown = results.image_ids[~np.isin(results.image_ids, image_ids)]
+    if len(unknown):
+        advice = f"image {unknown[0]} is not in {dataset.file.path}; set {ROOT_VARIABLE} as then"
         raise _fault(str(path), f"detections on images of {name}", advice)
-    classes = numbers_of(results.category_ids, np.array(truth.category_ids))
-    found = Found(images, classes, results.boxes, results.scores)
-    return Detected(truth, found.take(np.flatnonzero(classes >= 0)), max_dets_of(run))
-
-
-def max_dets_of(run: Run) -> int:
-    """Return how many of an image's detections count in a run's metric."""
-    limit = whole_number(run.settings.get("TEST.DETECTIONS_PER_IMAGE"))
-    # d2scale's is the only metric that follows this key.
-    return limit if limit and run.engine == "d2scale" else _OFFICIAL_MAX_DETS
+    detections = results.detections(np.array(dataset.category_ids), image_ids)
+    return RunDetections(dataset, detections, run.max_dets)
 
 
 def _results_file(folder: Path, dataset: str) -> Path:
-    """Return the file of the last evaluation, where any of the engines puts it."""
+    """Return the detections of the last evaluation, where any of the engines writes them."""
     inference = folder / INFERENCE_FOLDER
-    for path in (
-        inference / RESULTS_FILE,
-        inference / dataset / RESULTS_FILE,
-        inference / "default" / "final" / dataset / RESULTS_FILE,
-    ):
-        if path.is_file():
-            return path
+    for part in (".", dataset, f"default/final/{dataset}"):
+        if (inference / part / RESULTS_FILE).is_file():
+            return inference / part / RESULTS_FILE
     raise _fault(str(inference), f"a folder with {RESULTS_FILE}", "evaluate the run")
 
 
@@ -163,9 +139,9 @@ def _read_results(path: Path) -> CocoResults:
     except OSError as error:
         raise _fault(str(path), "a readable file", f"{error.strerror}") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise _fault(str(path), "detections in COCO's results format", "evaluate anew") from error
+        raise _fault(str(path), "detections in COCO's results format", "evaluate again") from error
     if not (np.isfinite(results.boxes).all() and np.isfinite(results.scores).all()):
-        raise _fault(str(path), "detections that are finite numbers", "evaluate anew")
+        raise _fault(str(path), "detections that are finite numbers", "evaluate again")
     return results
 
 

@@ -1,10 +1,16 @@
-"""Boxes with class names and scores, drawn on images."""
+"""Boxes with class names and scores, drawn on images.
+
+Not torchvision's ``draw_bounding_boxes``: it writes labels inside the boxes, where they hide small
+objects and are cut off at the edge of the image. Its older versions write them in the colour of the
+box without a background, which is hard to read on a photo.
+"""
 
 from __future__ import annotations
 
 import colorsys
 import io
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -35,14 +41,14 @@ def draw_boxes(
 ) -> np.ndarray:
     """Draw boxes with their labels on a copy of an image.
 
-    What has the highest score is drawn last, so it is on top. Boxes that are not finite or lie
-    outside the image are left out.
+    The highest score is drawn last, on top. Boxes that are not finite or lie outside the image
+    are left out.
 
     Args:
         image: RGB, shape (height, width, 3), uint8.
         boxes: x0 y0 x1 y1 in pixels of the image, shape (n, 4).
         classes: class numbers, shape (n,).
-        class_names: by class number; a number beyond them is shown itself.
+        class_names: by class number; a class without a name is labelled by its number.
         scores: shape (n,), from 0 to 1; None draws none.
 
     Returns:
@@ -53,27 +59,16 @@ def draw_boxes(
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"need an RGB image in uint8, got {image.shape} in {image.dtype}")
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     counts = {len(boxes), len(classes), len(boxes) if scores is None else len(scores)}
     if len(counts) > 1:
         raise ValueError(f"need as many boxes as classes and scores, got {sorted(counts)}")
-    height, width = image.shape[:2]
     picture = Image.fromarray(image)
-    draw = ImageDraw.Draw(picture)
-    size = max(11, min(height, width) // 32)
-    line = max(2, round(min(height, width) / 240))
-    font = ImageFont.load_default(size=size)
     order = range(len(boxes)) if scores is None else np.argsort(scores, kind="stable").tolist()
-    for number in order:
-        box = _inside(boxes[number], width, height)
-        if box is None:
-            continue
-        label = _name(int(classes[number]), class_names)
-        if scores is not None:
-            label += f" {float(scores[number]):.2f}"
-        colour = class_colour(int(classes[number]))
-        draw.rectangle(box, outline=colour, width=line)
-        _draw_label(draw, label, box, colour, font, width)
+    for row in order:
+        number = int(classes[row])
+        label = class_names[number] if 0 <= number < len(class_names) else str(number)
+        label += "" if scores is None else f" {float(scores[row]):.2f}"
+        _draw_box(picture, boxes[row].tolist(), label, class_colour(number))
     return np.asarray(picture)
 
 
@@ -84,33 +79,28 @@ def to_jpeg(image: np.ndarray, quality: int) -> bytes:
     return content.getvalue()
 
 
-def _inside(box: np.ndarray, width: int, height: int) -> tuple[float, float, float, float] | None:
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def _draw_box(picture: Image.Image, box: Sequence[float], label: str, colour: Colour) -> None:
+    """Draw a box, and its label above it, or inside it at the top edge of the image."""
     if not np.isfinite(box).all():
-        return None
-    x0, y0, x1, y1 = box.tolist()
-    x0, x1 = max(x0, 0.0), min(x1, width - 1.0)
-    y0, y1 = max(y0, 0.0), min(y1, height - 1.0)
-    return (x0, y0, x1, y1) if x1 >= x0 and y1 >= y0 else None
-
-
-def _name(number: int, class_names: Sequence[str]) -> str:
-    return class_names[number] if 0 <= number < len(class_names) else str(number)
-
-
-def _draw_label(
-    draw: ImageDraw.ImageDraw,
-    label: str,
-    box: tuple[float, float, float, float],
-    colour: Colour,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    width: int,
-) -> None:
-    """Write above the box, or inside it at the top edge of the image."""
+        return
+    width, height = picture.size
+    x0, x1 = max(box[0], 0.0), min(box[2], width - 1.0)
+    y0, y1 = max(box[1], 0.0), min(box[3], height - 1.0)
+    if x1 < x0 or y1 < y0:
+        return
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((x0, y0, x1, y1), outline=colour, width=max(2, round(min(picture.size) / 240)))
+    font = _font(max(11, min(picture.size) // 32))
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
     label_width = right - left + 2 * _PADDING
     label_height = bottom - top + 2 * _PADDING
-    x = max(0.0, min(box[0], width - label_width))
-    y = box[1] - label_height if box[1] >= label_height else box[1]
+    x = max(0.0, min(x0, width - label_width))
+    y = y0 - label_height if y0 >= label_height else y0
     draw.rectangle((x, y, x + label_width, y + label_height), fill=colour)
     dark = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
     ink = (0, 0, 0) if dark else (255, 255, 255)

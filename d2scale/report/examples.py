@@ -1,38 +1,31 @@
-"""A few test images: what there is to find beside what each run found."""
+"""A few test images: the ground truth beside the detections of each run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from PIL import Image
 
-from d2scale.coco.matching import corners_of
+from d2scale.coco.images import read_rgb
+from d2scale.coco.matching import Detections, corners_of
 from d2scale.errors import DataError
-from d2scale.report.comparison import Judged
-from d2scale.report.detections import Detected, GroundTruth
+from d2scale.report.comparison import EvaluatedRun
+from d2scale.report.detections import EvaluationSet, RunDetections
 from d2scale.report.document import Picture, Section
 from d2scale.report.drawing import draw_boxes, to_jpeg
+from d2scale.report.formatting import join_names
 
 IMAGES = 4
 SCORE_THRESHOLD = 0.3
-# Of a run that is never as sure as that.
+# Detections to draw on each image for a run whose scores are all lower.
 _BEST = 3
 _LONGEST_EDGE = 640  # pixels
 _JPEG_QUALITY = 82
 _FEW_BOXES = range(2, 9)
 
 
-@dataclass(frozen=True)
-class _Boxes:
-    """What is drawn on one image: x0 y0 x1 y1, classes, scores (None for ground truth)."""
-
-    boxes: np.ndarray
-    classes: np.ndarray
-    scores: np.ndarray | None = None
-
-
-def examples_section(group: Sequence[Judged], notes: list[str]) -> Section | None:
+def examples_section(group: Sequence[EvaluatedRun], notes: list[str]) -> Section | None:
     """Draw examples of runs that were tested on the same images.
 
     Images that cannot be read are named in ``notes`` and left out.
@@ -40,110 +33,97 @@ def examples_section(group: Sequence[Judged], notes: list[str]) -> Section | Non
     Returns:
         None if no run's detections are known or no image can be read.
     """
-    known = {each.run.name: each.detected for each in group if each.detected is not None}
-    if not known:
+    detected = {run.run.name: run.detected for run in group if run.detected is not None}
+    if not detected:
         return None
-    truth = next(iter(known.values())).truth
-    unread: list[str] = []
-    images = _readable(truth, unread)
-    if unread:
-        notes.append(f"example images of {truth.name} that cannot be read: {', '.join(unread)}")
-    if not images:
-        return None
-    limits = {name: _threshold(detected, images) for name, detected in known.items()}
+    dataset = next(iter(detected.values())).dataset
+    images = _read_some(dataset, notes)
+    limits = {name: _score_limit(of_run, images) for name, of_run in detected.items()}
     pictures = []
     for number, image in images.items():
-        boxes = {"ground truth": _truth_of(truth, number)}
-        boxes.update(
-            {name: _detections_of(each, number, limits[name]) for name, each in known.items()}
-        )
-        for place, (title, own) in enumerate(boxes.items()):
-            image_id = int(truth.file.image_ids[number])
-            content = _draw(image, truth.class_names, own)
-            name = f"example-{image_id}-{place}.jpg"
-            text = f"{title}, image {image_id}"
-            pictures.append(Picture(name, text, content, group=str(image_id)))
-    texts = _legends(limits)
-    return Section(f"Examples from {truth.name}", texts, pictures=tuple(pictures))
+        truth = dataset.boxes_of(number)
+        image_id = int(dataset.file.image_ids[number])
+        columns = [("ground truth", _draw(image, dataset, truth.boxes, truth.classes))]
+        for name, of_run in detected.items():
+            shown = _shown_on(number, of_run.detections, limits[name])
+            drawn = _draw(image, dataset, shown.boxes, shown.classes, shown.scores)
+            columns.append((name, drawn))
+        pictures += [
+            Picture(
+                f"example-{image_id}-{place}.jpg",
+                f"{name}, image {image_id}",
+                to_jpeg(drawn, _JPEG_QUALITY),
+                group=str(image_id),
+            )
+            for place, (name, drawn) in enumerate(columns)
+        ]
+    texts = (f"{names}: {text}." for text, names in _legends(limits).items())
+    title = f"Examples from {dataset.name}"
+    return Section(title, tuple(texts), pictures=tuple(pictures)) if pictures else None
 
 
-def _readable(truth: GroundTruth, unread: list[str]) -> dict[int, np.ndarray]:
-    """Return a few images by number; what cannot be read goes into ``unread``."""
+def _read_some(dataset: EvaluationSet, notes: list[str]) -> dict[int, np.ndarray]:
+    """Return a few images by number; those that cannot be read are named in ``notes``."""
     images: dict[int, np.ndarray] = {}
-    for number in spread_images(truth, IMAGES):
+    unread: list[str] = []
+    for number in spread_images(dataset, IMAGES):
         if len(images) == IMAGES or len(unread) > IMAGES:
             break
-        image = _read(truth, number, unread)
-        if image is not None:
-            images[number] = image
+        path = str(dataset.path_of(number))
+        try:
+            images[number] = read_rgb(path)
+        except DataError:
+            unread.append(path)
+    if unread:
+        notes.append(f"example images of {dataset.name} that cannot be read: {', '.join(unread)}")
     return images
 
 
-def spread_images(truth: GroundTruth, wanted: int) -> list[int]:
-    """Return all images, those first that show a test set best.
+def spread_images(dataset: EvaluationSet, wanted: int) -> list[int]:
+    """Return all images by number, the most instructive first.
 
     They have a few boxes each, and the first ``wanted`` are spread over the whole set.
     """
-    boxes = truth.boxes
-    counts = np.bincount(boxes.images[~boxes.crowds], minlength=truth.images)
-    good = [number for number in range(truth.images) if int(counts[number]) in _FEW_BOXES]
+    truth = dataset.truth
+    counts = np.bincount(truth.images[~truth.crowds], minlength=len(dataset))
+    good = [number for number, count in enumerate(counts.tolist()) if count in _FEW_BOXES]
     spread = [good[len(good) * part // wanted] for part in range(wanted)] if good else []
-    return list(dict.fromkeys([*spread, *good, *range(truth.images)]))
+    return list(dict.fromkeys([*spread, *good, *range(len(dataset))]))
 
 
-def _read(truth: GroundTruth, number: int, unread: list[str]) -> np.ndarray | None:
-    """Return an RGB image, shape (height, width, 3), None if it cannot be read."""
-    from d2scale.engine.data.images import read_image
-
-    path = str(truth.image_root / truth.file.file_names[number])
-    try:
-        image: np.ndarray = read_image(path).permute(1, 2, 0).numpy()
-    except DataError:
-        unread.append(path)
-        return None
-    return image
-
-
-def _truth_of(truth: GroundTruth, number: int) -> _Boxes:
-    own = truth.objects_of(number)
-    return _Boxes(corners_of(own.boxes), own.classes)
-
-
-def _threshold(detected: Detected, images: Iterable[int]) -> float | None:
+def _score_limit(of_run: RunDetections, images: Iterable[int]) -> float | None:
     """Return the score from which detections are drawn, None for the best of each image."""
-    shown = np.isin(detected.found.images, list(images))
-    sure = (detected.found.scores[shown] >= SCORE_THRESHOLD).any()
+    on_images = np.isin(of_run.detections.images, list(images))
+    sure = (of_run.detections.scores[on_images] >= SCORE_THRESHOLD).any()
     return SCORE_THRESHOLD if sure else None
 
 
-def _detections_of(detected: Detected, number: int, limit: float | None) -> _Boxes:
-    own = detected.found.take(np.flatnonzero(detected.found.images == number))
+def _shown_on(image: int, detections: Detections, limit: float | None) -> Detections:
+    own = detections.take(np.flatnonzero(detections.images == image))
     if limit is None:
-        kept = np.argsort(-own.scores, kind="stable")[:_BEST]
-    else:
-        kept = np.flatnonzero(own.scores >= limit)
-    own = own.take(kept)
-    return _Boxes(corners_of(own.boxes), own.classes, own.scores)
+        return own.take(np.argsort(-own.scores, kind="stable")[:_BEST])
+    return own.take(np.flatnonzero(own.scores >= limit))
 
 
-def _legends(limits: Mapping[str, float | None]) -> tuple[str, ...]:
-    names: dict[float | None, list[str]] = {}
-    for name, limit in limits.items():
-        names.setdefault(limit, []).append(name)
-    texts = {
-        SCORE_THRESHOLD: f"detections with a score of {SCORE_THRESHOLD:.2f} and above",
-        None: f"the {_BEST} best detections of each image, none of which reaches "
-        f"{SCORE_THRESHOLD:.2f}",
-    }
-    return tuple(f"{', '.join(each)}: {texts[limit]}." for limit, each in names.items())
+def _legends(limits: dict[str, float | None]) -> dict[str, str]:
+    """Return the runs' names by what is drawn of their detections."""
+    sure = f"detections with a score of {SCORE_THRESHOLD:.2f} and above"
+    unsure = (
+        f"the {_BEST} best detections of each image, none of which reaches {SCORE_THRESHOLD:.2f}"
+    )
+    return join_names((unsure if limit is None else sure, name) for name, limit in limits.items())
 
 
-def _draw(image: np.ndarray, class_names: Sequence[str], boxes: _Boxes) -> bytes:
-    from PIL import Image
-
+def _draw(
+    image: np.ndarray,
+    dataset: EvaluationSet,
+    boxes: np.ndarray,
+    classes: np.ndarray,
+    scores: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw boxes, x y width height in pixels of the image, on a copy of at most the usual size."""
     height, width = image.shape[:2]
     scale = min(1.0, _LONGEST_EDGE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = np.asarray(Image.fromarray(image).resize(size))
-    drawn = draw_boxes(small, boxes.boxes * scale, boxes.classes, class_names, boxes.scores)
-    return to_jpeg(drawn, _JPEG_QUALITY)
+    return draw_boxes(small, corners_of(boxes) * scale, classes, dataset.class_names, scores)

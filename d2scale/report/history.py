@@ -1,10 +1,10 @@
-"""What a training told about itself, line by line: ``metrics.json`` or TensorBoard events."""
+"""Metrics over a training, read from ``metrics.json`` or TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,18 +19,18 @@ Axis = Literal["images", "iterations", "time"]
 # What curves are drawn against, with its title; the first is shown until a reader chooses another.
 AXES: dict[Axis, str] = {"images": "images seen", "iterations": "iterations", "time": "time"}
 
-# Not curves, but places on the axes.
+# Positions on the axes, not curves.
 _PLACES = ("iteration", "images_seen", "elapsed_seconds", "wall_time")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was told about one moment of a training.
+    """The metrics at one moment of a training.
 
     Attributes:
         iteration: the last one done, from 0.
-        images_seen: images since the training began.
-        seconds: of training until then; nan if nothing tells.
+        images_seen: images since the training began; nan if unknown.
+        seconds: of training until then; nan if unknown.
         values: scalars by name; nan where the file has null or a value that is not finite.
     """
 
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class History:
-    """The moments of a training, in order.
+    """Metrics over a training.
 
     Attributes:
         rows: by ascending images seen.
@@ -61,29 +61,32 @@ class History:
 
         The axis of time is in seconds. Values that are not finite are left out.
         """
-        points = [
-            (_place(row, axis), row.values[name])
-            for row in self.rows
-            if math.isfinite(row.values.get(name, math.nan)) and math.isfinite(_place(row, axis))
-        ]
+        places: dict[Axis, Callable[[Row], float]] = {
+            "images": lambda row: row.images_seen,
+            "iterations": lambda row: row.iteration + 1,
+            "time": lambda row: row.seconds,
+        }
+        place = places[axis]
+        points = [(place(row), row.values[name]) for row in self.rows if name in row.values]
         array = np.array(points, dtype=np.float64).reshape(-1, 2)
+        array = array[np.isfinite(array).all(axis=1)]
         return array[:, 0], array[:, 1]
 
     def last(self, name: str) -> float | None:
-        """Return the last value of a scalar, None if it was never told."""
-        values = self.curve(name, "iterations")[1]
-        return float(values[-1]) if len(values) else None
+        """Return the last value of a scalar; None without any."""
+        return self._reduce(name, lambda values: values[-1])
 
     def largest(self, name: str) -> float | None:
-        """Return the largest value of a scalar, None if it was never told."""
-        values = self.curve(name, "iterations")[1]
-        return float(values.max()) if len(values) else None
+        """Return the largest value of a scalar; None without any."""
+        return self._reduce(name, np.max)
 
+    def mean(self, name: str) -> float | None:
+        """Return the mean value of a scalar; None without any."""
+        return self._reduce(name, np.mean)
 
-def _place(row: Row, axis: Axis) -> float:
-    if axis == "images":
-        return row.images_seen
-    return row.iteration + 1.0 if axis == "iterations" else row.seconds
+    def _reduce(self, name: str, function: Callable[[np.ndarray], Any]) -> float | None:
+        _, values = self.curve(name, "iterations")
+        return float(function(values)) if len(values) else None
 
 
 def read_history(folder: Path, ims_per_batch: int | None) -> History:
@@ -91,26 +94,25 @@ def read_history(folder: Path, ims_per_batch: int | None) -> History:
 
     Args:
         folder: of the run.
-        ims_per_batch: total batch, for files that do not tell the images seen.
+        ims_per_batch: total batch, for files without the images seen.
 
     Returns:
-        The history; without rows if the folder tells none.
+        The history; without rows if the folder has neither.
     """
-    path = folder / METRICS_FILE
     notes: list[str] = []
-    lines: list[dict[str, float]] = []
-    if path.is_file():
-        lines = _read_json_lines(path, notes)
+    lines = _read_json_lines(folder / METRICS_FILE, notes)
     if not lines and any(folder.glob(EVENT_FILES)):
-        notes.append(f"{METRICS_FILE} tells nothing; TensorBoard events are read instead")
+        notes.append(f"{METRICS_FILE} holds no metrics; TensorBoard events are read instead")
         lines = _read_events(folder, notes)
     return _to_history(lines, ims_per_batch, notes)
 
 
 def _read_json_lines(path: Path, notes: list[str]) -> list[dict[str, float]]:
-    found, broken = [], []
+    lines, broken = [], []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
     except OSError as error:
         notes.append(f"{path.name} cannot be read ({error.strerror})")
         return []
@@ -119,38 +121,31 @@ def _read_json_lines(path: Path, notes: list[str]) -> list[dict[str, float]]:
             continue
         try:
             content = json.loads(line)
-            found.append({**_scalars(content), "iteration": int(content["iteration"])})
+            lines.append({**_scalars(content), "iteration": int(content["iteration"])})
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             broken.append(str(number))
     if broken:
         shown = ", ".join(broken[:5]) + (" and more" if len(broken) > 5 else "")
         what = "line" if len(broken) == 1 else "lines"
         notes.append(f"{path.name}: {what} {shown} cannot be read and left out")
-    return found
+    return lines
 
 
 def _scalars(content: Mapping[str, Any]) -> dict[str, float]:
-    places = {
-        name: float(value)
-        for name, value in content.items()
-        if name in _PLACES and isinstance(value, (int, float)) and math.isfinite(value)
-    }
-    values = {
+    numbers = {
         name: math.nan if value is None else float(value)
         for name, value in content.items()
-        if name not in _PLACES and (value is None or isinstance(value, (int, float)))
+        if value is None or isinstance(value, (int, float))
     }
-    return {**places, **values}
+    return {n: value for n, value in numbers.items() if n not in _PLACES or math.isfinite(value)}
 
 
 def _read_events(folder: Path, notes: list[str]) -> list[dict[str, float]]:
     """Read TensorBoard's scalars, one line a step, with the clock as ``wall_time``."""
-    from tensorboard.backend.event_processing.event_accumulator import (
-        SCALARS,
-        EventAccumulator,
-    )
+    from tensorboard.backend.event_processing import event_accumulator
 
-    accumulator = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
+    sizes = {event_accumulator.SCALARS: 0}  # 0 keeps all of them
+    accumulator = event_accumulator.EventAccumulator(str(folder), size_guidance=sizes)
     try:
         accumulator.Reload()
     except Exception as error:  # a foreign format has no errors of its own
@@ -166,15 +161,13 @@ def _read_events(folder: Path, notes: list[str]) -> list[dict[str, float]]:
 
 
 def _to_history(
-    lines: Iterable[Mapping[str, float]], ims_per_batch: int | None, notes: list[str]
+    lines: Sequence[Mapping[str, float]], ims_per_batch: int | None, notes: list[str]
 ) -> History:
     rows: list[dict[str, float]] = []
     repeated = 0
-    counted = True
     for line in lines:
         row = dict(line)
         if "images_seen" not in row:
-            counted = False
             if rows and not _is_step(row):
                 # detectron2 numbers the evaluation after the last step as one more.
                 row["iteration"] = min(row["iteration"], rows[-1]["iteration"])
@@ -182,11 +175,11 @@ def _to_history(
         if _is_step(row):
             repeated += _drop_repeated(rows, row)
         _insert(rows, row)
-    if rows and not counted:
+    if not all("images_seen" in line for line in lines):
         notes.append(
-            "the images seen are not told; they are iterations times IMS_PER_BATCH"
+            "the images seen are not recorded; they are iterations times IMS_PER_BATCH"
             if ims_per_batch
-            else "neither the images seen nor IMS_PER_BATCH are told: no axis of images"
+            else "neither the images seen nor IMS_PER_BATCH are known: no axis of images"
         )
     if repeated:
         notes.append(f"lines of steps that a resumed run repeated are left out ({repeated})")
@@ -206,32 +199,32 @@ def _to_history(
 
 
 def _key(row: Mapping[str, float]) -> float:
-    """What grows as a training goes on: steps of another batch have numbers of their own."""
+    """Return what grows over a training: a resumed run may count iterations of another batch."""
     images = row["images_seen"]
     return images if math.isfinite(images) else row["iteration"]
 
 
 def _is_step(row: Mapping[str, float]) -> bool:
-    """Tell a line about training from one that only holds results of an evaluation."""
+    """Return whether a line is about training, not only about an evaluation."""
     return "total_loss" in row or "lr" in row
 
 
 def _insert(rows: list[dict[str, float]], row: dict[str, float]) -> None:
-    """Put a line in its place: detectron2 writes evaluations after the steps that follow."""
+    """Insert a line by images seen: detectron2 writes evaluations after the steps that follow."""
     place = len(rows)
     while place and _key(rows[place - 1]) > _key(row):
         place -= 1
     if place and _key(rows[place - 1]) == _key(row):
-        there = rows[place - 1]
+        same = rows[place - 1]
         # A step ends before it is evaluated.
-        kept = {name: there[name] for name in _PLACES if _is_step(there) and name in there}
-        there.update({**row, **kept})
+        kept = {name: same[name] for name in _PLACES if _is_step(same) and name in same}
+        same.update({**row, **kept})
     else:
         rows.insert(place, row)
 
 
 def _drop_repeated(rows: list[dict[str, float]], row: Mapping[str, float]) -> int:
-    """Take back later steps than ``row``: a resumed run has gone through them again."""
+    """Drop the steps after ``row``, which a resumed run repeats; return how many."""
     before = len(rows)
     while rows and _key(rows[-1]) > _key(row):
         rows.pop()
@@ -246,7 +239,7 @@ def _seconds(rows: list[dict[str, float]], notes: list[str]) -> list[float]:
         notes.append("wall time is TensorBoard's clock, from the first event on, pauses included")
         return [row["wall_time"] - rows[0]["wall_time"] for row in rows]
     if rows:
-        notes.append("wall time is not told; it is the sum of the step times, without evaluations")
+        notes.append("wall time is not known; it is the sum of the step times, without evaluations")
     seconds, total, before = [], 0.0, -1.0
     last = math.nan
     for row in rows:

@@ -1,11 +1,11 @@
-"""What only ``log.txt`` tells: results after the last evaluation, times, ranks, scaled keys."""
+"""Facts that only ``log.txt`` holds: the last results, times, ranks, scaled keys."""
 
 from __future__ import annotations
 
 import ast
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,19 @@ from d2scale.run_folder.files import LOG_FILE
 _TOTAL_TIME = re.compile(r"Total training time: (?:(\d+) days?, )?(\d+):(\d\d):(\d\d)")
 _SPEED = re.compile(r"Overall training speed: .*\(([\d.]+) s / it\)")
 _WORLD_SIZE = re.compile(r"World size: (\d+)|processes: (\d+), device: ")
-_IMAGES = re.compile(r"training on (\d+) images of ")
 _MEMORY = re.compile(r"\bmax_mem: (\d+)M\b")
 
 
 @dataclass
 class LogFacts:
-    """What a log says, the last word on each matter.
+    """What a log says; of what it says several times, the last.
 
     Attributes:
-        results: overall metrics, percent, by published column; nan where the log says so.
+        results: overall metrics, percent, by published column; nan as in the log.
         class_results: AP of each class, percent.
-        total_seconds: of training, as detectron2 sums them up; None if the log does not end.
-        seconds_per_iteration: the same.
+        total_seconds: of training, from detectron2's last lines; None without them.
+        seconds_per_iteration: likewise.
         world_size: ranks.
-        training_images: images that the training set holds.
         max_memory_mib: largest ``max_mem`` of rank 0.
         scaled: config keys as d2go scaled them, by dotted key.
     """
@@ -40,13 +38,12 @@ class LogFacts:
     total_seconds: float | None = None
     seconds_per_iteration: float | None = None
     world_size: int | None = None
-    training_images: int | None = None
     max_memory_mib: float | None = None
     scaled: dict[str, Any] = field(default_factory=dict)
 
 
 def read_log(folder: Path) -> LogFacts:
-    """Read ``log.txt``; what it does not tell stays empty."""
+    """Read ``log.txt``; facts that it does not hold stay empty."""
     facts = LogFacts()
     try:
         lines = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -67,8 +64,6 @@ def _read_line(line: str, facts: LogFacts) -> None:
         facts.seconds_per_iteration = float(match[1])
     elif match := _WORLD_SIZE.search(line):
         facts.world_size = int(match[1] or match[2])
-    elif match := _IMAGES.search(line):
-        facts.training_images = int(match[1])
     elif match := _MEMORY.search(line):
         facts.max_memory_mib = max(float(match[1]), facts.max_memory_mib or 0.0)
 
@@ -89,34 +84,29 @@ def _tables(lines: Sequence[str]) -> Iterator[list[list[str]]]:
 def _read_table(table: list[list[str]], facts: LogFacts) -> None:
     head, *rows = table
     if head[:2] == list(METRICS[:2]) and len(rows) == 1:
-        facts.results = {
-            name: value
-            for name, cell in zip(head, rows[0], strict=False)
-            if name in METRICS and (value := _number(cell)) is not None
-        }
+        cells = zip(head, rows[0], strict=False)
+        facts.results = _numbers((name, cell) for name, cell in cells if name in METRICS)
     elif head[:2] == ["category", "AP"]:
-        facts.class_results = {
-            name: value
-            for row in rows
-            for name, cell in zip(row[::2], row[1::2], strict=False)
-            if name and (value := _number(cell)) is not None
-        }
+        pairs = (pair for row in rows for pair in zip(row[::2], row[1::2], strict=False))
+        facts.class_results = _numbers((name, cell) for name, cell in pairs if name)
     elif head == ["config key", "old value", "new value"]:
-        _read_scaled(rows, facts)
+        # d2go prints the same table again after training.
+        facts.scaled.update(
+            {row[0]: _literal(row[2]) for row in rows if len(row) == 3 and "." in row[0]}
+        )
 
 
-def _number(cell: str) -> float | None:
+def _numbers(cells: Iterable[tuple[str, str]]) -> dict[str, float]:
+    """Return the cells that hold numbers, nan among them."""
+    numbers = {}
+    for name, cell in cells:
+        with suppress(ValueError):
+            numbers[name] = float(cell)
+    return numbers
+
+
+def _literal(cell: str) -> Any:
     try:
-        return float(cell)
-    except ValueError:
-        return math.nan if cell == "nan" else None
-
-
-def _read_scaled(rows: list[list[str]], facts: LogFacts) -> None:
-    """Take over d2go's table; the one that it prints after training tells the same."""
-    for row in rows:
-        if len(row) == 3 and "." in row[0]:
-            try:
-                facts.scaled[row[0]] = ast.literal_eval(row[2])
-            except (ValueError, SyntaxError):
-                facts.scaled[row[0]] = row[2]
+        return ast.literal_eval(cell)
+    except (ValueError, SyntaxError):
+        return cell

@@ -5,7 +5,7 @@ matched with the boxes once; a resample only counts each image as often as it wa
 the same images share their draws, so the noise of a difference is much smaller than that of its
 parts: what an easy image adds, it adds to both.
 
-Of the resamples only the spread is used, around the result itself. Their centre lies above it: the
+Only the spread of the resamples is used, around the result itself. Their centre lies above it: the
 metric takes the best precision at or beyond each recall, and the best of fewer different images
 is more often good by luck.
 """
@@ -19,23 +19,21 @@ import numpy as np
 
 from d2scale.coco.accumulate import accumulate, summarize
 from d2scale.coco.matching import match
-from d2scale.report.detections import Detected
+from d2scale.report.detections import RunDetections
 
 RESAMPLES = 200
 # The share of resamples that lies inside a band.
 COVERAGE = 0.95
 _SEED = 0
-# Numbers in one array, so that large test sets are done in several turns.
-_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
 class Noise:
-    """A result and what it becomes on resampled images.
+    """A result, and the same of resampled images.
 
     Attributes:
-        exact: metrics on all images as they are, percent: the published columns and ``AP-name``
-            of every class; nan where there is nothing to find.
+        exact: metrics of all images as they are, percent: the published columns and ``AP-name``
+            of every class; nan without boxes.
         draws: the same for each resample, shape (resamples,).
     """
 
@@ -43,10 +41,8 @@ class Noise:
     draws: Mapping[str, np.ndarray]
 
     def band(self, name: str) -> tuple[float, float] | None:
-        """Return the range that holds :data:`COVERAGE` of the resamples, None without spread."""
-        if name not in self.draws:
-            return None
-        return _around(self.exact[name], self.draws[name])
+        """Return the range that holds :data:`COVERAGE` of the resamples; None if unknown."""
+        return _around(self.exact[name], self.draws[name]) if name in self.draws else None
 
     def half_width(self, name: str) -> float | None:
         """Return half of the band's width."""
@@ -70,14 +66,14 @@ def _around(exact: float, draws: np.ndarray) -> tuple[float, float] | None:
     return exact + float(low), exact + float(high)
 
 
-def bootstrap(detected: Detected, resamples: int = RESAMPLES) -> Noise:
+def bootstrap(detected: RunDetections, resamples: int = RESAMPLES) -> Noise:
     """Resample the images of a test set.
 
     Args:
         detected: detections and ground truth.
         resamples: how many; the same images give the same draws to every run.
     """
-    images = detected.truth.images
+    images = len(detected.dataset)
     draws = np.random.default_rng(_SEED).multinomial(
         images, np.full(images, 1 / images), size=resamples
     )
@@ -89,17 +85,17 @@ def bootstrap(detected: Detected, resamples: int = RESAMPLES) -> Noise:
     )
 
 
-def weighted_metrics(detected: Detected, counts: np.ndarray) -> dict[str, np.ndarray]:
+def weighted_metrics(detected: RunDetections, counts: np.ndarray) -> dict[str, np.ndarray]:
     """Compute the official COCO metric with each image counted several times.
 
     Args:
         detected: detections and ground truth.
-        counts: how often each image counts, shape (rows, images), int64.
+        counts: how often each image counts, shape (draws, images), int64.
 
     Returns:
-        As :attr:`Noise.exact`, each shape (rows,).
+        As :attr:`Noise.exact`, each shape (draws,).
     """
-    names, max_dets = detected.truth.class_names, detected.max_dets
-    matches = match(detected.truth.boxes, detected.found, max_dets)
+    names, max_dets = detected.dataset.class_names, detected.max_dets
+    matches = match(detected.dataset.truth, detected.detections, max_dets)
     curves = accumulate(matches, len(names), max_dets, counts, average=True)
     return summarize(curves, {name: number for number, name in enumerate(names)})

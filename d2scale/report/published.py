@@ -1,4 +1,4 @@
-"""Published runs to compare with: data that installed projects bring."""
+"""Published runs to compare with, from data that installed projects bring."""
 
 from __future__ import annotations
 
@@ -45,53 +45,51 @@ def read_published() -> tuple[Publication, ...]:
     Raises:
         DataError: if there is none, or a file is broken.
     """
-    found: list[Publication] = []
+    publications: list[Publication] = []
     faults: list[Fault] = []
     for entry in entry_points(group=ENTRY_POINTS):
         try:
-            found += _of_package(entry)
+            publications += _read_package(entry)
         except DataError as error:
             faults += error.faults
-    if not found and not faults:
+    if not publications and not faults:
         advice = "install a project that brings them, or leave --published out"
         allowed = f"published numbers, by an entry point {ENTRY_POINTS}"
         faults.append(Fault("--published", "none installed", allowed, advice))
     if faults:
         raise DataError(faults)
-    return tuple(found)
+    return tuple(publications)
 
 
-def _of_package(entry: EntryPoint) -> list[Publication]:
+def _read_package(entry: EntryPoint) -> list[Publication]:
     try:
-        folder = files(entry.module)
-        names = sorted(each.name for each in folder.iterdir() if each.name.endswith(".json"))
+        paths = [path for path in files(entry.module).iterdir() if path.name.endswith(".json")]
     except (ImportError, OSError, TypeError) as error:
-        raise DataError([_fault(entry.module, "a package that is installed", error)]) from error
-    if not names:
-        raise DataError([_fault(entry.module, "a package with JSON files", "it has none")])
-    return [_read(name, (folder / name).read_text(encoding="utf-8")) for name in names]
+        raise _error(entry.module, "a package that is installed", error) from error
+    if not paths:
+        raise _error(entry.module, "a package with JSON files", "it has none")
+    publications = []
+    for path in sorted(paths, key=lambda path: path.name):
+        try:
+            publications.append(parse_publication(json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise _error(path.name, "a publication as the shipped ones", reason) from error
+    return publications
 
 
-def _read(name: str, text: str) -> Publication:
-    try:
-        return parse_publication(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        advice = f"{type(error).__name__}: {error}"
-        raise DataError([_fault(name, "a publication as the shipped ones", advice)]) from error
-
-
-def _fault(value: str, allowed: str, reason: object) -> Fault:
-    return Fault("published numbers", value, allowed, f"install the project anew ({reason})")
+def _error(value: str, allowed: str, reason: object) -> DataError:
+    advice = f"install the project again ({reason})"
+    return DataError([Fault("published numbers", value, allowed, advice)])
 
 
 def parse_publication(content: Mapping[str, Any]) -> Publication:
     """Turn the content of a file into a publication.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: if it is of another form.
+        KeyError, TypeError, ValueError, AttributeError: if it has another form.
     """
-    common = dict(content["settings"])
-    test_set = str(content["test_set"])
+    settings, test_set = dict(content["settings"]), str(content["test_set"])
     return Publication(
         title=str(content["title"]),
         source=str(content["source"]),
@@ -99,16 +97,16 @@ def parse_publication(content: Mapping[str, Any]) -> Publication:
         test_set=test_set,
         test_images=int(content["test_images"]),
         notes=tuple(map(str, content["notes"])),
-        runs=tuple(_parse_run(run, common, test_set) for run in content["runs"]),
+        runs=tuple(_parse_run(run, settings, test_set) for run in content["runs"]),
     )
 
 
-def _parse_run(content: Mapping[str, Any], common: Mapping[str, Any], test_set: str) -> Run:
+def _parse_run(content: Mapping[str, Any], settings: Mapping[str, Any], test_set: str) -> Run:
     return Run(
         name=f"published {content['name']}",
         folder=None,
         engine="published",
-        settings={**common, **content["settings"]},
+        settings={**settings, **content["settings"]},
         world_size=int(content["world_size"]),
         test_set=test_set,
         results={name: float(value) for name, value in content["results"].items()},

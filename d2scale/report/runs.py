@@ -1,4 +1,4 @@
-"""One training, as a report sees it: from a run folder of d2scale, detectron2 or d2go."""
+"""One training, read from a run folder of d2scale, detectron2 or d2go."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from d2scale.errors import ConfigError
 from d2scale.report.history import History, Row, read_history
 from d2scale.report.log_file import LogFacts, read_log
 from d2scale.run_folder.contents import read_json
-from d2scale.run_folder.files import CONFIG_FILE, MACHINE_FILE, PLAN_FILE
+from d2scale.run_folder.files import (
+    CONFIG_FILE,
+    INFERENCE_FOLDER,
+    LOG_FILE,
+    MACHINE_FILE,
+    PLAN_FILE,
+)
 
 _RESULT = re.compile(r"^(?:(?P<prefix>.+)/)?bbox/(?P<metric>[^/].*)$")
+# Of detectron2's and d2go's metric, which do not follow TEST.DETECTIONS_PER_IMAGE.
+_OFFICIAL_MAX_DETS = 100
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,9 @@ class Run:
     """One training.
 
     Attributes:
-        name: what tables and legends call it.
+        name: for tables and legends.
         folder: of the run; None for a published one.
-        engine: d2scale, d2go, detectron2 or published.
+        engine: d2scale, d2go, detectron2, published or unknown.
         settings: the config as it was run, by dotted key; empty if it is not known.
         world_size: ranks; None if it is not known.
         plan: ``plan.json``; empty without one.
@@ -36,7 +44,7 @@ class Run:
         test_set: the dataset that the results are on; empty if it is not known.
         results: overall metrics in percent, by published column.
         class_results: AP of each class in percent.
-        total_seconds: of training, evaluations in between included, the last excluded.
+        total_seconds: of training, with the evaluations in between, without the last.
         seconds_per_iteration: mean.
         max_memory_mib: largest memory allocated on a GPU; None without one.
         notes: what is missing or had to be computed.
@@ -61,17 +69,26 @@ class Run:
     @property
     def ims_per_batch(self) -> int | None:
         """Total batch."""
-        return whole_number(self.settings.get("SOLVER.IMS_PER_BATCH"))
+        return _whole_number(self.settings.get("SOLVER.IMS_PER_BATCH"))
+
+    @property
+    def max_dets(self) -> int:
+        """Best detections of an image that count in the metric."""
+        limit = _whole_number(self.settings.get("TEST.DETECTIONS_PER_IMAGE"))
+        return limit if limit and self.engine == "d2scale" else _OFFICIAL_MAX_DETS
+
+    @property
+    def planned_images(self) -> int | None:
+        """Images that the settings ask for."""
+        iterations = _whole_number(self.settings.get("SOLVER.MAX_ITER"))
+        return iterations * self.ims_per_batch if iterations and self.ims_per_batch else None
 
     @property
     def images_seen(self) -> float | None:
         """Images since the training began; of a published run by its settings."""
         if self.engine == "published":
-            iterations = whole_number(self.settings.get("SOLVER.MAX_ITER"))
-            return iterations * (self.ims_per_batch or math.nan) if iterations else None
-        if not self.history.rows:
-            return None
-        images = self.history.rows[-1].images_seen
+            return self.planned_images
+        images = self.history.rows[-1].images_seen if self.history.rows else math.nan
         return images if math.isfinite(images) else None
 
     @property
@@ -82,13 +99,13 @@ class Run:
         return self.ims_per_batch / self.seconds_per_iteration
 
 
-def whole_number(value: Any) -> int | None:
+def _whole_number(value: Any) -> int | None:
     """Return a positive whole number, None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read a run folder. What is broken or missing is told in ``notes``, never raised.
+    """Read a run folder. A file that is broken or missing ends up in ``notes``, not in an error.
 
     Args:
         folder: with any of ``metrics.json``, TensorBoard events, ``log.txt``, ``config.yaml``,
@@ -102,11 +119,9 @@ def read_run(folder: Path, name: str) -> Run:
     if engine == "d2go":
         # d2go writes the config as it was before scaling.
         settings.update(log.scaled)
-    plan = _read(folder / PLAN_FILE, notes)
-    ims_per_batch = whole_number(settings.get("SOLVER.IMS_PER_BATCH"))
-    history = read_history(folder, ims_per_batch)
+    plan = _read_json(folder / PLAN_FILE, notes)
+    history = read_history(folder, _whole_number(settings.get("SOLVER.IMS_PER_BATCH")))
     results, class_results, dataset = _results(history, log, notes)
-    speed = log.seconds_per_iteration or _seconds_per_iteration(history)
     return Run(
         name=name,
         folder=folder,
@@ -114,13 +129,13 @@ def read_run(folder: Path, name: str) -> Run:
         settings=settings,
         world_size=_world_size(folder, engine, settings, plan, log),
         plan=plan,
-        machine=_read(folder / MACHINE_FILE, notes),
+        machine=_read_json(folder / MACHINE_FILE, notes),
         history=history,
-        test_set=dataset or _evaluated(folder) or _first_test_set(settings),
+        test_set=dataset or _d2go_test_set(folder) or _first_test_set(settings),
         results=results,
         class_results=class_results,
         total_seconds=log.total_seconds or _total_seconds(history),
-        seconds_per_iteration=speed,
+        seconds_per_iteration=log.seconds_per_iteration or history.mean("time"),
         max_memory_mib=history.largest("max_mem_mb") or log.max_memory_mib,
         notes=(*history.notes, *notes),
     )
@@ -138,7 +153,7 @@ def _read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _read(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         return read_json(path)
     except ConfigError:
@@ -161,56 +176,55 @@ def _world_size(
     plan: Mapping[str, Any],
     log: LogFacts,
 ) -> int | None:
-    known = whole_number(plan.get("world_size")) or log.world_size
-    if known:
+    if known := _whole_number(plan.get("world_size")) or log.world_size:
         return known
-    ranks = [path.name.rpartition("rank")[2] for path in folder.glob("log.txt.rank*")]
+    ranks = [path.name.rpartition("rank")[2] for path in folder.glob(f"{LOG_FILE}.rank*")]
     if numbers := [int(rank) for rank in ranks if rank.isdigit()]:
         return max(numbers) + 1
     if engine == "d2go":
-        return whole_number(settings.get("SOLVER.REFERENCE_WORLD_SIZE"))
+        return _whole_number(settings.get("SOLVER.REFERENCE_WORLD_SIZE"))
     return None
 
 
-def _evaluated(folder: Path) -> str:
+def _d2go_test_set(folder: Path) -> str:
     """Return the dataset that d2go evaluated at the end: a part of one has a name of its own."""
-    found = sorted(path.name for path in folder.glob("inference/default/final/*/"))
-    return found[0] if len(found) == 1 else ""
+    names = [path.name for path in folder.glob(f"{INFERENCE_FOLDER}/default/final/*/")]
+    return names[0] if len(names) == 1 else ""
 
 
 def _first_test_set(settings: Mapping[str, Any]) -> str:
-    names = settings.get("DATASETS.TEST") or ()
+    names = settings.get("DATASETS.TEST")
     return str(names[0]) if isinstance(names, (list, tuple)) and names else ""
 
 
 def _results(
     history: History, log: LogFacts, notes: list[str]
 ) -> tuple[dict[str, float], dict[str, float], str]:
-    """Return the results of the last evaluation, and its dataset where its line names it.
+    """Return overall and class results of the last evaluation, and its dataset if it is named.
 
-    d2go tells the very last evaluation in the log alone.
+    d2go writes the very last evaluation to the log alone.
     """
-    told = [row for row in history.rows if any(_RESULT.match(name) for name in row.values)]
-    if told and told[-1] is history.rows[-1]:
-        return _results_of(told[-1], notes)
-    if log.results:
+    rows = [row for row in history.rows if any(_RESULT.match(name) for name in row.values)]
+    at_end = bool(rows) and rows[-1] is history.rows[-1]
+    if log.results and not at_end:
         return log.results, log.class_results, ""
-    if told:
+    if not rows:
+        return {}, {}, ""
+    if not at_end:
         notes.append(
-            f"the results are those of iteration {told[-1].iteration + 1}: "
+            f"the results are those of iteration {rows[-1].iteration + 1}: "
             "the end of the training has no evaluation"
         )
-        return _results_of(told[-1], notes)
-    return {}, {}, ""
+    return _results_of(rows[-1], notes)
 
 
 def _results_of(row: Row, notes: list[str]) -> tuple[dict[str, float], dict[str, float], str]:
-    found: dict[str, dict[str, float]] = {}
+    by_prefix: dict[str, dict[str, float]] = {}
     for name, value in row.values.items():
         if match := _RESULT.match(name):
-            found.setdefault(match["prefix"] or "", {})[match["metric"]] = value
-    prefix, values = next(iter(found.items()))
-    if len(found) > 1:
+            by_prefix.setdefault(match["prefix"] or "", {})[match["metric"]] = value
+    prefix, values = next(iter(by_prefix.items()))
+    if len(by_prefix) > 1:
         notes.append(f"of several test sets the results are those of {prefix}")
     overall = {name: values[name] for name in METRICS if name in values}
     by_class = {n.removeprefix("AP-"): v for n, v in values.items() if n.startswith("AP-")}
@@ -218,12 +232,7 @@ def _results_of(row: Row, notes: list[str]) -> tuple[dict[str, float], dict[str,
     return overall, by_class, prefix.rpartition("/")[2]
 
 
-def _seconds_per_iteration(history: History) -> float | None:
-    _, seconds = history.curve("time")
-    return float(seconds.mean()) if len(seconds) else None
-
-
 def _total_seconds(history: History) -> float | None:
     """Return the seconds until the last step: the evaluation after it is not training."""
-    told = [row.seconds for row in history.rows if "total_loss" in row.values]
-    return told[-1] if told and math.isfinite(told[-1]) else None
+    seconds = [row.seconds for row in history.rows if "total_loss" in row.values]
+    return seconds[-1] if seconds and math.isfinite(seconds[-1]) else None

@@ -1,4 +1,4 @@
-"""Draw what a checkpoint detects: on a few test images beside the truth, or on any images."""
+"""Draw a checkpoint's detections on test images beside the ground truth, or on any images."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from d2scale.coco.catalog import dataset_names, dataset_spec
-from d2scale.coco.matching import corners_of
+from d2scale.coco.images import read_rgb
+from d2scale.coco.matching import GroundTruth, corners_of
 from d2scale.config import load_cfg
 from d2scale.engine.checkpoint.files import last_whole_checkpoint
-from d2scale.engine.data.images import read_image, resize_and_flip
+from d2scale.engine.data.images import resize_and_flip
 from d2scale.engine.data.sampling import Draw
 from d2scale.engine.data.transforms import ResizeAndFlip
 from d2scale.engine.models import build_model, device_of, load_initial_weights
 from d2scale.errors import CheckpointError, ConfigError, DataError, Fault
-from d2scale.report.detections import GroundTruth, GroundTruths
+from d2scale.report.detections import read_evaluation_set
 from d2scale.report.drawing import draw_boxes, to_jpeg
 from d2scale.report.examples import spread_images
 from d2scale.run_folder.files import CONFIG_FILE, folder_fault, make_folder, write_atomically
@@ -31,12 +32,15 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _JPEG_QUALITY = 90
 # More unknown keys than a person misspells: the config of another engine.
 _MANY_FAULTS = 20
-_GAP = 8  # pixels between the truth and what was found
+_GAP = 8  # pixels between ground truth and detections
+
+# An image to draw on, and the boxes to draw beside it.
+Task = tuple[Path, GroundTruth | None]
 
 
 @dataclass(frozen=True)
 class Visualization:
-    """What was drawn.
+    """The pictures of a call.
 
     Attributes:
         files: the pictures.
@@ -45,21 +49,6 @@ class Visualization:
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Task:
-    """An image to draw on; with ground truth, it is drawn beside.
-
-    Attributes:
-        path: the image file.
-        boxes: x0 y0 x1 y1 in pixels, shape (n, 4); None without ground truth.
-        classes: shape (n,); None without ground truth.
-    """
-
-    path: Path
-    boxes: np.ndarray | None = None
-    classes: np.ndarray | None = None
 
 
 def visualize(
@@ -77,7 +66,7 @@ def visualize(
         target: a run's folder, whose last checkpoint is taken, or a checkpoint file.
         output: folder of the pictures; made if it is not there.
         inputs: images, and folders of images. Without any, a few images of ``DATASETS.TEST``
-            are taken, and the ground truth stands on the left.
+            are taken, and the ground truth is on the left.
         config_file: of the model; by default ``config.yaml`` beside the checkpoint.
         opts: ``KEY VALUE`` pairs that win over the config.
         score_threshold: detections below are not drawn.
@@ -88,36 +77,24 @@ def visualize(
         DataError: if no image can be read.
     """
     if not 0 <= score_threshold <= 1:
-        advice = "choose one between them"
-        raise ConfigError([Fault("--score-threshold", score_threshold, "0 to 1", advice)])
-    config, checkpoint = _find(target, config_file)
+        fault = Fault("--score-threshold", score_threshold, "0 to 1", "choose one between them")
+        raise ConfigError([fault])
+    config, checkpoint = _find_checkpoint(target, config_file)
     cfg = _load_cfg(config, opts)
     tasks, wanted = _tasks(cfg, inputs)
     model = build_model(cfg).eval()
     load_initial_weights(model, str(checkpoint))
     make_folder(output, key="--output")
-    files: list[Path] = []
     notes: list[str] = []
-    for task in tasks:
-        if len(files) == wanted or len(notes) > max(wanted, DEFAULT_IMAGES):
-            break
-        try:
-            image = read_image(str(task.path))
-        except DataError as error:
-            notes.append(f"skipped: {error}")
-            continue
-        drawn = _draw(cfg, model, image, task, score_threshold)
-        path = _free_name(output, task.path.stem, files)
-        write_atomically(path, to_jpeg(drawn, _JPEG_QUALITY), partial(_output_error, output))
-        files.append(path)
-    if not files:
-        allowed = "at least one image that can be read"
-        found = ", ".join(map(str, inputs)) or "DATASETS.TEST"
-        raise DataError([Fault("images", found, allowed, "; ".join(notes) or "there are none")])
+    files: list[Path] = []
+    for path, image, truth in _readable(tasks, wanted, notes):
+        picture = _draw(cfg, image, truth, _detect(cfg, model, image, score_threshold))
+        files.append(_free_name(output, path.stem, files))
+        write_atomically(files[-1], to_jpeg(picture, _JPEG_QUALITY), partial(_error, output))
     return Visualization(tuple(files), tuple(notes))
 
 
-def _find(target: Path, config_file: str | None) -> tuple[str, Path]:
+def _find_checkpoint(target: Path, config_file: str | None) -> tuple[str, Path]:
     """Return the config and the checkpoint.
 
     Raises:
@@ -125,16 +102,15 @@ def _find(target: Path, config_file: str | None) -> tuple[str, Path]:
         ConfigError: if there is no config.
     """
     if target.is_dir():
-        folder, found = target, last_whole_checkpoint(target)
-        if found is None:
-            advice = "train longer, or name a checkpoint file"
-            raise CheckpointError([Fault("RUN", str(target), "a run with a checkpoint", advice)])
-        checkpoint = found[0]
-    elif target.is_file():
-        folder, checkpoint = target.parent, target
+        last = last_whole_checkpoint(target)
+        folder, checkpoint = target, last[0] if last else None
+        advice = "train longer, or name a checkpoint file"
     else:
-        allowed = "the folder of a run, or a checkpoint file"
-        raise CheckpointError([Fault("RUN", str(target), allowed, "check the path")])
+        folder, checkpoint = target.parent, target if target.is_file() else None
+        advice = "check the path"
+    if checkpoint is None:
+        allowed = "the folder of a run with a checkpoint, or a checkpoint file"
+        raise CheckpointError([Fault("RUN", str(target), allowed, advice)])
     if config_file is None and not (folder / CONFIG_FILE).is_file():
         allowed = f"a folder with {CONFIG_FILE}"
         raise ConfigError([Fault("RUN", str(folder), allowed, "give the model's --config-file")])
@@ -147,71 +123,99 @@ def _load_cfg(path: str, opts: Sequence[str]) -> CfgNode:
     except ConfigError as error:
         if len(error.faults) <= _MANY_FAULTS:
             raise
-        allowed = "a config of the default engine"
         advice = (
             f"{len(error.faults)} keys are not; draw it with the engine that trained it, or give "
             "its model's --config-file"
         )
-        raise ConfigError([Fault("config file", path, allowed, advice)]) from error
+        fault = Fault("config file", path, "a config of the default engine", advice)
+        raise ConfigError([fault]) from error
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
-def _tasks(cfg: CfgNode, inputs: Sequence[Path]) -> tuple[Iterable[_Task], int]:
+def _tasks(cfg: CfgNode, inputs: Sequence[Path]) -> tuple[Iterable[Task], int]:
     """Return images to draw on, and how many pictures are wanted of them."""
     if inputs:
-        paths = [path for each in inputs for path in _images_in(each)]
-        if not paths:
-            found = ", ".join(map(str, inputs))
+        tasks: list[Task] = [(path, None) for named in inputs for path in _images_in(named)]
+        if not tasks:
             allowed = f"images ({' '.join(_SUFFIXES)})"
-            raise DataError([Fault("--input", found, allowed, "name others")])
-        return [_Task(path) for path in paths], len(paths)
+            names = ", ".join(map(str, inputs))
+            raise DataError([Fault("--input", names, allowed, "name others")])
+        return tasks, len(tasks)
     if not cfg.DATASETS.TEST:
         raise DataError([Fault("DATASETS.TEST", (), "a dataset", "name images by --input")])
-    truth = GroundTruths().of(cfg.DATASETS.TEST[0])
-    return _with_truth(truth), DEFAULT_IMAGES
+    dataset = read_evaluation_set(cfg.DATASETS.TEST[0])
+    images = spread_images(dataset, DEFAULT_IMAGES)
+    return ((dataset.path_of(i), dataset.boxes_of(i)) for i in images), DEFAULT_IMAGES
 
 
 def _images_in(path: Path) -> list[Path]:
-    """Return a file itself, or what a folder holds that is called an image."""
+    """Return a file itself, or the images in a folder, judged by their names."""
     if not path.is_dir():
         return [path]
     try:
-        return sorted(each for each in path.iterdir() if each.suffix.lower() in _SUFFIXES)
+        return sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
     except OSError as error:
         advice = f"choose another ({error.strerror})"
         raise DataError([Fault("--input", str(path), "a readable folder", advice)]) from error
 
 
-def _with_truth(truth: GroundTruth) -> Iterator[_Task]:
-    for number in spread_images(truth, DEFAULT_IMAGES):
-        own = truth.objects_of(number)
-        path = truth.image_root / truth.file.file_names[number]
-        yield _Task(path, corners_of(own.boxes), own.classes)
+def _readable(
+    tasks: Iterable[Task], wanted: int, notes: list[str]
+) -> Iterator[tuple[Path, np.ndarray, GroundTruth | None]]:
+    """Yield up to ``wanted`` images; those that cannot be read are named in ``notes``.
+
+    Raises:
+        DataError: if none can be read.
+    """
+    count = 0
+    for path, truth in tasks:
+        if count == wanted or len(notes) > max(wanted, DEFAULT_IMAGES):
+            break
+        try:
+            image = read_rgb(str(path))
+        except DataError as error:
+            notes.append(f"skipped: {error}")
+            continue
+        count += 1
+        yield path, image, truth
+    if not count:
+        allowed = "at least one image that can be read"
+        raise DataError([Fault("images", 0, allowed, "; ".join(notes) or "there are none")])
 
 
 @torch.no_grad()
-def _draw(
-    cfg: CfgNode, model: nn.Module, image: torch.Tensor, task: _Task, threshold: float
-) -> np.ndarray:
-    """Return the picture, RGB, shape (height, width, 3): ground truth left, detections right."""
-    height, width = (int(edge) for edge in image.shape[1:])
+def _detect(
+    cfg: CfgNode, model: nn.Module, image: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return boxes, x0 y0 x1 y1 in pixels of the image, classes and scores."""
+    height, width = image.shape[:2]
     resizing = ResizeAndFlip.for_testing(cfg).draw(0, Draw(0, 0), height, width)
-    pixels = resize_and_flip(image, resizing, cfg.INPUT.FORMAT).to(device_of(cfg))
-    sample = {"image": pixels, "height": height, "width": width, "image_id": 0}
-    (found,) = model([{**sample, "file_name": str(task.path)}])
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    pixels = resize_and_flip(pixels, resizing, cfg.INPUT.FORMAT).to(device_of(cfg))
+    (found,) = model([{"image": pixels, "height": height, "width": width, "image_id": 0}])
     boxes, classes, scores = (
         found[name].float().cpu().numpy() for name in ("boxes", "classes", "scores")
     )
     kept = scores >= threshold
-    original = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return boxes[kept], classes[kept], scores[kept]
+
+
+def _draw(
+    cfg: CfgNode,
+    image: np.ndarray,
+    truth: GroundTruth | None,
+    detections: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Return the picture, RGB, shape (height, width, 3): ground truth left, detections right."""
     names = _class_names(cfg)
-    right = draw_boxes(original, boxes[kept], classes[kept], names, scores[kept])
-    if task.boxes is None or task.classes is None:
+    boxes, classes, scores = detections
+    right = draw_boxes(image, boxes, classes, names, scores)
+    if truth is None:
         return right
-    left = draw_boxes(original, task.boxes, task.classes, names)
-    gap = np.full((height, _GAP, 3), 255, dtype=np.uint8)
+    left = draw_boxes(image, corners_of(truth.boxes), truth.classes, names)
+    gap = np.full((len(image), _GAP, 3), 255, dtype=np.uint8)
     return np.concatenate([left, gap, right], axis=1)
 
 
@@ -233,5 +237,5 @@ def _free_name(output: Path, stem: str, taken: Sequence[Path]) -> Path:
     return path
 
 
-def _output_error(output: Path, reason: str) -> ConfigError:
+def _error(output: Path, reason: str) -> ConfigError:
     return ConfigError([folder_fault(output, reason, key="--output")])

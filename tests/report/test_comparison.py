@@ -3,13 +3,13 @@ from itertools import count
 import pytest
 
 from d2scale.report.comparison import (
-    difference_of_published,
+    comparable_groups,
     difference_of_runs,
-    difference_of_tests,
     difference_to_published,
-    groups,
-    judge,
+    evaluate_runs,
     nearest_published,
+    why_not_comparable,
+    why_not_comparable_to_published,
 )
 from d2scale.report.published import Publication, read_published
 from d2scale.report.runs import Run, read_run
@@ -25,7 +25,7 @@ def judged(make_run, shapes):
     def judged(*specs):
         notes = []
         folders = [make_run(next(names), **spec) for spec in specs]
-        return judge([read_run(folder, folder.name) for folder in folders], notes), notes
+        return evaluate_runs([read_run(folder, folder.name) for folder in folders], notes), notes
 
     return judged
 
@@ -33,7 +33,7 @@ def judged(make_run, shapes):
 def test_missing_columns_come_from_the_detections(judged, shapes):
     found = detections(shapes)
     ((each,), notes) = judged({"found": found})
-    assert notes == ["run0: it told no results; they are computed from its detections"]
+    assert notes == ["run0: it reported no results; they are computed from its detections"]
     assert each.results["ARdet10"] > each.results["ARdet1"] > 0
     assert (each.images, len(each.classes)) == (12, 60)
     # What a run told of itself, with the digits of a log, is what the report keeps.
@@ -47,7 +47,7 @@ def test_detections_of_another_evaluation_give_no_noise(judged, shapes):
     assert each.noise is None
     assert each.detected is None
     assert each.results == {"AP": 1.0}
-    assert "where the run told 1.000" in notes[0]
+    assert "where the run reported 1.000" in notes[0]
 
 
 def test_a_run_without_detections_keeps_its_results(judged):
@@ -69,12 +69,12 @@ def test_runs_of_other_datasets_or_classes_are_not_put_together(judged):
             "config": {"TEST": {"DETECTIONS_PER_IMAGE": 10}},
         },
     )
-    found = [[each.run.name for each in group] for group in groups(runs)]
+    found = [[each.run.name for each in group] for group in comparable_groups(runs)]
     assert found == [["run0", "run1"], ["run2"], ["run3"], ["run4"], ["run5"]]
-    assert "coco_2017_val" in difference_of_tests(runs[0], runs[2])
-    assert "classes" in difference_of_tests(runs[0], runs[3])
-    assert "no results" in difference_of_tests(runs[0], runs[4])
-    assert "10 best" in difference_of_tests(runs[0], runs[5])
+    assert "coco_2017_val" in why_not_comparable(runs[0], runs[2])
+    assert "classes" in why_not_comparable(runs[0], runs[3])
+    assert "no results" in why_not_comparable(runs[0], runs[4])
+    assert "10 best" in why_not_comparable(runs[0], runs[5])
 
 
 def test_differences_within_and_beyond_the_noise(judged, shapes):
@@ -104,9 +104,9 @@ def publication(images, runs=()):
 
 def test_published_numbers_of_other_images_are_not_compared(judged, shapes):
     ((each,), _) = judged({"found": detections(shapes)})
-    assert "12 images" in difference_to_published(each, publication(5000))
-    assert difference_to_published(each, publication(12)) == ""
-    found = difference_of_published(each, publication(12).runs[0])
+    assert "12 images" in why_not_comparable_to_published(each, publication(5000))
+    assert why_not_comparable_to_published(each, publication(12)) == ""
+    found = difference_to_published(each, publication(12).runs[0])
     assert found.values["AP"] == pytest.approx(each.results["AP"] - 32.887)
     low, high = found.bands["AP"]
     assert high - low == pytest.approx(2 * each.noise.half_width("AP"))
@@ -119,8 +119,8 @@ def test_published_numbers_are_not_compared_where_the_images_are_not_known(judge
         {"results": results},
         {"results": results, "config": {"DATASETS": {"TEST": ["coco_2017_val"]}}},
     )
-    assert "not known" in difference_to_published(each, publication(5000))
-    assert "the run was tested on coco_2017_val" in difference_to_published(
+    assert "not known" in why_not_comparable_to_published(each, publication(5000))
+    assert "the run was tested on coco_2017_val" in why_not_comparable_to_published(
         other, publication(5000)
     )
 

@@ -3,21 +3,22 @@ import json
 import pytest
 
 from d2scale.errors import DataError
-from d2scale.report.detections import GroundTruths, read_detected
+from d2scale.report.detections import read_detections
 from d2scale.report.runs import read_run
 from run_folders import detections
 
 
 def read(folder):
-    return read_detected(read_run(folder, "run"), GroundTruths())
+    return read_detections(read_run(folder, "run"))
 
 
 def test_detections_and_truth_are_numbered_alike(make_run, shapes):
     detected = read(make_run(found=detections(shapes)))
-    assert detected.truth.images == 12
-    assert len(detected.truth.class_names) == 60
-    assert detected.truth.class_names[detected.found.classes.min()] in detected.truth.class_names
-    assert detected.found.images.max() < 12
+    assert len(detected.dataset) == 12
+    assert len(detected.dataset.class_names) == 60
+    names = detected.dataset.class_names
+    assert names[detected.detections.classes.min()] in names
+    assert detected.detections.images.max() < 12
     assert detected.max_dets == 100
 
 
@@ -38,7 +39,7 @@ def test_other_engines_put_the_file_elsewhere(make_run, shapes, place):
     target.mkdir(parents=True)
     file = folder / "inference" / "coco_instances_results.json"
     file.rename(target / file.name)
-    assert len(read(folder).found.scores)
+    assert len(read(folder).detections.scores)
 
 
 ENTRY = {"image_id": 1, "category_id": 13, "bbox": [0, 0, 5, 5], "score": 0.5}

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2scale.report.comparison import judge
+from d2scale.errors import DataError
+from d2scale.report.comparison import evaluate_runs
 from d2scale.report.drawing import class_colour
 from d2scale.report.examples import examples_section
 from d2scale.report.runs import read_run
@@ -15,7 +16,7 @@ from run_folders import detections
 def judged(make_run, shapes):
     def judged(**found):
         runs = [read_run(make_run(name, found=each), name) for name, each in found.items()]
-        return judge(runs, [])
+        return evaluate_runs(runs, [])
 
     return judged
 
@@ -81,9 +82,13 @@ def test_unreadable_images_are_named_and_others_taken(judged, shapes, tmp_path, 
     assert f"{int(broken):012d}.jpg" in notes[0]
 
 
+def refuse(path):
+    raise DataError([])
+
+
 def test_without_detections_or_images_there_are_no_examples(judged, shapes, make_run, monkeypatch):
     run = read_run(make_run("none", results={"AP": 1.0}), "none")
-    assert examples_section(judge([run], []), []) is None
+    assert examples_section(evaluate_runs([run], []), []) is None
     known = judged(a=detections(shapes))
-    monkeypatch.setattr("d2scale.report.examples._read", lambda truth, number, unread: None)
+    monkeypatch.setattr("d2scale.report.examples.read_rgb", refuse)
     assert examples_section(known, []) is None

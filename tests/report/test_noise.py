@@ -4,7 +4,7 @@ import pytest
 from d2scale.coco.accumulate import METRICS
 from d2scale.coco.dataset import load_dataset
 from d2scale.coco.metric import coco_metrics
-from d2scale.report.detections import GroundTruths, read_detected
+from d2scale.report.detections import read_detections
 from d2scale.report.noise import bootstrap, weighted_metrics
 from d2scale.report.runs import read_run
 from run_folders import annotations, detections
@@ -16,7 +16,7 @@ TEST_SET = "coco_pretrain_val_base"
 def detect(make_run, shapes):
     def detect(name="run", seed=0, shift=3.0):
         folder = make_run(name, found=detections(shapes, seed, shift))
-        return read_detected(read_run(folder, name), GroundTruths())
+        return read_detections(read_run(folder, name))
 
     return detect
 
@@ -67,7 +67,7 @@ def test_the_result_itself_is_the_official_one(detect, shapes):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_resample_is_what_pycocotools_makes_of_the_drawn_images(detect, shapes, seed, capsys):
     detected = detect(seed=seed)
-    images = detected.truth.images
+    images = len(detected.dataset)
     counts = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images))
     found = weighted_metrics(detected, np.stack([np.ones_like(counts), counts, 3 * counts]))
     expected = official(shapes, counts, detections(shapes, seed))
@@ -112,5 +112,5 @@ def test_a_class_without_boxes_has_no_noise(detect):
 
 def test_nothing_detected_is_zero_without_noise(make_run, shapes):
     run = read_run(make_run(found=[]), "run")
-    noise = bootstrap(read_detected(run, GroundTruths()), resamples=5)
+    noise = bootstrap(read_detections(run), resamples=5)
     assert (noise.exact["AP"], noise.half_width("AP")) == (0, 0)

@@ -8,51 +8,20 @@ half of the time of detectron2's way.
 
 from __future__ import annotations
 
-import contextlib
-
-import numpy as np
 import torch
-from PIL import Image
 
+from d2scale.coco.images import read_rgb
 from d2scale.engine.data.transforms import Augmentation
 from d2scale.errors import DataError, Fault
 
-_EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 def read_image(file_name: str) -> torch.Tensor:
-    """Return the image, upright by its EXIF orientation: RGB, (3, h, w), uint8.
+    """Return an image, upright by its EXIF orientation: RGB, (3, h, w), uint8.
 
     Raises:
         DataError: if the file is missing, or is no image, or is cut short; it names the file.
     """
-    try:
-        with Image.open(file_name) as image:
-            image = _make_upright(image)
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    # PIL tells of broken files in each of these ways.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0]
-        advice = f"replace it or take it out of the dataset ({type(error).__name__}: {reason})"
-        raise DataError([Fault("image file", file_name, "a readable image", advice)]) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _make_upright(image: Image.Image) -> Image.Image:
-    orientation = 1
-    # A broken EXIF block raises errors of many kinds, and says nothing about the pixels.
-    with contextlib.suppress(Exception):
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    return torch.from_numpy(read_rgb(file_name)).permute(2, 0, 1)
 
 
 def resize_and_flip(image: torch.Tensor, augmentation: Augmentation, order: str) -> torch.Tensor:

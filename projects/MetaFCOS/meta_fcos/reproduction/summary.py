@@ -8,7 +8,7 @@ from statistics import median
 from tabulate import tabulate
 
 from d2scale.coco.accumulate import METRICS
-from d2scale.report.columns import show_metric
+from d2scale.report.formatting import show_metric
 from d2scale.report.history import History, read_history
 from meta_fcos.reproduction.final_loss import NOISE_ERRORS, FinalLoss, compare, final_loss
 from meta_fcos.reproduction.planned_experiment import PlannedExperiment, standing

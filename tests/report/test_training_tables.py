@@ -1,11 +1,11 @@
 import pytest
 
-from d2scale.report.columns import show_duration, show_metric, show_number
-from d2scale.report.comparison import judge
+from d2scale.report.comparison import evaluate_runs
+from d2scale.report.formatting import show_duration, show_metric, show_number
 from d2scale.report.published import read_published
-from d2scale.report.results import results_section
+from d2scale.report.result_tables import results_section
 from d2scale.report.runs import read_run
-from d2scale.report.tables import settings_section, throughput_section
+from d2scale.report.training_tables import settings_section, throughput_section
 from run_folders import detections, step_lines
 
 
@@ -105,7 +105,7 @@ def test_results_with_noise_and_differences(make_run, shapes):
         make_run(name, found=detections(shapes, shift=shift))
         for name, shift in (("good", 1.0), ("bad", 9.0))
     ]
-    judged = judge([read_run(folder, folder.name) for folder in folders], [])
+    judged = evaluate_runs([read_run(folder, folder.name) for folder in folders], [])
     section = results_section(judged, read_published())
     results, differences, classes = section.tables
     assert results.head[1:4] == ("AP", "AP50", "AP75")
@@ -134,7 +134,7 @@ def test_runs_of_different_tests_are_not_differenced(make_run):
         make_run("one", results={"AP": 1.0, "AP-dog": 1.0}),
         make_run("other", results={"AP": 2.0, "AP-dog": 1.0}, config=other),
     ]
-    section = results_section(judge([read_run(f, f.name) for f in folders], []), ())
+    section = results_section(evaluate_runs([read_run(f, f.name) for f in folders], []), ())
     assert [table.title for table in section.tables] == [
         "Results in the published columns",
         "AP of each class",

@@ -1,21 +1,12 @@
-"""The columns of the published comparison, and how their values are written."""
+"""How values are written in the tables of a report."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Hashable, Iterable
+from typing import Any, TypeVar
 
-# In the order of the published curves; other losses follow.
-CURVES = (
-    "total_loss",
-    "loss_fcos_cls",
-    "loss_fcos_ctr",
-    "loss_fcos_loc",
-    "lr",
-    "time",
-    "data_time",
-)
-
+Key = TypeVar("Key", bound=Hashable)
 NOTHING = "–"  # noqa: RUF001  the dash of an empty cell
 
 
@@ -40,6 +31,24 @@ def show_number(value: Any, digits: int = 4) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or NOTHING
     return str(value)
+
+
+def join_names(names_by_key: Iterable[tuple[Key, str]]) -> dict[Key, str]:
+    """Return the names of each key as ``a, b``, in order of appearance."""
+    joined: dict[Key, str] = {}
+    for key, name in names_by_key:
+        joined[key] = f"{joined[key]}, {name}" if key in joined else name
+    return joined
+
+
+def show_count(value: float | None) -> str:
+    """Return a whole number as ``480 000``."""
+    return NOTHING if value is None else f"{round(value):,}".replace(",", " ")
+
+
+def show_memory(mebibytes: float | None) -> str:
+    """Return memory in GiB."""
+    return NOTHING if mebibytes is None else f"{mebibytes / 1024:.2f} GiB"
 
 
 def show_duration(seconds: float | None) -> str:

@@ -1,0 +1,150 @@
+"""The tables of results: published columns, differences, AP of each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from d2scale.coco.accumulate import METRICS
+from d2scale.report.comparison import (
+    Difference,
+    EvaluatedRun,
+    as_reported,
+    comparable_groups,
+    difference_of_runs,
+    difference_to_published,
+    nearest_published,
+    why_not_comparable_to_published,
+)
+from d2scale.report.document import Cell, Section, Table
+from d2scale.report.formatting import NOTHING, join_names, show_difference, show_metric
+from d2scale.report.noise import COVERAGE, RESAMPLES
+from d2scale.report.published import Publication
+
+_NOISE = (
+    f"±: half of the range that holds {COVERAGE:.0%} of {RESAMPLES} resamples of the test images. "
+    "It says how far a value would move on other images of the same kind, and nothing about "
+    "training again with another seed."
+)
+_BOLD = (
+    "Under each difference: the range of it over the same resamples of the images for both runs. "
+    "Bold: 0 lies outside."
+)
+_BOLD_PUBLISHED = (
+    "Under each difference to a published run: its range by the noise of the own run alone, "
+    "because the published detections are not known. Bold: 0 lies outside."
+)
+
+
+def results_section(runs: Sequence[EvaluatedRun], publications: Sequence[Publication]) -> Section:
+    """Return results, differences where runs are comparable, and AP of each class."""
+    published = [as_reported(run) for publication in publications for run in publication.runs]
+    groups = comparable_groups(runs)
+    paragraphs = []
+    if len(groups) > 1:
+        parts = "; ".join(
+            f"{', '.join(run.run.name for run in group)} ({_test(group[0])})" for group in groups
+        )
+        paragraphs.append(
+            "These runs were not tested on the same images and classes, so they are compared "
+            f"within groups only: {parts}."
+        )
+    differences = [
+        difference_of_runs(run, group[0])
+        for group in groups
+        if group[0].results
+        for run in group[1:]
+    ]
+    tables = [_results_table(runs, published)]
+    tables += _difference_tables("Differences between the runs", differences, _BOLD)
+    for publication in publications:
+        texts, of_publication = _to_published(runs, publication)
+        paragraphs += texts
+        tables += of_publication
+    tables.append(_class_table(runs, published))
+    return Section("Results", tuple(paragraphs), tuple(tables))
+
+
+def _test(run: EvaluatedRun) -> str:
+    parts = [run.run.test_set or "unknown test set"]
+    if run.images is not None:
+        parts.append(f"{run.images} images")
+    if run.classes:
+        parts.append(f"{len(run.classes)} classes")
+    return ", ".join(parts) if run.results else "no results"
+
+
+def _results_table(runs: Sequence[EvaluatedRun], published: Sequence[EvaluatedRun]) -> Table:
+    rows = tuple(
+        (
+            Cell(run.run.name),
+            *(_value(run.results.get(name), run.half_width(name), 2) for name in METRICS),
+        )
+        for run in (*runs, *published)
+    )
+    notes = ["Percent, by the official COCO metric."]
+    if any(run.noise is not None for run in runs):
+        notes.append(_NOISE)
+    tests = join_names((_test(run), run.run.name) for run in runs)
+    notes += [f"{names}: {test}." for test, names in tests.items()]
+    return Table("Results in the published columns", ("", *METRICS), rows, tuple(notes))
+
+
+def _value(value: float | None, half_width: float | None, digits: int) -> Cell:
+    return Cell(show_metric(value), "" if half_width is None else f"±{half_width:.{digits}f}")
+
+
+def _difference_tables(title: str, differences: Sequence[Difference], note: str) -> list[Table]:
+    """Return a table of the differences, if there are any."""
+    rows = tuple(
+        (Cell(difference.title), *(_difference(difference, name) for name in METRICS))
+        for difference in differences
+    )
+    notes = (note,) if any(difference.bands for difference in differences) else ()
+    return [Table(title, ("", *METRICS), rows, notes)] if rows else []
+
+
+def _difference(difference: Difference, name: str) -> Cell:
+    text = show_difference(difference.values.get(name))
+    if name not in difference.bands or text == NOTHING:
+        return Cell(text)
+    low, high = difference.bands[name]
+    return Cell(text, f"{low:+.2f} to {high:+.2f}", strong=name in difference.beyond_noise)
+
+
+def _to_published(
+    runs: Sequence[EvaluatedRun], publication: Publication
+) -> tuple[list[str], list[Table]]:
+    reasons = [why_not_comparable_to_published(run, publication) for run in runs]
+    not_comparable = join_names(
+        (reason, run.run.name) for reason, run in zip(reasons, runs, strict=True) if reason
+    )
+    paragraphs = [
+        f"Not comparable with the published runs: {names}: {reason}. The published "
+        "numbers are shown for reference only."
+        for reason, names in not_comparable.items()
+    ]
+    differences = [
+        difference_to_published(run, nearest_published(run.run, publication))
+        for reason, run in zip(reasons, runs, strict=True)
+        if not reason
+    ]
+    title = "Differences to the published run of the nearest batch and number of GPUs"
+    return paragraphs, _difference_tables(title, differences, _BOLD_PUBLISHED)
+
+
+def _class_table(runs: Sequence[EvaluatedRun], published: Sequence[EvaluatedRun]) -> Table:
+    columns = (*runs, *published)
+    names = dict.fromkeys(name for run in runs for name in run.class_results)
+    names = names or dict.fromkeys(name for run in published for name in run.class_results)
+    rows = tuple(
+        (
+            Cell(name),
+            *(
+                _value(run.class_results.get(name), run.half_width(f"AP-{name}"), 1)
+                for run in columns
+            ),
+        )
+        for name in names
+    )
+    head = ("", *(run.run.name for run in columns))
+    return Table("AP of each class", head, rows, folded=True, in_markdown=False)

@@ -1,0 +1,187 @@
+"""The tables of training: settings, time, memory, and the plan against what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from d2scale.report.document import Cell, Section, Table
+from d2scale.report.formatting import (
+    NOTHING,
+    show_count,
+    show_duration,
+    show_memory,
+    show_number,
+)
+from d2scale.report.published import Publication
+from d2scale.report.runs import Run
+
+# How each row shows a run, by the title of the row.
+Rows = Mapping[str, Callable[[Run], str]]
+
+# Of the first run's images. The published run whose schedule was rounded saw 0.94 of them; a run
+# that saw fewer than this has not saved time but trained less.
+_SAME_LENGTH = 0.9
+
+_SETTINGS = {
+    "learning rate": "SOLVER.BASE_LR",
+    "iterations": "SOLVER.MAX_ITER",
+    "steps of the learning rate": "SOLVER.STEPS",
+    "warm-up iterations": "SOLVER.WARMUP_ITERS",
+    "AMP": "SOLVER.AMP.ENABLED",
+    "smallest edge in training": "INPUT.MIN_SIZE_TRAIN",
+    "training set": "DATASETS.TRAIN",
+    "test set": "DATASETS.TEST",
+    "weights at the start": "MODEL.WEIGHTS",
+}
+
+
+def settings_section(runs: Sequence[Run], publications: Sequence[Publication]) -> Section:
+    """Return how the runs were trained, one column a run."""
+    runs = [*runs, *(run for publication in publications for run in publication.runs)]
+    rows: Rows = {
+        "engine": lambda run: run.engine,
+        "GPUs or processes": lambda run: show_number(run.world_size),
+        "images per GPU": _images_per_gpu,
+        "accumulation steps": lambda run: show_number(run.plan.get("accumulation_steps")),
+        "total batch": lambda run: show_number(run.ims_per_batch),
+        "scaling method": lambda run: show_number(run.plan.get("method")),
+        **{title: partial(_setting, key=key) for title, key in _SETTINGS.items()},
+        "images seen": lambda run: show_count(run.images_seen),
+        "machine": lambda run: show_number(run.machine.get("description")),
+    }
+    notes = [
+        f"{each.title}: {each.source}. Ran on {each.machine}. {' '.join(each.notes)}"
+        for each in publications
+    ]
+    return Section("Settings", tables=(_by_run("How they were trained", rows, runs, notes),))
+
+
+def _by_run(title: str, rows: Rows, runs: Sequence[Run], notes: Sequence[str] = ()) -> Table:
+    """Return a table with one column a run, without rows that are empty for all runs."""
+    values = {name: [show(run) for run in runs] for name, show in rows.items()}
+    return Table(
+        title,
+        ("", *(run.name for run in runs)),
+        tuple(
+            (Cell(name), *map(Cell, row))
+            for name, row in values.items()
+            if any(value != NOTHING for value in row)
+        ),
+        tuple(notes),
+        wraps=True,
+    )
+
+
+def _setting(run: Run, key: str) -> str:
+    value = run.settings.get(key)
+    # All digits: a planned learning rate has many.
+    return "none" if value == "" else show_number(value, 12)
+
+
+def _images_per_gpu(run: Run) -> str:
+    planned = run.plan.get("ims_per_gpu")
+    if planned is not None or not run.ims_per_batch or not run.world_size:
+        return show_number(planned)
+    return show_number(run.ims_per_batch / run.world_size)
+
+
+def throughput_section(runs: Sequence[Run], publications: Sequence[Publication]) -> Section:
+    """Return speed and memory, and what was planned against what was measured."""
+    first = [(run, runs[0]) for run in runs]
+    first += [(run, each.runs[0]) for each in publications for run in each.runs]
+    saved = {id(run): _saved(run, reference) for run, reference in first}
+    rows: Rows = {
+        "total time": lambda run: show_duration(run.total_seconds),
+        "time saved against the first": lambda run: saved[id(run)],
+        "seconds an iteration": lambda run: show_number(run.seconds_per_iteration),
+        "images a second": lambda run: show_number(run.images_per_second),
+        "GPU memory allocated, fullest GPU": lambda run: show_memory(run.max_memory_mib),
+        "GPU memory reserved, fullest GPU": lambda run: show_memory(_reserved(run)),
+        "GPU memory there is": lambda run: show_memory(_positive(run.machine, "device_memory_mb")),
+        "share reserved": _share_reserved,
+    }
+    notes = ["Total time is that of training with the evaluations in between, not the last one."]
+    if not any(run.max_memory_mib for run in runs):
+        notes.append("No run reports GPU memory: none of them used a GPU, or recorded it.")
+    first_gpu = [run.name for run in runs if run.max_memory_mib and run.engine != "d2scale"]
+    if first_gpu:
+        notes.append(f"Memory of the first GPU, which alone is logged: {', '.join(first_gpu)}.")
+    tables = [_by_run("Time and memory", rows, [run for run, _ in first], notes)]
+    if planned := [run for run in runs if run.plan]:
+        tables.append(_by_run("The plan and what was measured", _PLAN_ROWS, planned))
+    return Section("Throughput", tables=tuple(tables))
+
+
+def time_saved(run: Run, first: Run) -> float | None:
+    """Return the share of the first run's time that another one saved; negative if it took more.
+
+    None if a time is not known, or the run was shown a smaller part of the images.
+    """
+    if run is first or not first.total_seconds or run.total_seconds is None:
+        return None
+    if run.images_seen and first.images_seen and run.images_seen < _SAME_LENGTH * first.images_seen:
+        return None
+    return 1 - run.total_seconds / first.total_seconds
+
+
+def _saved(run: Run, first: Run) -> str:
+    saved = time_saved(run, first)
+    if saved is not None:
+        return f"{saved:.1%}" if saved >= 0 else f"none, {-saved:.1%} more"
+    if run is first or run.total_seconds is None or not first.total_seconds:
+        return NOTHING
+    return f"{NOTHING} (fewer images seen)"
+
+
+def _positive(facts: Mapping[str, Any], name: str) -> float | None:
+    value = facts.get(name)
+    return float(value) if isinstance(value, (int, float)) and value > 0 else None
+
+
+def _reserved(run: Run) -> float | None:
+    return run.history.largest("max_reserved_mb")
+
+
+def _share_reserved(run: Run) -> str:
+    reserved, available = _reserved(run), _positive(run.machine, "device_memory_mb")
+    return f"{reserved / available:.1%}" if reserved and available else NOTHING
+
+
+def _images_a_step(run: Run) -> str:
+    """Return the images seen from the first report to the last, by the iterations between."""
+    rows = [row for row in run.history.rows if "total_loss" in row.values]
+    if len(rows) < 2 or rows[-1].iteration == rows[0].iteration:
+        return NOTHING
+    images = rows[-1].images_seen - rows[0].images_seen
+    return show_number(images / (rows[-1].iteration - rows[0].iteration))
+
+
+def _iterations(run: Run) -> str:
+    return show_count(run.history.rows[-1].iteration + 1 if run.history.rows else None)
+
+
+def _predicted(run: Run) -> str:
+    predicted = _positive(run.plan, "predicted_peak_gib")
+    return "not predicted" if predicted is None else f"{predicted:.2f} GiB"
+
+
+def _prediction_error(run: Run) -> str:
+    predicted = _positive(run.plan, "predicted_peak_gib")
+    if predicted is None or not run.max_memory_mib:
+        return NOTHING
+    return f"{predicted * 1024 / run.max_memory_mib - 1:+.1%}"
+
+
+_PLAN_ROWS: Rows = {
+    "images a step, planned": lambda run: show_number(run.plan.get("ims_per_batch")),
+    "images a step, measured": _images_a_step,
+    "iterations, planned": partial(_setting, key="SOLVER.MAX_ITER"),
+    "iterations, done": _iterations,
+    "images, planned": lambda run: show_count(run.planned_images),
+    "images, seen": lambda run: show_count(run.images_seen),
+    "peak memory, predicted": _predicted,
+    "peak memory, allocated": lambda run: show_memory(run.max_memory_mib),
+    "peak memory, predicted to allocated": _prediction_error,
+}
