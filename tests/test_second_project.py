@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import d2scale as d2scale_package
 from d2scale.coco.shapes import write_shapes_dataset
 
 SOURCE = Path(__file__).parent / "support" / "tiny_project"
@@ -71,3 +73,15 @@ def test_its_model_trains(d2scale, tmp_path):
     assert last["loss_tiny"] > 0
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "tiny_project.model INFO: a tiny detector of 2 channels" in log
+
+
+def test_d2scale_names_no_project_but_in_examples():
+    package = Path(d2scale_package.__file__).parent
+    naming = [
+        f"{path.relative_to(package)}: {line.strip()}"
+        for path in sorted(package.rglob("*.*"))
+        if path.suffix in (".py", ".css", ".html", ".md")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "fcos" in re.sub(r"d2scale://\S+", "", line).lower()
+    ]
+    assert naming == []

@@ -75,6 +75,6 @@ def load_pickle(path: Path) -> Any:
 
 def unreadable(path: Path, reason: str, allowed: str) -> CheckpointError:
     """Return the error of a file of weights that cannot be read."""
-    found = f"unreadable ({reason.strip().splitlines()[0]})"
+    value = f"unreadable ({reason.strip().splitlines()[0]})"
     advice = "it is truncated or holds other objects; use another one"
-    return CheckpointError([Fault(str(path), found, allowed, advice)])
+    return CheckpointError([Fault(str(path), value, allowed, advice)])

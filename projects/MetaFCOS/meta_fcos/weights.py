@@ -96,8 +96,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         # caffe2 keeps the weights of a detector under "blobs", those of a classifier bare.
         content = content.get("blobs" if caffe2 else "model", content)
     if not isinstance(content, Mapping):
-        found, advice = type(content).__name__, "use a file of weights"
-        raise CheckpointError([Fault(str(path), found, "tensors by name", advice)])
+        fault = Fault(str(path), type(content).__name__, "tensors by name", "use weights")
+        raise CheckpointError([fault])
     state = {
         str(name): _tensor(path, name, value)
         for name, value in content.items()
@@ -215,10 +215,10 @@ def _faults(
             faults.append(Fault(f"{name} in {path}", shape, allowed, advice))
     statistics = [name for name in unexpected if name.endswith("norm.running_mean")]
     if statistics:
-        found = f"with statistics of batch norms ({_some(statistics)})"
+        held = f"with statistics of batch norms ({_some(statistics)})"
         allowed = "weights of the norm that MODEL.RESNETS.NORM names"
         advice = "set MODEL.RESNETS.NORM to FrozenBN or BN"
-        faults.append(Fault(str(path), found, allowed, advice))
+        faults.append(Fault(str(path), held, allowed, advice))
     return faults
 
 

@@ -1,1 +1,1 @@
-"""The published comparison, run on the machine at hand by ``d2scale reproduce``."""
+"""The published comparison, run on this machine by ``d2scale reproduce``."""

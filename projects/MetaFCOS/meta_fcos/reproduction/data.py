@@ -39,7 +39,7 @@ class Data:
 
     Attributes:
         root: the value of ``DETECTRON2_DATASETS`` for them.
-        name: tells it from other data; kept in the folder of the reproduction.
+        name: kept in the folder of the reproduction, which must not change its data.
         text: what to print about it.
         images: of training and validation, in a subset or drawn; None: the whole of COCO.
         coco: where a subset is cut from; None for drawn shapes.
@@ -166,9 +166,9 @@ def _missing_images(folder: Path, content: dict[str, Any]) -> list[Fault]:
     missing = [name for name in names if not (folder / name).is_file()]
     if not missing:
         return []
-    found = f"without {len(missing)} of its first {len(names)} images ({missing[0]})"
+    value = f"without {len(missing)} of its first {len(names)} images ({missing[0]})"
     advice = f"unpack {_SOURCES[folder.name]} again"
-    return [Fault(str(folder), found, "all images of the annotation file", advice)]
+    return [Fault(str(folder), value, "all images of the annotation file", advice)]
 
 
 def make(data: Data, contents: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The three published experiments, in full and in small, at full length or cut."""
+"""The three published experiments: their recipes, and their schedules at another length."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from d2scale.planning import rules
 
 FORMS = ("full", "small")
 THIRD_METHODS = ("published", "exact")
-# Of each training: enough to lose little to a kill, few enough to keep.
+# Checkpoints of a training: enough to lose little to a kill, few enough to keep.
 _CHECKPOINTS = 15
-# Rows that a training leaves in metrics.json at least, so that the noise of its loss is known.
+# Least rows of a training in metrics.json: the noise of its loss is estimated from them.
 _REPORTS = 60
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One of the three.
+    """A published experiment.
 
     Attributes:
         number: as published.
-        name: what it is.
-        gpus: on how many it was published.
-        time: how long it took there, on Quadro RTX 5000.
-        full: its recipe.
-        small: its recipe for a CPU.
+        name: in words.
+        gpus: Quadro RTX 5000 that it was published on.
+        time: that it took there.
+        full: name of its recipe.
+        small: name of its recipe for a CPU.
     """
 
     number: int
@@ -40,7 +40,7 @@ class Experiment:
 
     @property
     def title(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return f"{self.number} {self.name}"
 
     @property
@@ -86,7 +86,7 @@ def length_faults(images_seen: int, recipes: Sequence[Any]) -> list[Fault]:
 
 
 def length_settings(cfg: Any, images_seen: int | None) -> dict[str, Any]:
-    """Return the config keys that give a recipe another length, and those that watch over it.
+    """Return the config keys that give a recipe another length, with its checkpoints and reports.
 
     Cut to a third, before::
 
@@ -96,8 +96,8 @@ def length_settings(cfg: Any, images_seen: int | None) -> dict[str, Any]:
 
         SOLVER: {IMS_PER_BATCH: 16, MAX_ITER: 10000, STEPS: [6667, 8333], WARMUP_ITERS: 333}
 
-    Warm-up and learning-rate drops stand at the same fraction of the training, so a cut training
-    sees every learning rate; it is evaluated at its end only.
+    Warm-up and learning-rate drops keep their fraction of the training, so a cut training sees
+    every learning rate; it is evaluated at its end only.
 
     Args:
         cfg: the recipe; it is not changed.

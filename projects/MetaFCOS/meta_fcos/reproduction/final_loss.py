@@ -60,7 +60,7 @@ def compare(loss: FinalLoss, baseline: FinalLoss) -> str:
     difference = loss.mean - baseline.mean
     noise = math.hypot(loss.error, baseline.error)
     if math.isnan(noise):
-        return f"{difference:+.4f}; the training is too short to tell its noise"
+        return f"{difference:+.4f}; the training is too short to know its noise"
     agrees = abs(difference) <= NOISE_ERRORS * noise
     errors = f", {abs(difference) / noise:.1f} standard errors" if noise else ""
     return f"{difference:+.4f}{errors}: {'within noise' if agrees else 'more than noise'}"
