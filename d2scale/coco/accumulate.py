@@ -69,8 +69,8 @@ def accumulate(
                 hits.append(of_area)
             # The first three columns are about all areas, then each is about one.
             wanted = positives[:, [0, 0, *range(len(AREAS))], None]
-            found = np.stack(hits, axis=1) / np.maximum(wanted, 1)
-            recall[rows, ..., number] = np.where(wanted > 0, found, np.nan)
+            parts = np.stack(hits, axis=1) / np.maximum(wanted, 1)
+            recall[rows, ..., number] = np.where(wanted > 0, parts, np.nan)
     return Curves(precision, recall)
 
 
@@ -109,13 +109,13 @@ def _precision(
             continue
         too_many = np.insert(weights[:, left_out].cumsum(axis=1), 0, 0, axis=1)
         detections = sums[:, at] - too_many[:, np.searchsorted(left_out, at)]
-        found = weights[:, at].cumsum(axis=1)
+        hit_count = weights[:, at].cumsum(axis=1)
         # The order of these operations decides the last bit.
-        at_hits = found / (detections + np.spacing(1))
+        at_hits = hit_count / (detections + np.spacing(1))
         best = np.maximum.accumulate(at_hits[:, ::-1], axis=1)[:, ::-1]
         # Repeated as often as the hit counts, so that the n-th hit of a draw is the n-th element.
         by_hit = np.append(np.repeat(best, weights[:, at].ravel()), 0.0)
-        total = totals[:, level] = found[:, -1]
+        total = totals[:, level] = hit_count[:, -1]
         first = total.cumsum() - total
         reached = needed <= total[:, None]
         precision[:, level] = by_hit[np.where(reached, first[:, None] + needed - 1, -1)]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +78,9 @@ def category_faults(file: AnnotationFile, wanted: Mapping[int, str]) -> Iterable
 
 def missing_image_faults(file: AnnotationFile, image_root: Path) -> Iterable[Fault]:
     """Yield one fault if images of the file are not in ``image_root``."""
-    folders: dict[Path, Collection[str]] = {}
-    missing = []
-    for name in file.file_names:
-        path = image_root / name
-        if path.parent not in folders:
-            folders[path.parent] = _names_in(path.parent)
-        if path.name not in folders[path.parent]:
-            missing.append(name)
+    names_in = cache(_names_in)
+    paths = ((name, image_root / name) for name in file.file_names)
+    missing = [name for name, path in paths if path.name not in names_in(path.parent)]
     if missing:
         yield Fault(
             f"{len(missing)} of {len(file.file_names)} images of {file.path}",

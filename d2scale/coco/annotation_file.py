@@ -64,7 +64,7 @@ class AnnotationFile:
         images = numbers_of(self.image_ids[self.image_numbers], image_ids)
         kept = (classes >= 0) & (images >= 0) & (self.image_numbers >= 0)
         columns = (self.annotation_ids, images, classes, self.boxes, self.areas, self.crowds)
-        return GroundTruth(*columns).take(np.flatnonzero(kept))
+        return GroundTruth(*columns).take(kept)
 
 
 def read_annotation_file(path: Path) -> AnnotationFile:

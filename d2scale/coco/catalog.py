@@ -11,12 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from d2scale.coco.classes import (
-    ALL_CATEGORY_IDS,
-    BASE_CATEGORY_IDS,
-    COCO_CLASSES,
-    NOVEL_CATEGORY_IDS,
-)
+from d2scale.coco import classes
 from d2scale.errors import DataError, Fault
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
@@ -46,14 +41,14 @@ def _builtin_datasets() -> dict[str, DatasetSpec]:
             Path(f"coco/annotations/instances_{part}2017.json"),
             Path(f"coco/{part}2017"),
             ids,
-            tuple(COCO_CLASSES[category_id] for category_id in ids),
+            tuple(classes.COCO_CLASSES[category_id] for category_id in ids),
         )
         for part in ("train", "val")
         for name, ids in (
-            ("coco_2017_{}", ALL_CATEGORY_IDS),
-            ("coco_pretrain_{}_base", BASE_CATEGORY_IDS),
-            ("coco_pretrain_{}_novel", NOVEL_CATEGORY_IDS),
-            ("coco_pretrain_{}_all", ALL_CATEGORY_IDS),
+            ("coco_2017_{}", classes.ALL_CATEGORY_IDS),
+            ("coco_pretrain_{}_base", classes.BASE_CATEGORY_IDS),
+            ("coco_pretrain_{}_novel", classes.NOVEL_CATEGORY_IDS),
+            ("coco_pretrain_{}_all", classes.ALL_CATEGORY_IDS),
         )
     }
 

@@ -44,7 +44,7 @@ class GroundTruth(NamedTuple):
     crowds: np.ndarray
 
     def take(self, rows: np.ndarray | slice) -> GroundTruth:
-        """Return the boxes of these rows, in this order."""
+        """Return the boxes of these row numbers, in this order, or where a mask is true."""
         return GroundTruth(*(column[rows] for column in self))
 
 
@@ -62,7 +62,7 @@ class Detections(NamedTuple):
     scores: np.ndarray
 
     def take(self, rows: np.ndarray | slice) -> Detections:
-        """Return the detections of these rows, in this order."""
+        """Return the detections of these rows, likewise."""
         return Detections(*(column[rows] for column in self))
 
 

@@ -96,15 +96,12 @@ def starts_from_counts(counts: np.ndarray) -> np.ndarray:
 
 def concatenate(parts: Sequence[Records]) -> Records:
     """Return the images of all parts, in order."""
-    return Records(
-        np.concatenate([part.file_names for part in parts]),
-        np.concatenate([part.image_ids for part in parts]),
-        np.concatenate([part.heights for part in parts]),
-        np.concatenate([part.widths for part in parts]),
-        starts_from_counts(np.concatenate([part.box_counts for part in parts])),
-        np.concatenate([part.boxes for part in parts]),
-        np.concatenate([part.classes for part in parts]),
+    columns = ("file_names", "image_ids", "heights", "widths", "box_counts", "boxes", "classes")
+    file_names, image_ids, heights, widths, box_counts, boxes, classes = (
+        np.concatenate([getattr(part, column) for part in parts]) for column in columns
     )
+    starts = starts_from_counts(box_counts)
+    return Records(file_names, image_ids, heights, widths, starts, boxes, classes)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class CocoResults:
         classes = numbers_of(self.category_ids, category_ids)
         images = numbers_of(self.image_ids, image_ids)
         detections = Detections(images, classes, self.boxes, self.scores)
-        return detections.take(np.flatnonzero(classes >= 0))
+        return detections.take(classes >= 0)
 
     def to_json(self) -> str:
         """Return the contents of a results file: what ``json.dumps`` gives, in half the time."""

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -260,10 +261,9 @@ def _draw_crowd(picture: Image.Image, rng: np.random.Generator) -> dict[str, Any
     kind = KINDS[int(rng.integers(len(KINDS)))]
     radius = min(picture.size) / 40
     all_corners: Corners = []
-    for row in range(2):
-        for column in range(4):
-            place = ((2.5 * column + 2) * radius, (2.5 * row + 2) * radius, radius)
-            corners = _corners(kind, place)
-            ImageDraw.Draw(picture).polygon(corners, fill=kind.colour)
-            all_corners += corners
+    for row, column in product(range(2), range(4)):
+        place = ((2.5 * column + 2) * radius, (2.5 * row + 2) * radius, radius)
+        corners = _corners(kind, place)
+        ImageDraw.Draw(picture).polygon(corners, fill=kind.colour)
+        all_corners += corners
     return _annotation(all_corners, kind.category_id, picture.size, iscrowd=1)

@@ -10,7 +10,7 @@ from functools import cache
 from d2scale.coco.accumulate import METRICS
 from d2scale.errors import DataError
 from d2scale.report.detections import RunDetections, read_detections, read_evaluation_set
-from d2scale.report.noise import Noise, bootstrap
+from d2scale.report.noise import Band, Noise, bootstrap
 from d2scale.report.published import Publication
 from d2scale.report.runs import Run
 
@@ -128,11 +128,9 @@ def why_not_comparable_to_published(run: EvaluatedRun, publication: Publication)
         return reason.replace("one ", "the run ", 1).replace("the other", "the published", 1)
     if run.images is None:
         return "how many images the run was tested on is not known here"
-    if run.images != publication.test_images:
-        return (
-            f"the run was tested on {run.images} images, the published ones on "
-            f"{publication.test_images}"
-        )
+    published = publication.test_images
+    if run.images != published:
+        return f"the run was tested on {run.images} images, the published ones on {published}"
     return ""
 
 
@@ -158,7 +156,7 @@ class Difference:
 
     title: str
     values: Mapping[str, float]
-    bands: Mapping[str, tuple[float, float]]
+    bands: Mapping[str, Band]
 
     @property
     def beyond_noise(self) -> frozenset[str]:
@@ -168,29 +166,26 @@ class Difference:
 
 def difference_of_runs(run: EvaluatedRun, first: EvaluatedRun) -> Difference:
     """Return ``run`` minus ``first``, which must be comparable."""
-    bands = {}
+    bands: dict[str, Band | None] = {}
     if run.noise is not None and first.noise is not None:
-        for name in METRICS:
-            if band := run.noise.difference(first.noise, name):
-                bands[name] = band
-    return _difference(run, first.run.name, first.results, bands)
+        bands = {name: run.noise.difference(first.noise, name) for name in METRICS}
+    return _difference(run, first, bands)
 
 
 def difference_to_published(run: EvaluatedRun, published: Run) -> Difference:
     """Return ``run`` minus a published run, within the noise of ``run`` alone."""
-    bands = {}
-    for name, value in published.results.items():
-        if run.noise is not None and (band := run.noise.band(name)):
-            bands[name] = (band[0] - value, band[1] - value)
-    return _difference(run, published.name, published.results, bands)
+    bands: dict[str, Band | None] = {}
+    if run.noise is not None:
+        bands = {name: run.noise.band(name, value) for name, value in published.results.items()}
+    return _difference(run, as_reported(published), bands)
 
 
 def _difference(
-    run: EvaluatedRun,
-    name: str,
-    results: Mapping[str, float],
-    bands: Mapping[str, tuple[float, float]],
+    run: EvaluatedRun, other: EvaluatedRun, bands: Mapping[str, Band | None]
 ) -> Difference:
-    differences = {n: run.results.get(n, math.nan) - results.get(n, math.nan) for n in METRICS}
-    values = {n: value for n, value in differences.items() if math.isfinite(value)}
-    return Difference(f"{run.run.name} minus {name}", values, bands)
+    values = {n: run.results.get(n, math.nan) - other.results.get(n, math.nan) for n in METRICS}
+    return Difference(
+        f"{run.run.name} minus {other.run.name}",
+        {name: value for name, value in values.items() if math.isfinite(value)},
+        {name: band for name, band in bands.items() if band is not None},
+    )

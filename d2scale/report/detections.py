@@ -50,7 +50,7 @@ class EvaluationSet:
 
     def boxes_of(self, image: int) -> GroundTruth:
         """Return the boxes of one image that should be detected."""
-        return self.truth.take(np.flatnonzero((self.truth.images == image) & ~self.truth.crowds))
+        return self.truth.take((self.truth.images == image) & ~self.truth.crowds)
 
     def path_of(self, image: int) -> Path:
         """Return the file of an image."""

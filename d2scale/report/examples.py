@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from d2scale.coco.images import read_rgb
-from d2scale.coco.matching import Detections, corners_of
+from d2scale.coco.matching import Detections, GroundTruth, corners_of
 from d2scale.errors import DataError
 from d2scale.report.comparison import EvaluatedRun
-from d2scale.report.detections import EvaluationSet, RunDetections
+from d2scale.report.detections import EvaluationSet
 from d2scale.report.document import Picture, Section
 from d2scale.report.drawing import draw_boxes, to_jpeg
 from d2scale.report.formatting import join_names
@@ -38,28 +38,22 @@ def examples_section(group: Sequence[EvaluatedRun], notes: list[str]) -> Section
         return None
     dataset = next(iter(detected.values())).dataset
     images = _read_some(dataset, notes)
-    limits = {name: _score_limit(of_run, images) for name, of_run in detected.items()}
+    shown = {name: _to_draw(of_run.detections, images) for name, of_run in detected.items()}
     pictures = []
     for number, image in images.items():
-        truth = dataset.boxes_of(number)
         image_id = int(dataset.file.image_ids[number])
-        columns = [("ground truth", _draw(image, dataset, truth.boxes, truth.classes))]
-        for name, of_run in detected.items():
-            shown = _shown_on(number, of_run.detections, limits[name])
-            drawn = _draw(image, dataset, shown.boxes, shown.classes, shown.scores)
-            columns.append((name, drawn))
-        pictures += [
-            Picture(
-                f"example-{image_id}-{place}.jpg",
-                f"{name}, image {image_id}",
-                to_jpeg(drawn, _JPEG_QUALITY),
-                group=str(image_id),
-            )
-            for place, (name, drawn) in enumerate(columns)
+        columns: list[tuple[str, GroundTruth | Detections]] = [
+            ("ground truth", dataset.boxes_of(number)),
+            *((name, drawn.take(drawn.images == number)) for name, (drawn, _) in shown.items()),
         ]
-    texts = (f"{names}: {text}." for text, names in _legends(limits).items())
+        for place, (name, boxes) in enumerate(columns):
+            file, title = f"example-{image_id}-{place}.jpg", f"{name}, image {image_id}"
+            content = to_jpeg(_draw(image, dataset, boxes), _JPEG_QUALITY)
+            pictures.append(Picture(file, title, content, group=str(image_id)))
+    names = join_names((text, name) for name, (_, text) in shown.items())
+    texts = tuple(f"{runs}: {text}." for text, runs in names.items())
     title = f"Examples from {dataset.name}"
-    return Section(title, tuple(texts), pictures=tuple(pictures)) if pictures else None
+    return Section(title, texts, pictures=tuple(pictures)) if pictures else None
 
 
 def _read_some(dataset: EvaluationSet, notes: list[str]) -> dict[int, np.ndarray]:
@@ -91,39 +85,25 @@ def spread_images(dataset: EvaluationSet, wanted: int) -> list[int]:
     return list(dict.fromkeys([*spread, *good, *range(len(dataset))]))
 
 
-def _score_limit(of_run: RunDetections, images: Iterable[int]) -> float | None:
-    """Return the score from which detections are drawn, None for the best of each image."""
-    on_images = np.isin(of_run.detections.images, list(images))
-    sure = (of_run.detections.scores[on_images] >= SCORE_THRESHOLD).any()
-    return SCORE_THRESHOLD if sure else None
+def _to_draw(detections: Detections, images: Iterable[int]) -> tuple[Detections, str]:
+    """Return the detections to draw on these images, and what they are."""
+    chosen = detections.take(np.isin(detections.images, list(images)))
+    sure = chosen.scores >= SCORE_THRESHOLD
+    if sure.any():
+        text = f"detections with a score of {SCORE_THRESHOLD:.2f} and above"
+        return chosen.take(sure), text
+    chosen = chosen.take(np.lexsort((-chosen.scores, chosen.images)))
+    ranks = np.arange(len(chosen.scores)) - np.searchsorted(chosen.images, chosen.images)
+    text = f"the {_BEST} best detections of each image, none of which reaches {SCORE_THRESHOLD:.2f}"
+    return chosen.take(ranks < _BEST), text
 
 
-def _shown_on(image: int, detections: Detections, limit: float | None) -> Detections:
-    own = detections.take(np.flatnonzero(detections.images == image))
-    if limit is None:
-        return own.take(np.argsort(-own.scores, kind="stable")[:_BEST])
-    return own.take(np.flatnonzero(own.scores >= limit))
-
-
-def _legends(limits: dict[str, float | None]) -> dict[str, str]:
-    """Return the runs' names by what is drawn of their detections."""
-    sure = f"detections with a score of {SCORE_THRESHOLD:.2f} and above"
-    unsure = (
-        f"the {_BEST} best detections of each image, none of which reaches {SCORE_THRESHOLD:.2f}"
-    )
-    return join_names((unsure if limit is None else sure, name) for name, limit in limits.items())
-
-
-def _draw(
-    image: np.ndarray,
-    dataset: EvaluationSet,
-    boxes: np.ndarray,
-    classes: np.ndarray,
-    scores: np.ndarray | None = None,
-) -> np.ndarray:
-    """Draw boxes, x y width height in pixels of the image, on a copy of at most the usual size."""
+def _draw(image: np.ndarray, dataset: EvaluationSet, boxes: GroundTruth | Detections) -> np.ndarray:
+    """Draw boxes on a copy of the image, made small enough for a page."""
     height, width = image.shape[:2]
     scale = min(1.0, _LONGEST_EDGE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = np.asarray(Image.fromarray(image).resize(size))
-    return draw_boxes(small, corners_of(boxes) * scale, classes, dataset.class_names, scores)
+    scores = boxes.scores if isinstance(boxes, Detections) else None
+    corners = corners_of(boxes.boxes) * scale
+    return draw_boxes(small, corners, boxes.classes, dataset.class_names, scores)

@@ -10,14 +10,9 @@ Key = TypeVar("Key", bound=Hashable)
 NOTHING = "–"  # noqa: RUF001  the dash of an empty cell
 
 
-def show_metric(value: float | None) -> str:
-    """Return percent with the three digits of the published tables."""
-    return NOTHING if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def show_difference(value: float | None) -> str:
-    """Return a difference of percent, with its sign."""
-    return NOTHING if value is None or math.isnan(value) else f"{value:+.3f}"
+def show_metric(value: float | None, sign: str = "") -> str:
+    """Return percent with the three digits of the published tables; with its sign for "+"."""
+    return NOTHING if value is None or math.isnan(value) else f"{value:{sign}.3f}"
 
 
 def show_number(value: Any, digits: int = 4) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from d2scale.coco.annotation_file import examples
 from d2scale.run_folder.files import METRICS_FILE
 
 EVENT_FILES = "events.out.tfevents.*"
@@ -125,9 +126,8 @@ def _read_json_lines(path: Path, notes: list[str]) -> list[dict[str, float]]:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             broken.append(str(number))
     if broken:
-        shown = ", ".join(broken[:5]) + (" and more" if len(broken) > 5 else "")
         what = "line" if len(broken) == 1 else "lines"
-        notes.append(f"{path.name}: {what} {shown} cannot be read and left out")
+        notes.append(f"{path.name}: {what} {examples(broken)} cannot be read and left out")
     return lines
 
 
@@ -184,18 +184,12 @@ def _to_history(
     if repeated:
         notes.append(f"lines of steps that a resumed run repeated are left out ({repeated})")
     seconds = _seconds(rows, notes)
-    return History(
-        tuple(
-            Row(
-                int(row["iteration"]),
-                row["images_seen"],
-                second,
-                {name: value for name, value in row.items() if name not in _PLACES},
-            )
-            for row, second in zip(rows, seconds, strict=True)
-        ),
-        tuple(notes),
-    )
+    return History(tuple(map(_to_row, rows, seconds)), tuple(notes))
+
+
+def _to_row(row: Mapping[str, float], seconds: float) -> Row:
+    values = {name: value for name, value in row.items() if name not in _PLACES}
+    return Row(int(row["iteration"]), row["images_seen"], seconds, values)
 
 
 def _key(row: Mapping[str, float]) -> float:
@@ -240,13 +234,11 @@ def _seconds(rows: list[dict[str, float]], notes: list[str]) -> list[float]:
         return [row["wall_time"] - rows[0]["wall_time"] for row in rows]
     if rows:
         notes.append("wall time is not known; it is the sum of the step times, without evaluations")
-    seconds, total, before = [], 0.0, -1.0
-    last = math.nan
+    seconds, total, before, last = [], 0.0, -1.0, math.nan
     for row in rows:
         last = row.get("time", last)
-        steps = max(row["iteration"] - before, 0.0)
         if math.isfinite(last):
-            total += last * steps
+            total += last * max(row["iteration"] - before, 0.0)
         before = row["iteration"]
         seconds.append(total if math.isfinite(last) else math.nan)
     return seconds

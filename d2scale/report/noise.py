@@ -26,6 +26,8 @@ RESAMPLES = 200
 COVERAGE = 0.95
 _SEED = 0
 
+Band = tuple[float, float]  # low and high, percent
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -40,16 +42,16 @@ class Noise:
     exact: Mapping[str, float]
     draws: Mapping[str, np.ndarray]
 
-    def band(self, name: str) -> tuple[float, float] | None:
-        """Return the range that holds :data:`COVERAGE` of the resamples; None if unknown."""
-        return _around(self.exact[name], self.draws[name]) if name in self.draws else None
+    def band(self, name: str, minus: float = 0.0) -> Band | None:
+        """Return the range that holds :data:`COVERAGE` of the resamples, less ``minus``."""
+        return _around(self.exact[name] - minus, self.draws[name]) if name in self.draws else None
 
     def half_width(self, name: str) -> float | None:
         """Return half of the band's width."""
         band = self.band(name)
         return None if band is None else (band[1] - band[0]) / 2
 
-    def difference(self, other: Noise, name: str) -> tuple[float, float] | None:
+    def difference(self, other: Noise, name: str) -> Band | None:
         """Return the band of this minus ``other``, which must be on the same images."""
         if name not in self.draws or name not in other.draws:
             return None
@@ -57,7 +59,8 @@ class Noise:
         return _around(exact, self.draws[name] - other.draws[name])
 
 
-def _around(exact: float, draws: np.ndarray) -> tuple[float, float] | None:
+def _around(exact: float, draws: np.ndarray) -> Band | None:
+    """Return the range of the draws, moved to lie around ``exact``; None without any spread."""
     known = draws[np.isfinite(draws)]
     if len(known) < 2 or not np.isfinite(exact):
         return None

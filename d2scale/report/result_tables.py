@@ -1,4 +1,4 @@
-"""The tables of results: published columns, differences, AP of each class."""
+"""Results of runs: summary, published columns, differences, AP of each class."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from d2scale.report.comparison import (
     why_not_comparable_to_published,
 )
 from d2scale.report.document import Cell, Section, Table
-from d2scale.report.formatting import NOTHING, join_names, show_difference, show_metric
+from d2scale.report.formatting import NOTHING, join_names, show_metric
 from d2scale.report.noise import COVERAGE, RESAMPLES
 from d2scale.report.published import Publication
+from d2scale.report.training_tables import time_saved
 
+_NOT_NOISE = (
+    "The noise meant here is the choice of the test images. Training again, even if only rounding "
+    "differs, moves results as well; a single run cannot tell how much."
+)
 _NOISE = (
     f"±: half of the range that holds {COVERAGE:.0%} of {RESAMPLES} resamples of the test images. "
     "It says how far a value would move on other images of the same kind, and nothing about "
@@ -33,6 +38,41 @@ _BOLD_PUBLISHED = (
     "Under each difference to a published run: its range by the noise of the own run alone, "
     "because the published detections are not known. Bold: 0 lies outside."
 )
+
+
+def summary_lines(runs: Sequence[EvaluatedRun]) -> tuple[str, ...]:
+    """Return one line a run: AP, its difference to the first comparable run, and time saved."""
+    first_of = {run.run.name: group[0] for group in comparable_groups(runs) for run in group}
+    lines = []
+    for run in runs:
+        name = run.run.name
+        if "AP" not in run.results:
+            lines.append(f"{name}: no results of an evaluation.")
+            continue
+        text = f"{name}: AP {run.results['AP']:.3f}"
+        if half_width := run.half_width("AP"):
+            text += f" ± {half_width:.2f}"
+        text += _difference_to(first_of[name], run) if first_of[name] is not run else ""
+        saved = time_saved(run.run, runs[0].run)
+        if saved is not None:
+            less = "less" if saved > 0 else "more"
+            text += f"; {abs(saved):.0%} {less} time than {runs[0].run.name}"
+        lines.append(f"{text}.")
+    if len(runs) > 1 and any(run.noise is not None for run in runs):
+        lines.append(_NOT_NOISE)
+    return tuple(lines)
+
+
+def _difference_to(first: EvaluatedRun, run: EvaluatedRun) -> str:
+    difference = difference_of_runs(run, first)
+    if "AP" not in difference.values:
+        return ""
+    text = f", {difference.values['AP']:+.3f} against {first.run.name}"
+    if "AP" not in difference.bands:
+        return f"{text} (how much of it is noise is not known)"
+    if "AP" in difference.beyond_noise:
+        return f"{text} (more than the noise of the images)"
+    return f"{text} (within the noise of the images)"
 
 
 def results_section(runs: Sequence[EvaluatedRun], publications: Sequence[Publication]) -> Section:
@@ -104,7 +144,7 @@ def _difference_tables(title: str, differences: Sequence[Difference], note: str)
 
 
 def _difference(difference: Difference, name: str) -> Cell:
-    text = show_difference(difference.values.get(name))
+    text = show_metric(difference.values.get(name), "+")
     if name not in difference.bands or text == NOTHING:
         return Cell(text)
     low, high = difference.bands[name]

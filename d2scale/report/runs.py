@@ -127,7 +127,12 @@ def read_run(folder: Path, name: str) -> Run:
         folder=folder,
         engine=engine,
         settings=settings,
-        world_size=_world_size(folder, engine, settings, plan, log),
+        world_size=(
+            _whole_number(plan.get("world_size"))
+            or log.world_size
+            or _ranks_with_logs(folder)
+            or _whole_number(engine == "d2go" and settings.get("SOLVER.REFERENCE_WORLD_SIZE"))
+        ),
         plan=plan,
         machine=_read_json(folder / MACHINE_FILE, notes),
         history=history,
@@ -169,21 +174,10 @@ def _engine(folder: Path, settings: Mapping[str, Any]) -> str:
     return "detectron2" if settings else "unknown"
 
 
-def _world_size(
-    folder: Path,
-    engine: str,
-    settings: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    log: LogFacts,
-) -> int | None:
-    if known := _whole_number(plan.get("world_size")) or log.world_size:
-        return known
+def _ranks_with_logs(folder: Path) -> int | None:
     ranks = [path.name.rpartition("rank")[2] for path in folder.glob(f"{LOG_FILE}.rank*")]
-    if numbers := [int(rank) for rank in ranks if rank.isdigit()]:
-        return max(numbers) + 1
-    if engine == "d2go":
-        return _whole_number(settings.get("SOLVER.REFERENCE_WORLD_SIZE"))
-    return None
+    numbers = [int(rank) for rank in ranks if rank.isdigit()]
+    return max(numbers) + 1 if numbers else None
 
 
 def _d2go_test_set(folder: Path) -> str:

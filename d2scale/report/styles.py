@@ -1,4 +1,4 @@
-"""How runs are told apart in pictures: by colour, and by line style for those who see none."""
+"""How runs look in pictures: each has a colour, and a line style for those who see no colours."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ class Theme:
     """Colours of a picture.
 
     Attributes:
-        name: light or dark.
         paper, ink, grid: background, text, lines of the grid.
-        lines: of the runs, in order; told apart by colour-blind people too.
+        lines: of the runs, in order; distinct for colour-blind people too.
     """
 
-    name: str
     paper: str
     ink: str
     grid: str
@@ -33,14 +31,12 @@ class Theme:
 # After M. Okabe and K. Ito, "Color universal design" (2008), darkened and lightened in pairs so
 # that a line stands out from its paper.
 LIGHT = Theme(
-    "light",
     "#ffffff",
     "#1f2328",
     "#d8dee4",
     ("#0072b2", "#d55e00", "#007a5a", "#b0508a", "#7a6400", "#56606b"),
 )
 DARK = Theme(
-    "dark",
     "#161b22",
     "#e6edf3",
     "#30363d",

@@ -52,8 +52,8 @@ def settings_section(runs: Sequence[Run], publications: Sequence[Publication]) -
         "machine": lambda run: show_number(run.machine.get("description")),
     }
     notes = [
-        f"{each.title}: {each.source}. Ran on {each.machine}. {' '.join(each.notes)}"
-        for each in publications
+        f"{source.title}: {source.source}. Ran on {source.machine}. {' '.join(source.notes)}"
+        for source in publications
     ]
     return Section("Settings", tables=(_by_run("How they were trained", rows, runs, notes),))
 
@@ -89,9 +89,9 @@ def _images_per_gpu(run: Run) -> str:
 
 def throughput_section(runs: Sequence[Run], publications: Sequence[Publication]) -> Section:
     """Return speed and memory, and what was planned against what was measured."""
-    first = [(run, runs[0]) for run in runs]
-    first += [(run, each.runs[0]) for each in publications for run in each.runs]
-    saved = {id(run): _saved(run, reference) for run, reference in first}
+    pairs = [(run, runs[0]) for run in runs]
+    pairs += [(run, source.runs[0]) for source in publications for run in source.runs]
+    saved = {id(run): _saved(run, first) for run, first in pairs}
     rows: Rows = {
         "total time": lambda run: show_duration(run.total_seconds),
         "time saved against the first": lambda run: saved[id(run)],
@@ -108,7 +108,7 @@ def throughput_section(runs: Sequence[Run], publications: Sequence[Publication])
     first_gpu = [run.name for run in runs if run.max_memory_mib and run.engine != "d2scale"]
     if first_gpu:
         notes.append(f"Memory of the first GPU, which alone is logged: {', '.join(first_gpu)}.")
-    tables = [_by_run("Time and memory", rows, [run for run, _ in first], notes)]
+    tables = [_by_run("Time and memory", rows, [run for run, _ in pairs], notes)]
     if planned := [run for run in runs if run.plan]:
         tables.append(_by_run("The plan and what was measured", _PLAN_ROWS, planned))
     return Section("Throughput", tables=tuple(tables))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,8 @@ def visualize(
     Args:
         target: a run's folder, whose last checkpoint is taken, or a checkpoint file.
         output: folder of the pictures; made if it is not there.
-        inputs: images, and folders of images. Without any, a few images of ``DATASETS.TEST``
-            are taken, and the ground truth is on the left.
+        inputs: images, and folders of images; by default a few of ``DATASETS.TEST``, with the
+            ground truth on the left.
         config_file: of the model; by default ``config.yaml`` beside the checkpoint.
         opts: ``KEY VALUE`` pairs that win over the config.
         score_threshold: detections below are not drawn.
@@ -77,8 +78,7 @@ def visualize(
         DataError: if no image can be read.
     """
     if not 0 <= score_threshold <= 1:
-        fault = Fault("--score-threshold", score_threshold, "0 to 1", "choose one between them")
-        raise ConfigError([fault])
+        raise ConfigError([Fault("--score-threshold", score_threshold, "0 to 1", "correct it")])
     config, checkpoint = _find_checkpoint(target, config_file)
     cfg = _load_cfg(config, opts)
     tasks, wanted = _tasks(cfg, inputs)
@@ -169,18 +169,18 @@ def _readable(
     Raises:
         DataError: if none can be read.
     """
-    count = 0
+    read = 0
     for path, truth in tasks:
-        if count == wanted or len(notes) > max(wanted, DEFAULT_IMAGES):
+        if read == wanted or len(notes) > max(wanted, DEFAULT_IMAGES):
             break
         try:
             image = read_rgb(str(path))
         except DataError as error:
             notes.append(f"skipped: {error}")
             continue
-        count += 1
+        read += 1
         yield path, image, truth
-    if not count:
+    if not read:
         allowed = "at least one image that can be read"
         raise DataError([Fault("images", 0, allowed, "; ".join(notes) or "there are none")])
 
@@ -194,9 +194,9 @@ def _detect(
     resizing = ResizeAndFlip.for_testing(cfg).draw(0, Draw(0, 0), height, width)
     pixels = torch.from_numpy(image).permute(2, 0, 1)
     pixels = resize_and_flip(pixels, resizing, cfg.INPUT.FORMAT).to(device_of(cfg))
-    (found,) = model([{"image": pixels, "height": height, "width": width, "image_id": 0}])
+    (instances,) = model([{"image": pixels, "height": height, "width": width, "image_id": 0}])
     boxes, classes, scores = (
-        found[name].float().cpu().numpy() for name in ("boxes", "classes", "scores")
+        instances[name].float().cpu().numpy() for name in ("boxes", "classes", "scores")
     )
     kept = scores >= threshold
     return boxes[kept], classes[kept], scores[kept]
@@ -221,20 +221,14 @@ def _draw(
 
 def _class_names(cfg: CfgNode) -> tuple[str, ...]:
     """Return the names that the config's datasets have for the model's classes, if they do."""
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        names = dataset_spec(name).class_names if name in dataset_names() else None
-        if names:
-            return names
-    return ()
+    known = [n for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if n in dataset_names()]
+    return next(filter(None, (dataset_spec(name).class_names for name in known)), ())
 
 
 def _free_name(output: Path, stem: str, taken: Sequence[Path]) -> Path:
     """Return a name that no other picture of this call has; older ones are replaced."""
-    number, path = 1, output / f"{stem}.jpg"
-    while path in taken:
-        number += 1
-        path = output / f"{stem}-{number}.jpg"
-    return path
+    names = chain([stem], (f"{stem}-{number}" for number in count(2)))
+    return next(path for name in names if (path := output / f"{name}.jpg") not in taken)
 
 
 def _error(output: Path, reason: str) -> ConfigError:

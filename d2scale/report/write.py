@@ -5,29 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from d2scale.errors import DataError, Fault
-from d2scale.report.comparison import (
-    EvaluatedRun,
-    comparable_groups,
-    difference_of_runs,
-    evaluate_runs,
-)
+from d2scale.report.comparison import comparable_groups, evaluate_runs
 from d2scale.report.curves import draw_curves, draw_overview
 from d2scale.report.document import Document, Section
 from d2scale.report.examples import examples_section
 from d2scale.report.output import ReportFiles, check_output, picture_folder, write_files
 from d2scale.report.page import to_html, to_markdown
 from d2scale.report.published import Publication, read_published
-from d2scale.report.result_tables import results_section
+from d2scale.report.result_tables import results_section, summary_lines
 from d2scale.report.runs import Run, read_run
-from d2scale.report.training_tables import settings_section, throughput_section, time_saved
+from d2scale.report.training_tables import settings_section, throughput_section
 
-_NOISE = (
-    "The noise meant here is the choice of the test images. Training again, even if only rounding "
-    "differs, moves results as well; a single run cannot tell how much."
-)
 _CURVES = (
     "Thin: as reported. Thick: the mean over a twentieth of the axis. Different batch sizes line "
     "up against images seen only."
@@ -86,12 +78,9 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """Return the last parts of the paths, as few as make them unique."""
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return []
+    paths = [folder.resolve().parts for folder in folders]
+    candidates = (["/".join(parts[-length:]) for parts in paths] for length in count(1))
+    return next(names for names in candidates if len(set(names)) == len(names))
 
 
 def make_document(
@@ -110,58 +99,20 @@ def make_document(
     ]
     return Document(
         title=", ".join(run.name for run in runs),
-        summary=_summary(evaluated),
+        summary=summary_lines(evaluated),
         sections=tuple(section for section in sections if section is not None),
         notes=tuple(notes),
         overview=draw_overview(runs),
     )
 
 
-def _summary(runs: Sequence[EvaluatedRun]) -> tuple[str, ...]:
-    """Return one line a run: AP, its difference to the first comparable run, and time saved."""
-    first_of = {run.run.name: group[0] for group in comparable_groups(runs) for run in group}
-    lines = []
-    for run in runs:
-        name = run.run.name
-        if "AP" not in run.results:
-            lines.append(f"{name}: no results of an evaluation.")
-            continue
-        text = f"{name}: AP {run.results['AP']:.3f}"
-        if half_width := run.half_width("AP"):
-            text += f" ± {half_width:.2f}"
-        text += _difference_to(first_of[name], run) if first_of[name] is not run else ""
-        saved = time_saved(run.run, runs[0].run)
-        if saved is not None:
-            less = "less" if saved > 0 else "more"
-            text += f"; {abs(saved):.0%} {less} time than {runs[0].run.name}"
-        lines.append(f"{text}.")
-    if len(runs) > 1 and any(run.noise is not None for run in runs):
-        lines.append(_NOISE)
-    return tuple(lines)
-
-
-def _difference_to(first: EvaluatedRun, run: EvaluatedRun) -> str:
-    difference = difference_of_runs(run, first)
-    if "AP" not in difference.values:
-        return ""
-    text = f", {difference.values['AP']:+.3f} against {first.run.name}"
-    if "AP" not in difference.bands:
-        return f"{text} (how much of it is noise is not known)"
-    if "AP" in difference.beyond_noise:
-        return f"{text} (more than the noise of the images)"
-    return f"{text} (within the noise of the images)"
-
-
 def _pictures(document: Document) -> dict[str, bytes]:
     """Return every picture by its file's name; only the overview has one for dark pages too."""
     pictures = [picture for section in document.sections for picture in section.pictures]
-    files = {_file_name(picture.name): picture.light for picture in pictures}
+    # A run's name must not lead out of the folder.
+    names = [re.sub(r"[^A-Za-z0-9_.-]", "_", picture.name).lstrip(".") for picture in pictures]
+    files = {name: picture.light for name, picture in zip(names, pictures, strict=True)}
     if document.overview is not None:
         files[document.overview.name] = document.overview.light
         files[f"dark-{document.overview.name}"] = document.overview.dark
     return files
-
-
-def _file_name(name: str) -> str:
-    """Keep a run's name from leaving the folder."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".")

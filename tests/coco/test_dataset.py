@@ -168,7 +168,7 @@ def test_repeated_ids_are_named(coco):
     assert "'annotations'" in annotations
 
 
-def test_all_faults_are_told_at_once_and_in_one_line_each(coco):
+def test_all_faults_are_reported_at_once_and_in_one_line_each(coco):
     for number in range(40):
         coco.add(id=100 + number, image_id=77)
     coco.add(id=200, category_id=12)
@@ -196,7 +196,7 @@ def test_all_faults_are_told_at_once_and_in_one_line_each(coco):
     assert "'more than 2 pixels over the edge (annotations 205)'" in found
 
 
-def test_other_names_for_cocos_ids_are_told(coco):
+def test_other_names_for_cocos_ids_are_reported(coco):
     coco.content["categories"][0]["name"] = "dog"
     coco.write()
     (line,) = faults_of()
@@ -237,7 +237,7 @@ def test_polygons_are_skipped_and_nothing_else(coco, tmp_path):
     assert file.boxes.tolist() == [a["bbox"] for a in coco.content["annotations"]]
 
 
-def test_check_tells_the_faults_of_all_datasets(coco, coco_val):
+def test_check_reports_the_faults_of_all_datasets(coco, coco_val):
     coco.add(image_id=77)
     coco.write()
     shutil.rmtree(coco_val.images)

@@ -148,7 +148,7 @@ def fail(*arguments, **options):
     raise OSError(28, "No space left on device")
 
 
-def test_a_root_that_is_a_file_is_told(tmp_path):
+def test_a_root_that_is_a_file_is_reported(tmp_path):
     (tmp_path / "root").write_text("")
     with pytest.raises(DataError, match="a writable folder"):
         write(tmp_path / "root")

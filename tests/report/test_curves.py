@@ -64,7 +64,7 @@ def test_every_curve_against_every_axis_in_light_and_dark(runs, monkeypatch):
             assert near(image, theme.lines[1]) > 300
 
 
-def test_nothing_told_draws_nothing(make_run):
+def test_nothing_reported_draws_nothing(make_run):
     empty = read_run(make_run(lines=[]), "empty")
     assert draw_curves([empty]) == ()
     assert draw_overview([empty]) is None
@@ -106,7 +106,7 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 def test_lines_and_text_stand_out_from_the_paper(theme):
     """The Web Content Accessibility Guidelines ask 3 of lines and 4.5 of text."""
 

@@ -57,14 +57,14 @@ ENTRY = {"image_id": 1, "category_id": 13, "bbox": [0, 0, 5, 5], "score": 0.5}
         (json.dumps([{**ENTRY, "image_id": 77}]), "image 77 is not in"),
     ],
 )
-def test_broken_or_foreign_detections_are_told(make_run, shapes, content, message):
+def test_broken_or_foreign_detections_are_reported(make_run, shapes, content, message):
     folder = make_run(found=[])
     (folder / "inference" / "coco_instances_results.json").write_text(content)
     with pytest.raises(DataError, match=message):
         read(folder)
 
 
-def test_missing_detections_or_ground_truth_are_told(make_run, shapes, monkeypatch, tmp_path):
+def test_missing_detections_or_ground_truth_are_reported(make_run, shapes, monkeypatch, tmp_path):
     with pytest.raises(DataError, match="evaluate the run"):
         read(make_run("no detections"))
     unknown = make_run("unknown", found=[], config={"DATASETS": {"TEST": ["somebodys"]}})

@@ -47,7 +47,7 @@ def test_lines_of_another_form_are_left_out(tmp_path, line):
     assert history.notes == ("metrics.json: line 2 cannot be read and left out",)
 
 
-def test_images_are_computed_where_detectron2_does_not_tell_them(tmp_path):
+def test_images_are_computed_where_detectron2_does_not_report_them(tmp_path):
     write(tmp_path, [{"iteration": 19, "total_loss": 1.0, "time": 0.5}])
     history = read_history(tmp_path, 4)
     assert history.rows[0].images_seen == 80
@@ -126,5 +126,5 @@ def test_events_that_are_no_events(tmp_path):
     assert read_history(tmp_path, 4).rows == ()
 
 
-def test_an_empty_folder_tells_nothing(tmp_path):
+def test_an_empty_folder_has_no_rows(tmp_path):
     assert read_history(tmp_path, 4).rows == ()

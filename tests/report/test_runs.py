@@ -27,7 +27,7 @@ def test_a_run_of_d2scale(make_run):
     assert run.notes == ()
 
 
-def test_results_of_an_evaluation_before_the_end_are_told_as_such(make_run):
+def test_results_of_an_evaluation_before_the_end_are_reported_as_such(make_run):
     early = {"iteration": 5, "images_seen": 48, "elapsed_seconds": 3, "bbox/AP": 10.0}
     lines = [*step_lines(), early]
     run = read_run(make_run(lines=lines), "run")
@@ -58,7 +58,7 @@ def test_a_run_of_d2go_takes_scaled_keys_and_the_last_results_from_the_log(tmp_p
     assert run.test_set == name
 
 
-def test_of_several_test_sets_one_is_told(make_run):
+def test_of_several_test_sets_one_is_reported(make_run):
     lines = step_lines()
     last = {"iteration": 19, "images_seen": 160, "a/bbox/AP": 1.0, "b/bbox/AP": 2.0}
     run = read_run(make_run(lines=[*lines, last]), "run")
@@ -66,7 +66,7 @@ def test_of_several_test_sets_one_is_told(make_run):
     assert any("several test sets" in note for note in run.notes)
 
 
-def test_ranks_are_counted_by_their_logs_where_nothing_else_tells(tmp_path):
+def test_ranks_are_counted_by_their_logs_where_nothing_else_has_them(tmp_path):
     (tmp_path / "config.yaml").write_text("SOLVER: {IMS_PER_BATCH: 4}\n")
     for rank in (1, 10, 2):
         (tmp_path / f"log.txt.rank{rank}").touch()

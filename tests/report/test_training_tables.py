@@ -92,7 +92,7 @@ def test_runs_without_a_gpu_have_no_memory_and_say_so(runs):
     assert any("GPU" in note for note in table.notes)
 
 
-def test_memory_that_is_the_first_gpus_is_told_as_such(runs, make_run):
+def test_memory_that_is_the_first_gpus_is_marked_as_such(runs, make_run):
     folder = make_run("d2go", config={"D2GO_DATA": {"X": 1}})
     (folder / "log.txt").write_text("iter: 19  total_loss: 2  max_mem: 7168M\n")
     table = throughput_section([*runs, read_run(folder, "d2go")], ()).tables[0]

@@ -140,7 +140,7 @@ def test_the_command_prints_what_it_wrote(run_folder, tmp_path, capsys, stub):
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'grey.jpg'}\n"
 
 
-def test_what_cannot_be_drawn_is_told(run_folder, tmp_path):
+def test_what_cannot_be_drawn_is_reported(run_folder, tmp_path):
     with pytest.raises(CheckpointError, match="folder of a run"):
         visualize(tmp_path / "nowhere", tmp_path / "out")
     empty = tmp_path / "empty"
@@ -178,7 +178,7 @@ def test_a_config_of_another_engine_is_one_line(run_folder, tmp_path):
         visualize(run_folder, tmp_path / "out", config_file=str(other))
 
 
-def test_a_folder_that_cannot_be_written_is_told(run_folder, tmp_path, stub):
+def test_a_folder_that_cannot_be_written_is_reported(run_folder, tmp_path, stub):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--output"):
         visualize(run_folder, tmp_path / "file")

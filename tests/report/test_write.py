@@ -59,7 +59,7 @@ def test_a_whole_report(two_runs, tmp_path):
     assert all("computed from its detections" in note for note in files.notes)
 
 
-def test_what_is_wrong_with_a_run_is_told_and_the_rest_is_reported(two_runs, make_run, tmp_path):
+def test_faults_of_a_run_are_noted_and_the_rest_is_reported(two_runs, make_run, tmp_path):
     first, second = two_runs
     with open(second / "metrics.json", "a") as file:
         file.write('{"iteration": 99, "total')
@@ -91,7 +91,7 @@ def test_runs_that_are_none_are_refused(tmp_path, make_run):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_names_are_as_short_as_tells_them_apart(make_run):
+def test_names_are_as_short_as_uniqueness_allows(make_run):
     folders = [make_run(name) for name in ("a/run", "b/run", "c")]
     runs, _ = read_runs([*folders, folders[0] / ".." / "run"])
     assert [run.name for run in runs] == ["a/run", "b/run", runs[2].folder.parent.name + "/c"]
