@@ -13,7 +13,7 @@ def tiny(monkeypatch, tmp_path):
     """The demo on one process, a few images and steps."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "nowhere"))
-    options = replace(demo.OPTIONS, images_seen=17, only=(2,), images=(24, 2))
+    options = replace(demo.OPTIONS, images_seen=17, only="2", images=(24, 2))
     monkeypatch.setattr(demo, "OPTIONS", options)
 
 

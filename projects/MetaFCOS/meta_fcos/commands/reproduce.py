@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from d2scale.commands.common import Commands, add_command
-from d2scale.errors import ConfigError, Fault
 
 _EPILOG = """\
 Called again after an interruption, it goes on where it stopped. projects/MetaFCOS/README.md
@@ -52,7 +51,6 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale reproduce``."""
-    only = _numbers(arguments.only)
     from meta_fcos.reproduction.prepare import ReproductionOptions
     from meta_fcos.reproduction.reproduction import reproduce
 
@@ -61,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         form=arguments.form,
         images_seen=arguments.images_seen,
         num_gpus=arguments.num_gpus,
-        only=only,
+        only=arguments.only,
         third_method=arguments.method3,
     )
     try:
@@ -71,14 +69,3 @@ def run(arguments: argparse.Namespace) -> int:
         print("The same command goes on where this one stopped.", file=sys.stderr)
         raise
     return 0
-
-
-def _numbers(text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return ()
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        allowed = "some of 1, 2, 3, separated by commas"
-        fault = Fault("--only", text, allowed, "correct it, or leave it out for all")
-        raise ConfigError([fault]) from None

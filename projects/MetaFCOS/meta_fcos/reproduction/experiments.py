@@ -122,15 +122,18 @@ def length_settings(cfg: Any, images_seen: int | None) -> dict[str, Any]:
     }
 
 
-def chosen(numbers: Sequence[int]) -> tuple[Experiment, ...]:
-    """Return the experiments with these numbers, in the published order; all for none.
+def chosen(numbers: str | None) -> tuple[Experiment, ...]:
+    """Return the experiments of a list such as ``1,3``, in the published order; all for None.
 
     Raises:
         ConfigError: if there is no such experiment.
     """
-    known = [experiment.number for experiment in EXPERIMENTS]
-    if any(number not in known for number in numbers):
+    if numbers is None:
+        return EXPERIMENTS
+    words = [word.strip() for word in numbers.split(",")]
+    experiments = tuple(one for one in EXPERIMENTS if str(one.number) in words)
+    if len(experiments) < len(set(words)):
         allowed = "some of 1, 2, 3, separated by commas"
-        text = ",".join(map(str, numbers))
-        raise ConfigError([Fault("--only", text, allowed, "correct it, or leave it out for all")])
-    return tuple(one for one in EXPERIMENTS if not numbers or one.number in numbers)
+        advice = "correct it, or leave it out for all"
+        raise ConfigError([Fault("--only", numbers, allowed, advice)])
+    return experiments

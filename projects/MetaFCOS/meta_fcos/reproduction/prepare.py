@@ -46,7 +46,7 @@ class ReproductionOptions:
         form: ``full``, ``small``, or None: full on a machine with a GPU.
         images_seen: images that each training shows; None: its recipe's.
         num_gpus: see :meth:`~meta_fcos.reproduction.planned_experiment.Machine.at_hand`.
-        only: numbers of experiments; all, if empty.
+        only: numbers of experiments, such as ``1,3``; None: all.
         third_method: ``published`` or ``exact``, see
             :meth:`~meta_fcos.reproduction.experiments.Experiment.recipe`.
         images: of training and validation in the small form.
@@ -56,7 +56,7 @@ class ReproductionOptions:
     form: str | None = None
     images_seen: int | None = None
     num_gpus: int | None = None
-    only: tuple[int, ...] = ()
+    only: str | None = None
     third_method: str = "published"
     images: tuple[int, int] = (TRAIN_IMAGES, VAL_IMAGES)
 

@@ -96,7 +96,7 @@ SCRIPT = """
 import sys
 from meta_fcos.reproduction.reproduction import reproduce
 from meta_fcos.reproduction.prepare import ReproductionOptions
-options = ReproductionOptions(sys.argv[1], form="small", images_seen=48, only=(2,), images=(24, 2))
+options = ReproductionOptions(sys.argv[1], form="small", images_seen=48, only="2", images=(24, 2))
 for part in reproduce(options):
     print(part, flush=True)
 """
@@ -124,7 +124,7 @@ def test_killed_in_the_middle_and_called_again_it_ends_the_same(undisturbed, tmp
     # Its training holds the pipe until it ends too.
     killed.communicate(timeout=120)
     assert not is_finished(run)
-    shown = "\n".join(reproduce(options_for(folder, only=(2,))))
+    shown = "\n".join(reproduce(options_for(folder, only="2")))
     assert "goes on from model_" in shown
     ends = [
         torch.load(each / "model_final.pth", weights_only=True)
@@ -167,7 +167,7 @@ def test_a_training_that_fails_is_told_with_its_experiment(tmp_path, monkeypatch
     folder = tmp_path / "out"
     write_shapes_dataset(tmp_path / "real", 24, 2)
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "real"))
-    parts = reproduce(options_for(folder, only=(2,)))
+    parts = reproduce(options_for(folder, only="2"))
     next(parts)
     next(parts)
     image = next((tmp_path / "real" / "coco" / "train2017").iterdir())
