@@ -1,32 +1,33 @@
-"""Starting the ranks of a run with torch's elastic launcher, and bringing their errors back."""
+"""Start the ranks of a run as processes, join them in a group, and raise their errors here."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
 import signal
 import sys
 import tempfile
-import threading
 import time
-import traceback
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing import (
+    ProcessContext,
+    ProcessExitedException,
+    ProcessRaisedException,
+    start_processes,
+)
 
+from d2scale.engine.topology import Topology, address_of, under_torchrun, url_fault
 from d2scale.errors import ConfigError, D2ScaleError, Fault
+from d2scale.run_folder.files import write_atomically
 
 # The evaluation of a large dataset keeps the other ranks waiting for the first.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -34,78 +35,11 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _ECHO_SECONDS = 1.0
 _GLOO_SECONDS = 0.1
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_NOISY_LOGGERS = (
-    "torch.distributed.elastic",
-    "torch.multiprocessing",
-    "torch.distributed.launcher",
-)
-
-
-@dataclass(frozen=True)
-class Topology:
-    """The processes that a run shall have, as the command line names them.
-
-    Attributes:
-        num_processes: ranks on this machine, one to a GPU. Under torchrun its ranks are used.
-        num_machines: machines, on all of which the same command is started.
-        machine_rank: number of this machine, from 0.
-        dist_url: ``tcp://HOST:PORT`` of machine 0; ``auto`` finds a port on a single machine.
-    """
-
-    num_processes: int = 1
-    num_machines: int = 1
-    machine_rank: int = 0
-    dist_url: str = "auto"
-
-    @property
-    def world_size(self) -> int:
-        """Ranks of the whole run: torchrun's, if it started this process."""
-        if under_torchrun():
-            return int(os.environ["WORLD_SIZE"])
-        return self.num_processes * self.num_machines
-
-    def faults(self, gpus: int | None = None) -> list[Fault]:
-        """Return what makes it impossible to start the ranks.
-
-        Args:
-            gpus: of this machine; None: a rank needs none.
-        """
-        processes = self.num_processes
-        if under_torchrun():
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        faults = []
-        for option, value in (("--num-gpus", processes), ("--num-machines", self.num_machines)):
-            if value < 1:
-                faults.append(Fault(option, value, "1 or more", "correct it"))
-        if gpus is not None and processes > gpus:
-            allowed = f"at most {gpus}, the GPUs of this machine"
-            advice = "use fewer, or set MODEL.DEVICE to cpu"
-            faults.append(Fault("--num-gpus", processes, allowed, advice))
-        return faults + self._address_faults()
-
-    def _address_faults(self) -> list[Fault]:
-        faults = []
-        try:
-            if self.dist_url != "auto":
-                _endpoint(self.dist_url)
-            elif self.num_machines > 1:
-                faults.append(_url_fault(self.dist_url))
-        except ConfigError as error:
-            faults += error.faults
-        if not 0 <= self.machine_rank < max(1, self.num_machines):
-            allowed = f"0 to {self.num_machines - 1}"
-            faults.append(Fault("--machine-rank", self.machine_rank, allowed, "number from 0"))
-        return faults
+_THREADS = "OMP_NUM_THREADS"
 
 
 class RankError(RuntimeError):
     """A rank ended by a fault of the program; the text is its traceback."""
-
-
-def under_torchrun() -> bool:
-    """Return whether this process is a rank that someone else has started."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
 def launch(
@@ -113,7 +47,7 @@ def launch(
     args: Sequence[Any] = (),
     topology: Topology | None = None,
     *,
-    use_cuda: bool | None = None,
+    use_cuda: bool = False,
 ) -> Any:
     """Run ``function(*args)`` on every rank and return what the first rank here returned.
 
@@ -126,7 +60,7 @@ def launch(
             CUDA, its device set.
         args: its arguments.
         topology: the processes; None: one.
-        use_cuda: one GPU to a rank; None: if CUDA is there.
+        use_cuda: one GPU to a rank.
 
     Raises:
         D2ScaleError: what a rank raised, or a rank that was killed.
@@ -134,106 +68,107 @@ def launch(
         KeyboardInterrupt: Ctrl-C, after all ranks have ended.
     """
     topology = topology or Topology()
-    use_cuda = torch.cuda.is_available() if use_cuda is None else use_cuda
     if under_torchrun():
-        return _run_in_group(function, args, use_cuda)
+        return _run_in_group(function, args, *_torchruns_group(), use_cuda=use_cuda)
     if topology.world_size == 1:
         return function(*args)
-    faults = topology.faults()
-    if faults:
+    if faults := topology.faults():
         raise ConfigError(faults)
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="d2scale-"))
-        config = _launch_config(topology, folder)
-        stack.enter_context(_quiet_loggers())
-        stack.enter_context(_signal_handlers_kept())
-        stack.enter_context(_threads_divided(topology.num_processes))
-        try:
-            results = elastic_launch(config, _run_rank)(function, tuple(args), use_cuda, folder)
-        except ChildFailedError as error:
-            raise _error_of_ranks(Path(folder), error) from None
-        except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise SystemExit(128 + error.sigval) from None
-    return results[min(results)]
+    with tempfile.TemporaryDirectory(prefix="d2scale-") as name:
+        folder = Path(name)
+        with _threads_divided(topology.num_processes):
+            ranks = start_processes(
+                _run_rank,
+                (function, tuple(args), topology, folder, use_cuda),
+                topology.num_processes,
+                join=False,
+                start_method="spawn",
+            )
+        _wait(ranks, topology, folder)
+        return pickle.loads((folder / "result").read_bytes())  # noqa: S301  written by a rank
 
 
-def _launch_config(topology: Topology, folder: str) -> LaunchConfig:
-    common: dict[str, Any] = {
-        "min_nodes": topology.num_machines,
-        "max_nodes": topology.num_machines,
-        "nproc_per_node": topology.num_processes,
-        "max_restarts": 0,
-        "start_method": "spawn",
-        "logs_specs": DefaultLogsSpecs(log_dir=folder),
-    }
-    url = topology.dist_url
-    if topology.num_machines == 1:
-        return LaunchConfig(
-            **common,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint=_endpoint(url) if topology.dist_url != "auto" else "localhost:0",
-            # A laptop's own host name need not resolve.
-            local_addr="localhost",
-        )
-    return LaunchConfig(
-        **common,
-        run_id="d2scale",
-        rdzv_backend="static",
-        rdzv_endpoint=_endpoint(url),
-        rdzv_configs={"rank": topology.machine_rank, "timeout": 900},
-    )
-
-
-def _url_fault(dist_url: str) -> Fault:
-    return Fault(
-        "--dist-url",
-        dist_url,
-        "tcp://HOST:PORT, or auto on a single machine",
-        "give the address of machine 0 and a port that is free there",
-    )
-
-
-def _endpoint(dist_url: str) -> str:
-    """``tcp://HOST:PORT`` without its scheme."""
+def _wait(ranks: ProcessContext, topology: Topology, folder: Path) -> None:
+    """Wait until all ranks have ended; at the first failure, and at Ctrl-C, end the others."""
+    # What it warns of, ending the other ranks, is not worth a line.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
-        parts = urlsplit(dist_url)
-        if parts.scheme == "tcp" and parts.hostname and parts.port:
-            return parts.netloc
-    except ValueError:  # a port that is no number
-        pass
-    raise ConfigError([_url_fault(dist_url)])
+        while not ranks.join():
+            pass
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        raise _error_of_ranks(error, topology, folder) from None
+    finally:
+        for process in ranks.processes:
+            process.terminate()
+        for process in ranks.processes:
+            process.join()
+
+
+def _error_of_ranks(
+    first: ProcessExitedException | ProcessRaisedException, topology: Topology, folder: Path
+) -> BaseException:
+    """Return the first mistake of the user that a rank met, or else what ended the first rank."""
+    errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
+    if errors:
+        error: D2ScaleError = pickle.loads(errors[0].read_bytes())  # noqa: S301  by a rank
+        return error
+    rank = topology.machine_rank * topology.num_processes + first.error_index
+    if isinstance(first, ProcessRaisedException):
+        return RankError(f"rank {rank} failed:\n{first}")
+    if first.signal_name == "SIGINT":
+        return KeyboardInterrupt()
+    if first.signal_name is None:
+        return RankError(f"rank {rank} ended with exit status {first.exit_code}")
+    cause = ""
+    if first.signal_name == "SIGKILL":
+        cause = "; the system does that when the machine runs out of memory"
+    return D2ScaleError(f"rank {rank} was ended from outside by {first.signal_name}{cause}")
 
 
 def _run_rank(
-    function: Callable[..., Any], args: tuple[Any, ...], use_cuda: bool, folder: str
-) -> Any:
-    """Entry of a spawned rank: its error goes to ``folder``, not to the terminal."""
+    local_rank: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    topology: Topology,
+    folder: Path,
+    use_cuda: bool,
+) -> None:
+    """Be a spawned rank: leave the result, or a D2ScaleError, in ``folder`` for the parent."""
     # Ctrl-C reaches every process of a terminal: end at once, wherever a collective hangs.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        return _run_in_group(function, args, use_cuda)
-    except Exception as error:
-        content = error if isinstance(error, D2ScaleError) else traceback.format_exc()
-        _write_error(Path(folder), int(os.environ["RANK"]), content)
-        if not isinstance(error, D2ScaleError):
-            # Perhaps only the echo of a rank that was killed: the launcher shall see that first.
-            time.sleep(_ECHO_SECONDS)
+        group = _spawned_group(local_rank, topology, folder, use_cuda)
+        result = _run_in_group(function, args, *group, use_cuda=use_cuda)
+    except D2ScaleError as error:
+        write_atomically(folder / f"{local_rank}.error", pickle.dumps(error))
         sys.exit(1)
+    except Exception:
+        # Perhaps only the echo of a rank that was killed: the parent shall see that first.
+        time.sleep(_ECHO_SECONDS)
+        raise
+    if local_rank == 0:
+        (folder / "result").write_bytes(pickle.dumps(result))
 
 
-def _run_in_group(function: Callable[..., Any], args: Sequence[Any], use_cuda: bool) -> Any:
-    """Run ``function`` inside the process group that the environment describes."""
+def _run_in_group(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    store: dist.Store,
+    local_rank: int,
+    rank: int,
+    world_size: int,
+    *,
+    use_cuda: bool,
+) -> Any:
+    """Run ``function`` inside a process group whose ranks meet in ``store``."""
+    options: dict[str, Any] = {"backend": "gloo"}
     if use_cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device, **_meeting_place()
-        )
-    else:
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT, **_meeting_place())
+        options = {"backend": "nccl", "device_id": device}
+    dist.init_process_group(
+        store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT, **options
+    )
     result = function(*args)
     # Not after an error: the other ranks may be inside a collective. And not at once: gloo's
     # thread may still hold the last operation, and the group waits for it with Python's lock.
@@ -242,96 +177,72 @@ def _run_in_group(function: Callable[..., Any], args: Sequence[Any], use_cuda: b
     return result
 
 
-def _meeting_place() -> dict[str, Any]:
-    """Where ranks that torchrun has started again meet: not where the dead ones did.
-
-    Its agent may keep one store for all starts, in which a rank could find the address of a
-    rank that was killed. Each machine counts its own restarts, so this is for one machine.
-    """
-    restarts = os.environ.get(RESTARTS, "0")
-    if restarts == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return {}
-    store, number, ranks = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
-    store = dist.PrefixStore(f"restart{restarts}", store)
-    return {"store": store, "rank": number, "world_size": ranks}
+Group = tuple[dist.Store, int, int, int]
 
 
-def _write_error(folder: Path, rank: int, content: D2ScaleError | str) -> None:
-    partial = folder / f"rank{rank}.partial"
-    partial.write_bytes(pickle.dumps(content))
-    partial.rename(folder / f"rank{rank}.error")
+def _torchruns_group() -> Group:
+    """Return store, local rank, rank and world size of a rank that torchrun has started."""
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
+    # Its agent may keep one store for all starts, in which a rank could find the address of a
+    # rank that was killed. Each machine counts its own restarts, so this is for one machine.
+    restarts = os.environ.get(RESTARTS) if os.environ.get("GROUP_WORLD_SIZE") == "1" else None
+    store = dist.PrefixStore(f"restart{restarts or 0}", store)
+    return store, int(os.environ.get("LOCAL_RANK", "0")), rank, world_size
 
 
-def _error_of_ranks(folder: Path, failed: ChildFailedError) -> Exception:
-    """The first mistake of the user that a rank met, or else the first fault of the program."""
-    files = sorted(folder.glob("rank*.error"), key=lambda path: path.stat().st_mtime_ns)
-    # The folder is private to this process and the ranks that it started.
-    found = [(path.stem, pickle.loads(path.read_bytes())) for path in files]  # noqa: S301
-    for _, content in found:
-        if isinstance(content, D2ScaleError):
-            return content
-    rank, failure = failed.get_first_failure()
-    if failure.exitcode < 0:
-        return _killed(rank, signal.Signals(-failure.exitcode).name)
-    if found:
-        name, text = found[0]
-        return RankError(f"{name} failed:\n{text}")
-    return RankError(f"rank {rank} ended with exit status {failure.exitcode}")
-
-
-def _killed(rank: int, signal_name: str) -> D2ScaleError:
-    cause = ""
-    if signal_name == "SIGKILL":
-        cause = "; the system does that when the machine runs out of memory"
-    return D2ScaleError(f"rank {rank} was ended from outside by {signal_name}{cause}")
-
-
-@contextmanager
-def _quiet_loggers() -> Iterator[None]:
-    """Keep the launcher from reporting again, and at length, what ``launch`` raises."""
-    # Each of torch's loggers has a level of its own, so a parent's would not do.
-    known = [name for name in logging.root.manager.loggerDict if name.startswith(_NOISY_LOGGERS)]
-    loggers = [logging.getLogger(name) for name in known]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.CRITICAL)
+def _spawned_group(local_rank: int, topology: Topology, folder: Path, use_cuda: bool) -> Group:
+    """Return store, local rank, rank and world size of a rank that was started here."""
+    rank = topology.machine_rank * topology.num_processes + local_rank
+    world_size = topology.world_size
+    if topology.num_machines == 1:
+        # No port that another program could take meanwhile.
+        return dist.FileStore(str(folder / "store"), world_size), local_rank, rank, world_size
+    address = address_of(topology.dist_url)
+    assert address is not None
     try:
-        yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+        store = dist.TCPStore(
+            *address, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False
+        )
+    except dist.DistNetworkError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError([url_fault(topology.dist_url, reason)]) from error
+    _refuse_other_machines(store, topology, use_cuda)
+    return dist.PrefixStore("ranks", store), local_rank, rank, world_size
 
 
-@contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Restore the handlers that the launcher replaces."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _cores() -> int:
-    """Cores that this process may use; all of the machine's where that cannot be asked."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _refuse_other_machines(store: dist.Store, topology: Topology, use_cuda: bool) -> None:
+    """Compare what must be known before a group can be made: a wrong one would wait for ever."""
+    facts = {
+        "--num-machines": topology.num_machines,
+        "--num-gpus": topology.num_processes,
+        "MODEL.DEVICE": "cuda" if use_cuda else "cpu",
+    }
+    store.set(f"machine{topology.machine_rank}", json.dumps(facts))
+    first = json.loads(store.get("machine0"))
+    for number in range(1, topology.num_machines):
+        other = json.loads(store.get(f"machine{number}"))
+        advice = "start the run with the same on every machine"
+        faults = [
+            Fault(
+                f"{key} on machine {number}", other[key], f"{first[key]!r}, as on machine 0", advice
+            )
+            for key in first
+            if other[key] != first[key]
+        ]
+        if faults:
+            raise ConfigError(faults)
 
 
 @contextmanager
 def _threads_divided(num_processes: int) -> Iterator[None]:
     """Give each rank its part of the cores, unless the user has decided."""
-    name = "OMP_NUM_THREADS"
-    if name in os.environ:
+    if _THREADS in os.environ:
         yield
         return
-    os.environ[name] = str(max(1, _cores() // num_processes))
+    # Cores that this process may use; all of the machine's where that cannot be asked.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ[_THREADS] = str(max(1, (cores or 1) // num_processes))
     try:
         yield
     finally:
-        del os.environ[name]
+        del os.environ[_THREADS]

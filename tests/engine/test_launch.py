@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -74,6 +75,56 @@ def test_interrupt_ends_all_ranks_quietly(tmp_path, capfd):
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
     assert capfd.readouterr().err == ""
+
+
+def test_ranks_end_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(
+        "from d2scale.engine.launch import Topology, launch\n"
+        "from rank_functions import sleep_for_ever\n"
+        "if __name__ == '__main__':\n"
+        f"    launch(sleep_for_ever, [r'{tmp_path}/pid'], Topology(2))\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(SUPPORT)}
+    )
+    try:
+        ranks = wait_for(lambda: pids_in(tmp_path) if len(pids_in(tmp_path)) == 2 else None)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(map(is_running, ranks)))
+
+
+def wait_for(condition, seconds=100):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value
+
+
+def pids_in(folder):
+    return [int(file.read_text()) for file in folder.glob("pid.*") if file.read_text()]
+
+
+def is_running(pid):
+    try:
+        # One that has ended and waits for its parent is a zombie.
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_port_that_another_program_uses_is_told_in_one_line():
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        url = f"tcp://localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=r"--dist-url .*in use") as caught:
+            launch(torch.get_num_threads, topology=Topology(1, 2, 0, url))
+    assert "\n" not in str(caught.value)
 
 
 def test_under_torchrun_the_ranks_are_used(tmp_path):

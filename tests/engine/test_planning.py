@@ -187,6 +187,7 @@ def on_two_machines(folder, *options):
             ("--method", "per_gpu"),
             "--method on rank 1 is 'per_gpu'; allowed: None, as on rank 0; ",
         ),
+        (("--num-gpus", "2"), (), "--num-gpus on machine 1 is 1; allowed: 2, as on machine 0; "),
     ],
 )
 def test_machines_that_are_given_different_runs_end_with_one_line(shapes, first, second, line):

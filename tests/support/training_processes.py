@@ -21,6 +21,7 @@ import torch.distributed as dist
 from d2scale import cli
 from d2scale.engine import planning
 from d2scale.engine.trainer import Trainer
+from d2scale.step.ranks import rank
 
 RECIPE = """
 _BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml
@@ -56,7 +57,7 @@ def _kill_before_a_step() -> None:
     take_step = Trainer.take_step
 
     def hooked(trainer):
-        mine = os.environ.get("RANK", "0") == os.environ["KILL_RANK"]
+        mine = str(rank()) == os.environ["KILL_RANK"]
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if mine and first and trainer.next_iteration == int(os.environ["KILL_BEFORE"]):
             _die()

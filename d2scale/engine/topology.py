@@ -1,0 +1,80 @@
+"""The processes and machines of a run, as the command line or torchrun names them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from d2scale.errors import Fault
+
+
+def under_torchrun() -> bool:
+    """Return whether torchrun has started this process, as one rank of a run."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The processes and machines of a run.
+
+    Attributes:
+        num_processes: ranks on this machine, one to a GPU. Under torchrun its ranks are used.
+        num_machines: machines, on all of which the same command is started.
+        machine_rank: number of this machine, from 0.
+        dist_url: ``tcp://HOST:PORT`` of machine 0; ``auto`` on a single machine.
+    """
+
+    num_processes: int = 1
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the whole run."""
+        if under_torchrun():
+            return int(os.environ["WORLD_SIZE"])
+        return self.num_processes * self.num_machines
+
+    def faults(self, gpus: int | None = None) -> list[Fault]:
+        """Return what makes it impossible to start the ranks.
+
+        Args:
+            gpus: of this machine; None: a rank needs none.
+        """
+        processes = self.num_processes
+        if under_torchrun():
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        faults = []
+        for option, value in (("--num-gpus", processes), ("--num-machines", self.num_machines)):
+            if value < 1:
+                faults.append(Fault(option, value, "1 or more", "correct it"))
+        if gpus is not None and processes > gpus:
+            allowed = f"at most {gpus}, the GPUs of this machine"
+            advice = "use fewer, or set MODEL.DEVICE to cpu"
+            faults.append(Fault("--num-gpus", processes, allowed, advice))
+        if not 0 <= self.machine_rank < max(1, self.num_machines):
+            allowed = f"0 to {self.num_machines - 1}"
+            faults.append(Fault("--machine-rank", self.machine_rank, allowed, "number from 0"))
+        needs_no_url = self.num_machines == 1 and self.dist_url == "auto"
+        if not needs_no_url and address_of(self.dist_url) is None:
+            faults.append(url_fault(self.dist_url))
+        return faults
+
+
+def address_of(url: str) -> tuple[str, int] | None:
+    """Return host and port of ``tcp://HOST:PORT``; None for anything else."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme == "tcp" and parts.hostname and parts.port:
+            return parts.hostname, parts.port
+    except ValueError:  # a port that is no number
+        pass
+    return None
+
+
+def url_fault(url: str, reason: str = "") -> Fault:
+    allowed = "tcp://HOST:PORT, or auto on a single machine"
+    advice = "give the address of machine 0 and a port that is free there"
+    return Fault("--dist-url", url, allowed, f"{advice} ({reason})" if reason else advice)
