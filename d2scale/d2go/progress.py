@@ -18,7 +18,8 @@ from d2scale import __version__
 from d2scale.d2go.config import exit_on_user_error
 from d2scale.d2go.scaling_methods import applied_plan
 from d2scale.errors import CheckpointError, Fault
-from d2scale.planning.progress import FORMAT, Progress, continue_training, recipe_of
+from d2scale.planning.continuation import continue_training
+from d2scale.planning.progress import FORMAT, Progress, recipe_of
 
 logger = logging.getLogger(__name__)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from tabulate import tabulate
-
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.coverage import find_profile, name_of_variant, variant
+from d2scale.planning.formats import table
 from d2scale.planning.hardware import BUDGET, Hardware
-from d2scale.planning.plan import make_plan
+from d2scale.planning.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -22,17 +21,13 @@ class Choice:
 
     Attributes:
         amp, activation_checkpointing: the choice.
-        ims_per_gpu, accumulation_steps, ims_per_batch, predicted_peak_gib: as planned; None if
-            it cannot be.
-        note: why it cannot be; empty otherwise.
+        plan: None if there is none.
+        note: why there is none; empty otherwise.
     """
 
     amp: bool
     activation_checkpointing: bool
-    ims_per_gpu: int | None = None
-    accumulation_steps: int | None = None
-    ims_per_batch: int | None = None
-    predicted_peak_gib: float | None = None
+    plan: Plan | None = None
     note: str = ""
 
     @property
@@ -80,42 +75,41 @@ def _choice(
         if any(fault.key != BUDGET for fault in error.faults):
             raise
         return replace(choice, note=f"needs {error.faults[0].allowed}")
-    return replace(
-        choice,
-        ims_per_gpu=plan.ims_per_gpu,
-        accumulation_steps=plan.accumulation_steps,
-        ims_per_batch=plan.ims_per_batch,
-        predicted_peak_gib=plan.predicted_peak_gib,
-    )
+    return replace(choice, plan=plan)
 
 
 def to_table(choices: Sequence[Choice]) -> str:
     """Return the choices for a reader."""
-    rows = [
-        (
-            choice.name,
-            _show(choice.ims_per_gpu),
-            _show(choice.accumulation_steps),
-            _show(choice.ims_per_batch),
-            "" if choice.predicted_peak_gib is None else f"{choice.predicted_peak_gib:.2f}",
-            choice.note,
-        )
-        for choice in choices
-    ]
     headers = ["choice", "images per GPU", "accumulation steps", "total batch"]
     headers += ["predicted peak GiB", "note"]
+    rows = []
+    for choice in choices:
+        *numbers, peak_gib = _facts(choice).values()
+        peak = None if peak_gib is None else f"{peak_gib:.2f}"
+        rows.append((choice.name, *numbers, peak, choice.note))
     if not any(choice.note for choice in choices):
-        headers, rows = headers[:-1], [row[:-1] for row in rows]  # type: ignore[misc]
-    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
+    return table(headers, rows)
 
 
 def to_json(choices: Sequence[Choice]) -> str:
     """Return the choices as JSON text."""
-    return json.dumps([asdict(choice) for choice in choices], indent=2)
+    content = [
+        {
+            "amp": choice.amp,
+            "activation_checkpointing": choice.activation_checkpointing,
+            **_facts(choice),
+            "note": choice.note,
+        }
+        for choice in choices
+    ]
+    return json.dumps(content, indent=2)
 
 
-def _show(value: int | None) -> str:
-    return "" if value is None else str(value)
+def _facts(choice: Choice) -> dict[str, Any]:
+    """Return what the choices are compared by; None where there is no plan."""
+    names = ("ims_per_gpu", "accumulation_steps", "ims_per_batch", "predicted_peak_gib")
+    return {name: getattr(choice.plan, name, None) for name in names}
 
 
 def _nothing_to_compare(hardware: Hardware) -> Fault:

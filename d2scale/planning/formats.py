@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -18,6 +18,18 @@ from d2scale.planning.plan import Plan
 _D2GO_ONLY_SECTIONS = ("QUANTIZATION.", "MODEL_EMA.")
 # Device memory in GiB that many GPUs have.
 _USUAL_GIB = (8, 11, 16, 24, 40, 80)
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table in Markdown; the entries of a list are joined, None is an empty cell."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    return tabulate(cells, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def to_table(plan: Plan) -> str:
@@ -35,18 +47,9 @@ def to_table(plan: Plan) -> str:
     ]
     lines = [f"{name + ':':23}{value}" for name, value in facts]
     lines += [f"note: {note}" for note in plan.notes]
-    rows = [(key, _show(old), _show(new)) for key, (old, new) in plan.changes.items()]
-    table = tabulate(
-        rows,
-        headers=["config key", "old value", "new value"],
-        tablefmt="pipe",
-        disable_numparse=True,
-    )
-    return "\n".join([*lines, "", table if rows else "No key changes."])
-
-
-def _show(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    rows = [(key, old, new) for key, (old, new) in plan.changes.items()]
+    changes = table(["config key", "old value", "new value"], rows) if rows else "No key changes."
+    return "\n".join([*lines, "", changes])
 
 
 def to_json(plan: Plan) -> str:
@@ -109,22 +112,14 @@ def profiles_table(profiles: Sequence[MemoryProfile], fraction: float) -> str:
 
 
 def _points(profile: MemoryProfile) -> str:
-    rows = [
-        (
-            point.ims_per_gpu,
-            _gib(point.live_bytes),
-            _gib(point.reserved_bytes),
-            "" if point.needed_bytes is None else _gib(point.needed_bytes),
-            _gib(profile.peak_bytes(point.ims_per_gpu)),
-        )
-        for point in profile.points
-    ]
-    headers = [
-        *("images per GPU", "live GiB", "reserved GiB", "needed GiB"),
-        f"with {_gib(profile.context_bytes)} GiB for the runtime",
-    ]
-    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+    rows = []
+    for point in profile.points:
+        counted = (point.live_bytes, point.reserved_bytes, point.needed_bytes)
+        sizes = map(_gib, (*counted, profile.peak_bytes(point.ims_per_gpu)))
+        rows.append((point.ims_per_gpu, *sizes))
+    headers = ["images per GPU", "live GiB", "reserved GiB", "needed GiB"]
+    return table([*headers, f"with {_gib(profile.context_bytes)} GiB for the runtime"], rows)
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f}"
+def _gib(nbytes: int | None) -> str | None:
+    return None if nbytes is None else f"{nbytes / GIB:.2f}"

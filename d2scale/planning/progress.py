@@ -7,12 +7,9 @@ which learning rate. Plain values only; every engine uses it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from tabulate import tabulate
 
 from d2scale.config.keys import get_key
 from d2scale.config.loading import flatten
@@ -52,10 +49,6 @@ _PLAN_FACTS = {
     "ims_per_batch": "total batch",
     "lr_rule": "learning-rate rule",
 }
-# With one of them changed, the recorded place in the order of images means nothing.
-_ORDER_KEYS = frozenset(
-    ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "DATALOADER.SAMPLER_TRAIN")
-)
 
 Changes = dict[str, tuple[Any, Any]]
 
@@ -133,7 +126,7 @@ def _is_of_recipe(key: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 def recipe_changes(progress: Progress, recipe: Mapping[str, Any]) -> Changes:
@@ -148,7 +141,8 @@ def recipe_changes(progress: Progress, recipe: Mapping[str, Any]) -> Changes:
         for key, pair in progress.plan.get("changes", {}).items()
         if key in written
     }
-    return min((_differences(each, recipe) for each in (written, {**written, **planned})), key=len)
+    before = (written, {**written, **planned})
+    return min((_differences(old, recipe) for old in before), key=len)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
@@ -173,11 +167,6 @@ def refuse_changes(changes: Changes) -> None:
     ]
     if faults:
         raise CheckpointError(faults)
-
-
-def keeps_order(changes: Changes) -> bool:
-    """Tell whether the order of images still is the recorded one after accepted changes."""
-    return not _ORDER_KEYS & set(changes)
 
 
 def next_iteration(
@@ -222,97 +211,3 @@ def plan_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         if pair[0] != pair[1]:
             changes[key] = (pair[0], pair[1])
     return changes
-
-
-def to_table(changes: Changes) -> str:
-    """Return changes as a table."""
-    rows = [(key, _show(old), _show(new)) for key, (old, new) in changes.items()]
-    headers = ["", "until now", "from now on"]
-    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
-
-
-def _show(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """How a stopped training goes on with the recipe and the plan of now.
-
-    Attributes:
-        first_iteration: in the steps of the plan of now.
-        changes: of the recipe, which the user allows.
-        warnings, notes: what to log.
-    """
-
-    first_iteration: int
-    changes: Changes
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def log(self, logger: logging.Logger) -> None:
-        """Log what has changed, and where the training goes on."""
-        for text in self.warnings:
-            logger.warning(text)
-        for text in self.notes:
-            logger.info(text)
-
-
-def continue_training(
-    stopped: Progress,
-    recipe: Mapping[str, Any],
-    plan: Mapping[str, Any],
-    *,
-    max_iter: int,
-    allow_changes: bool,
-) -> Continuation:
-    """Compare a stopped training with the recipe and the plan of now.
-
-    Args:
-        stopped: what the checkpoint says.
-        recipe: :func:`recipe_of` the config before planning.
-        plan: ``Plan.to_json()``, or as much of it as is known.
-        max_iter: of the plan.
-        allow_changes: ``D2SCALE.ALLOW_CHANGED_RECIPE``.
-
-    Raises:
-        CheckpointError: if the recipe has changed and may not.
-    """
-    changes = recipe_changes(stopped, recipe)
-    if not allow_changes:
-        refuse_changes(changes)
-    total = plan["ims_per_batch"]
-    first = next_iteration(
-        stopped.images_seen,
-        recipe_images=recipe["SOLVER.MAX_ITER"] * recipe["SOLVER.IMS_PER_BATCH"],
-        ims_per_batch=total,
-        max_iter=max_iter,
-    )
-    warnings = [stopped.assumption] if stopped.assumption else []
-    if changes:
-        warnings.append(f"the recipe has changed, as allowed:\n{to_table(changes)}")
-    notes = []
-    if replanned := plan_changes(stopped.plan, plan) if stopped.plan else {}:
-        notes.append(f"the plan has changed:\n{to_table(replanned)}")
-    before = stopped.plan.get("ims_per_batch", total)
-    if before != total:
-        notes.append(batch_change_note(str(recipe["SOLVER.OPTIMIZER"]).lower(), before, total))
-    notes.append(
-        f"{stopped.images_seen} images seen in {stopped.iteration + 1} iterations: going on with "
-        f"iteration {first} of {max_iter}"
-    )
-    return Continuation(first, changes, tuple(warnings), tuple(notes))
-
-
-def batch_change_note(optimizer: str, old: int, new: int) -> str:
-    """Return what a change of the total batch means for an optimizer's state, which is kept."""
-    text = f"the total batch changes from {old} to {new}; the optimizer's state is kept: "
-    if optimizer.startswith("adam"):
-        return text + (
-            "its second moments are those of gradients over the old batch and need about "
-            "1 / (1 - beta2) steps to follow"
-        )
-    return text + (
-        "momentum is an average of gradients, which keep their size, and the new learning rate "
-        "applies to it at once"
-    )

@@ -24,25 +24,25 @@ def test_every_choice_is_planned(recipes):
         "AMP",
         "AMP, activation checkpointing",
     ]
-    images = [choice.ims_per_gpu for choice in choices]
+    images = [choice.plan.ims_per_gpu for choice in choices]
     assert images == sorted(images)
     assert len(set(images)) == 4
     for choice in choices:
-        assert choice.ims_per_batch == 2 * choice.ims_per_gpu
-        assert choice.predicted_peak_gib <= 0.95 * 16
+        assert choice.plan.ims_per_batch == 2 * choice.plan.ims_per_gpu
+        assert choice.plan.predicted_peak_gib <= 0.95 * 16
 
 
 def test_a_given_total_differs_in_its_micro_batches(recipes):
     choices = choices_of(recipes, 8.0, "keep_total", gpus=1)
-    assert {choice.ims_per_batch for choice in choices} == {16}
-    assert choices[0].accumulation_steps > choices[-1].accumulation_steps == 1
+    assert {choice.plan.ims_per_batch for choice in choices} == {16}
+    assert choices[0].plan.accumulation_steps > choices[-1].plan.accumulation_steps == 1
 
 
 def test_a_choice_that_does_not_fit_says_what_it_needs(recipes):
     choices = choices_of(recipes, 1.6)
-    assert choices[0].ims_per_gpu is None
+    assert choices[0].plan is None
     assert "of one image" in choices[0].note
-    assert choices[-1].ims_per_gpu >= 1
+    assert choices[-1].plan.ims_per_gpu >= 1
 
 
 def test_other_faults_are_the_users(recipes):

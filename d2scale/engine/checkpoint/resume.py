@@ -12,15 +12,9 @@ from fvcore.common.config import CfgNode
 from d2scale import __version__
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.errors import CheckpointError, Fault
+from d2scale.planning.continuation import Continuation, continue_training
 from d2scale.planning.plan import Plan
-from d2scale.planning.progress import (
-    FORMAT,
-    RECORD,
-    Continuation,
-    Progress,
-    continue_training,
-    keeps_order,
-)
+from d2scale.planning.progress import FORMAT, RECORD, Progress
 from d2scale.step.ranks import same_on_all_ranks
 
 logger = logging.getLogger(__name__)
@@ -133,7 +127,7 @@ class Resumer:
         continuation.log(logger)
         first = continuation.first_iteration
         seed, sampler = stopped.seed, stopped.sampler
-        if seed is None or sampler is None or not keeps_order(continuation.changes):
+        if seed is None or sampler is None or not continuation.keeps_order:
             logger.info("the order of images begins anew")
             seed, sampler = self._seed, None
         same_steps = first == stopped.iteration + 1
