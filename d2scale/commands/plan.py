@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale plan``."""
     from d2scale.config.loading import load_recipe, resolve_config_path
-    from d2scale.planning import formats as plan_formats
+    from d2scale.planning.formats import plan_table, plan_yaml
     from d2scale.planning.hardware import Hardware
     from d2scale.planning.plan import make_plan
 
@@ -60,19 +61,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.format == "yaml":
         folder = os.path.dirname(os.path.abspath(arguments.output or "plan.yaml"))
         recipe = os.path.abspath(resolve_config_path(arguments.config))
-        text = plan_formats.to_yaml(plan, recipe, settings, folder)
+        text = plan_yaml(plan, recipe, settings, folder)
     elif arguments.format == "json":
-        text = plan_formats.to_json(plan)
+        text = json.dumps(plan.to_json(), indent=2)
     else:
-        text = plan_formats.to_table(plan)
+        text = plan_table(plan)
     emit(text.rstrip("\n") + "\n", arguments.output)
     return 0
 
 
 def _explore(arguments: argparse.Namespace, cfg: Any, hardware: Hardware) -> int:
-    from d2scale.planning.explore import explore, to_json, to_table
+    from d2scale.planning.explore import choices_json, choices_table, explore
 
     choices = explore(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
-    text = to_json(choices) if arguments.format == "json" else to_table(choices)
+    text = choices_json(choices) if arguments.format == "json" else choices_table(choices)
     emit(text + "\n", arguments.output)
     return 0

@@ -7,6 +7,7 @@ import importlib.resources
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -254,28 +255,28 @@ def _as_float(value: Any) -> Any:
         return value
 
 
+def unknown_key_fault(
+    key: str, value: Any, known: Mapping[str, Any], otherwise: str = "remove it"
+) -> Fault:
+    """Return the fault of a key that is not in ``known``, with the nearest one that is."""
+    suggestion = _suggestion(key, known)
+    advice = f"did you mean {suggestion}?" if suggestion else otherwise
+    return Fault(key, value, "keys that exist", advice)
+
+
 def _suggestion(key: str, known: Mapping[str, Any]) -> str | None:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     return close[0] if close else None
 
 
-def unknown_key_fault(key: str, value: Any, known: Mapping[str, Any]) -> Fault:
-    """Return the fault of a key that is not in ``known``, with the nearest one that is."""
-    suggestion = _suggestion(key, known)
-    advice = f"did you mean {suggestion}?" if suggestion else "remove it"
-    return Fault(key, value, "keys that exist", advice)
-
-
 def _faults_of_unknown_key(key: str, value: Any, known: Mapping[str, Any]) -> list[Fault]:
-    suggestion = _suggestion(key, known)
-    advice = f"did you mean {suggestion}?" if suggestion else "remove it, or train with d2go"
-    return [Fault(key, value, "keys that the default engine honours", advice)]
+    fault = unknown_key_fault(key, value, known, "remove it, or train with d2go")
+    return [replace(fault, allowed="keys that the default engine honours")]
 
 
 def _faults_of_misspelt_key(key: str, value: Any, known: Mapping[str, Any]) -> list[Fault]:
-    planning = {k: v for k, v in known.items() if k.split(".")[0] in _PLANNING_SECTIONS}
     if key in LOOK_ALIKES or key.startswith(UNPLANNED_SECTIONS):
         return []
-    if key.startswith("D2SCALE.") or _suggestion(key, planning):
-        return [unknown_key_fault(key, value, planning)]
-    return []
+    planning = {k: v for k, v in known.items() if k.split(".")[0] in _PLANNING_SECTIONS}
+    fault = unknown_key_fault(key, value, planning)
+    return [fault] if key.startswith("D2SCALE.") or _suggestion(key, planning) else []

@@ -88,6 +88,15 @@ def number(
     return Rule(key, f"a number {', '.join(words)}", holds, advice)
 
 
+def names(key: str, allowed: str) -> Rule:
+    """Allow a list of strings."""
+
+    def holds(value: Any) -> bool:
+        return not isinstance(value, str) and all(isinstance(name, str) for name in value)
+
+    return Rule(key, allowed, holds)
+
+
 def or_none(rule: Rule) -> Rule:
     """Allow None too."""
 

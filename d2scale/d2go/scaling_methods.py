@@ -14,7 +14,7 @@ from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 from d2scale.config.keys import set_key
 from d2scale.d2go.config import exit_on_user_error
 from d2scale.errors import ConfigError, Fault
-from d2scale.planning.formats import to_table
+from d2scale.planning.formats import plan_table
 from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_of
 from d2scale.planning.plan import Plan, make_plan
 
@@ -61,7 +61,7 @@ def scale_in_place(cfg: Any, world_size: int, method: str) -> Plan:
     finally:
         if frozen:
             cfg.freeze()
-    logger.info("Scaled the config:\n%s", to_table(plan))
+    logger.info("Scaled the config:\n%s", plan_table(plan))
     return plan
 
 

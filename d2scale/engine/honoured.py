@@ -6,13 +6,13 @@ that nothing in a recipe is passed over in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from d2scale.config.value_rules import Rule, is_number, judge, number, one_of, or_none, whole
+from d2scale.config.value_rules import Rule, is_number, judge, names, number, one_of, or_none, whole
 from d2scale.errors import Fault
 from d2scale.planning.methods import METHOD_NAMES
 
@@ -29,17 +29,13 @@ def _only(key: str, value: Any, advice: str = _WITH_D2GO) -> Rule:
     return replace(one_of(key, (value,), advice), allowed=f"{value!r} in the default engine")
 
 
-def _are_names(value: Sequence[str]) -> bool:
-    return not isinstance(value, str) and all(isinstance(name, str) for name in value)
-
-
 _RULES = (
     _only("VERSION", 2, "bring the config to detectron2's version 2"),
     whole("SEED", -1, 2**31 - 1),
     whole("WRITER_PERIOD", 1),
     Rule("OUTPUT_DIR", "a folder's name", lambda name: len(name) > 0, "name a folder"),
-    Rule("DATASETS.TRAIN", "names of datasets", _are_names),
-    Rule("DATASETS.TEST", "names of datasets", _are_names),
+    names("DATASETS.TRAIN", "names of datasets"),
+    names("DATASETS.TEST", "names of datasets"),
     METHOD_NAMES,
     Rule(
         "SOLVER.OPTIMIZER",

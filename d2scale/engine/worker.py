@@ -32,7 +32,7 @@ from d2scale.engine.telemetry.logs import logging_to
 from d2scale.engine.telemetry.machine import describe_machine
 from d2scale.engine.telemetry.writers import JsonWriter, Reporter, TensorBoardWriter, Writer
 from d2scale.engine.trainer import Trainer
-from d2scale.planning.formats import to_table
+from d2scale.planning.formats import plan_table
 from d2scale.planning.plan import Plan
 from d2scale.planning.progress import recipe_of
 from d2scale.run_folder.contents import write_config, write_machine, write_plan
@@ -107,7 +107,7 @@ def run_rank(job: Job) -> Results:
             logger.info(note)
         if plan is None:
             return _evaluate_only(job)
-        logger.info("the plan:\n%s", to_table(plan))
+        logger.info("the plan:\n%s", plan_table(plan))
         return _train(job, plan)
 
 

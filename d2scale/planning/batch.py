@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from d2scale.config.keys import get_key
 from d2scale.config.value_rules import whole
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
-from d2scale.planning.hardware import Hardware
+from d2scale.planning.hardware import IMS_PER_GPU, Hardware
 from d2scale.planning.schedule import Schedule
 
 _CAP, _STEPS = "D2SCALE.MAX_IMS_PER_BATCH", "D2SCALE.ACCUMULATION_STEPS"
@@ -50,42 +50,40 @@ def decide_batch(cfg: Any, method: str, schedule: Schedule, hardware: Hardware) 
     Raises:
         ConfigError: if there is no such batch.
     """
-    choice = _CHOOSE[method](cfg, schedule, hardware)
-    total = choice.ims_per_batch
-    sizes = rules.micro_batch_sizes(total, hardware.world_size, choice.largest)
-    notes = (*choice.notes, *_split_notes(sizes))
-    return Batch(total, max(map(max, sizes)), max(map(len, sizes)), notes)
+    return _CHOOSE[method](cfg, schedule, hardware)
 
 
-class _Choice(NamedTuple):
-    """Images in the step of all ranks, and the most that a micro-batch may hold."""
+def _batch(total: int, ims_per_gpu: int, hardware: Hardware, notes: Sequence[str]) -> Batch:
+    """Divide ``total`` images over ranks and micro-batches of at most ``ims_per_gpu``."""
+    sizes = rules.micro_batch_sizes(total, hardware.world_size, ims_per_gpu)
+    of_ranks = [sum(rank) for rank in sizes]
+    if len(set(of_ranks)) > 1:
+        images = ", ".join(map(str, of_ranks))
+        notes = [*notes, f"uneven split over {len(of_ranks)} GPUs: {images} images"]
+    return Batch(total, max(map(max, sizes)), max(map(len, sizes)), tuple(notes))
 
-    ims_per_batch: int
-    largest: int
-    notes: list[str]
 
-
-def _keep_total(cfg: Any, schedule: Schedule, hardware: Hardware) -> _Choice:
+def _keep_total(cfg: Any, schedule: Schedule, hardware: Hardware) -> Batch:
     total = schedule.ims_per_batch
     if total < hardware.world_size:
         raise ConfigError([_fewer_images_than_gpus(total, hardware.world_size)])
     return _fit_total(cfg, total, hardware)
 
 
-def _per_gpu(cfg: Any, schedule: Schedule, hardware: Hardware) -> _Choice:
+def _per_gpu(cfg: Any, schedule: Schedule, hardware: Hardware) -> Batch:
     exact = Fraction(hardware.world_size * schedule.ims_per_batch, schedule.reference_world_size)
     total = max(hardware.world_size, round(exact))
-    choice = _fit_total(cfg, total, hardware)
+    batch = _fit_total(cfg, total, hardware)
     if total == exact:
-        return choice
+        return batch
     note = (
         f"{schedule.ims_per_batch} images on {schedule.reference_world_size} GPUs are "
         f"{float(exact):.2f} on {hardware.world_size}, rounded to {total}"
     )
-    return choice._replace(notes=[*choice.notes, note])
+    return replace(batch, notes=(*batch.notes, note))
 
 
-def _max_memory(cfg: Any, schedule: Schedule, hardware: Hardware) -> _Choice:
+def _max_memory(cfg: Any, schedule: Schedule, hardware: Hardware) -> Batch:
     steps = get_key(cfg, _STEPS, 0)
     largest = hardware.largest_fit(accumulates=steps > 1)
     if largest is None:
@@ -94,7 +92,7 @@ def _max_memory(cfg: Any, schedule: Schedule, hardware: Hardware) -> _Choice:
     total = hardware.world_size * largest * (steps or 1)
     cap = get_key(cfg, _CAP, 0)
     if not cap or total <= cap:
-        return _Choice(total, largest, notes)
+        return _batch(total, largest, hardware, notes)
     if cap < hardware.world_size:
         allowed = f"at least one image for each of {hardware.world_size} GPUs"
         advice = "raise it or use fewer GPUs"
@@ -102,26 +100,26 @@ def _max_memory(cfg: Any, schedule: Schedule, hardware: Hardware) -> _Choice:
     notes.append(f"total batch {total} cut to {_CAP} = {cap}")
     if steps:
         largest = _images_for_steps(steps, cap, hardware.world_size, largest)
-    return _Choice(cap, largest, notes)
+    return _batch(cap, largest, hardware, notes)
 
 
 _CHOOSE = {"per_gpu": _per_gpu, "keep_total": _keep_total, "max_memory": _max_memory}
 
 
-def _fit_total(cfg: Any, total: int, hardware: Hardware) -> _Choice:
+def _fit_total(cfg: Any, total: int, hardware: Hardware) -> Batch:
     """Choose the images per GPU for a total batch: all images of a rank at once, if they fit."""
     images = max(rules.split_evenly(total, hardware.world_size))
     steps = get_key(cfg, _STEPS, 0)
     largest = hardware.largest_fit(accumulates=steps > 1)
     if steps:
         ims_per_gpu = _images_for_steps(steps, total, hardware.world_size, largest)
-        return _Choice(total, ims_per_gpu, [f"{_STEPS} = {steps}"])
+        return _batch(total, ims_per_gpu, hardware, [f"{_STEPS} = {steps}"])
     if largest is not None and largest < images:
         largest = hardware.largest_fit(accumulates=True)
     if largest is None:
         note = f"images per GPU {images}: all that a GPU has; whether they fit is not known"
-        return _Choice(total, images, [note])
-    return _Choice(total, min(images, largest), [_reason_for_largest(hardware, largest)])
+        return _batch(total, images, hardware, [note])
+    return _batch(total, largest, hardware, [_reason_for_largest(hardware, largest)])
 
 
 def _images_for_steps(steps: int, total: int, world_size: int, largest: int | None) -> int:
@@ -175,24 +173,9 @@ def _fewer_images_than_gpus(total: int, world_size: int) -> Fault:
 
 
 def _nothing_to_fill(hardware: Hardware) -> Fault:
-    missing = [
-        name
-        for name, value in (
-            ("the memory of the GPU (--gpu-memory-gib)", hardware.budget_gib),
-            ("a memory profile (--profile)", hardware.profile),
-        )
-        if value is None
-    ]
     return Fault(
-        "D2SCALE.IMS_PER_GPU",
+        IMS_PER_GPU,
         0,
         "with max_memory, the images per GPU or what is needed to find them",
-        f"give --ims-per-gpu, or {' and '.join(missing)}",
+        f"give --ims-per-gpu, or {' and '.join(hardware.unknown)}",
     )
-
-
-def _split_notes(sizes: Sequence[Sequence[int]]) -> list[str]:
-    shares = [sum(rank) for rank in sizes]
-    if len(set(shares)) == 1:
-        return []
-    return [f"uneven split over {len(shares)} GPUs: {', '.join(map(str, shares))} images"]

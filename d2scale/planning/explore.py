@@ -51,8 +51,10 @@ def explore(
     Raises:
         ConfigError: if there is no profile or no budget, or the recipe has faults.
     """
-    if hardware.profile is None or hardware.budget_gib is None:
-        raise ConfigError([_nothing_to_compare(hardware)])
+    if hardware.unknown:
+        allowed = "with a memory budget and memory profiles (d2scale memory CONFIG --explore)"
+        advice = f"give {' and '.join(hardware.unknown)}"
+        raise ConfigError([Fault("--explore", True, allowed, advice)])
     return tuple(
         _choice(cfg, hardware, Choice(amp, checkpointing), method, lr_rule)
         for amp, checkpointing in product((False, True), repeat=2)
@@ -78,7 +80,7 @@ def _choice(
     return replace(choice, plan=plan)
 
 
-def to_table(choices: Sequence[Choice]) -> str:
+def choices_table(choices: Sequence[Choice]) -> str:
     """Return the choices for a reader."""
     headers = ["choice", "images per GPU", "accumulation steps", "total batch"]
     headers += ["predicted peak GiB", "note"]
@@ -92,7 +94,7 @@ def to_table(choices: Sequence[Choice]) -> str:
     return table(headers, rows)
 
 
-def to_json(choices: Sequence[Choice]) -> str:
+def choices_json(choices: Sequence[Choice]) -> str:
     """Return the choices as JSON text."""
     content = [
         {
@@ -110,14 +112,3 @@ def _facts(choice: Choice) -> dict[str, Any]:
     """Return what the choices are compared by; None where there is no plan."""
     names = ("ims_per_gpu", "accumulation_steps", "ims_per_batch", "predicted_peak_gib")
     return {name: getattr(choice.plan, name, None) for name in names}
-
-
-def _nothing_to_compare(hardware: Hardware) -> Fault:
-    missing = []
-    if hardware.budget_gib is None:
-        missing.append("--gpu-memory-gib")
-    if hardware.profile is None:
-        missing.append("--profile, from d2scale memory CONFIG --explore -o FILE")
-    return Fault(
-        "--explore", True, "with a memory budget and a memory profile", f"give {', '.join(missing)}"
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -32,7 +31,7 @@ def _cell(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def to_table(plan: Plan) -> str:
+def plan_table(plan: Plan) -> str:
     """Return the plan for a reader: the facts, then d2go's table of changed keys."""
     memory = "unknown" if plan.predicted_peak_gib is None else f"{plan.predicted_peak_gib:.2f} GiB"
     facts = [
@@ -52,12 +51,7 @@ def to_table(plan: Plan) -> str:
     return "\n".join([*lines, "", changes])
 
 
-def to_json(plan: Plan) -> str:
-    """Return the plan as JSON text."""
-    return json.dumps(plan.to_json(), indent=2)
-
-
-def to_yaml(plan: Plan, recipe_path: str, settings: Mapping[str, Any], folder: str) -> str:
+def plan_yaml(plan: Plan, recipe_path: str, settings: Mapping[str, Any], folder: str) -> str:
     """Return a config that inherits from the recipe and sets the planned values.
 
     It needs no d2scale to run. detectron2 refuses keys that only d2go has, so with a recipe

@@ -24,7 +24,7 @@ from d2scale.planning.methods import method_of
 # Sides of padded images are multiples of it.
 _SIZE_STEP = 32
 
-BUDGET, _IMS_PER_GPU = "D2SCALE.MEMORY.BUDGET_GIB", "D2SCALE.IMS_PER_GPU"
+BUDGET, IMS_PER_GPU = "D2SCALE.MEMORY.BUDGET_GIB", "D2SCALE.IMS_PER_GPU"
 FRACTION = number("D2SCALE.MEMORY.FRACTION", above=0, most=1)
 SHORT_EDGES = Rule(
     "INPUT.MIN_SIZE_TRAIN",
@@ -88,11 +88,10 @@ class Hardware:
             engine: what trains it; a profile holds for one engine.
 
         Raises:
-            ConfigError: for values out of range, or a profile that is unreadable or of another
-                recipe.
+            ConfigError: for values out of range, or a profile that cannot be used.
         """
         if ims_per_gpu is None:
-            ims_per_gpu = get_key(cfg, _IMS_PER_GPU, 0)
+            ims_per_gpu = get_key(cfg, IMS_PER_GPU, 0)
         if budget_gib is None:
             budget_gib = get_key(cfg, BUDGET, 0.0) or device_gib
         _check(cfg, world_size, ims_per_gpu, budget_gib, device_gib)
@@ -154,6 +153,15 @@ class Hardware:
             return False
         memory = cfg.D2SCALE.MEMORY
         return not memory.PROFILE and (self.profile is None or (on_gpu and memory.PROBE))
+
+    @property
+    def unknown(self) -> list[str]:
+        """What is not known about the memory, and the options that say it."""
+        values = {
+            "the memory of the GPU (--gpu-memory-gib)": self.budget_gib,
+            "a memory profile (--profile)": self.profile,
+        }
+        return [name for name, value in values.items() if value is None]
 
     @property
     def room_gib(self) -> float | None:
@@ -245,7 +253,7 @@ def _check(
     cfg: Any, world_size: int, ims_per_gpu: int, budget_gib: float | None, device_gib: float | None
 ) -> None:
     faults = whole("number of GPUs", 1).faults(world_size)
-    faults += whole(_IMS_PER_GPU, 0, advice="set it to 0 to have it decided").faults(ims_per_gpu)
+    faults += whole(IMS_PER_GPU, 0, advice="set it to 0 to have it decided").faults(ims_per_gpu)
     faults += judge(cfg, (FRACTION, SHORT_EDGES))
     if budget_gib is not None:
         faults += budget_rule(device_gib).faults(budget_gib)

@@ -3,7 +3,7 @@ import pytest
 from d2scale.config import load_recipe
 from d2scale.config.keys import get_key
 from d2scale.errors import ConfigError
-from d2scale.planning.formats import to_yaml
+from d2scale.planning.formats import plan_yaml
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.methods import METHODS
 from d2scale.planning.plan import make_plan
@@ -90,7 +90,7 @@ def test_the_yaml_form_merges_in_d2go_and_gives_the_same_values(recipes, tmp_pat
     path = str(recipes / "Meta-FCOS-pretrain.yaml")
     recipe, settings = load_recipe(path)
     plan = make_plan(recipe, Hardware(1), method="per_gpu")
-    (tmp_path / "plan.yaml").write_text(to_yaml(plan, path, settings, str(tmp_path)))
+    (tmp_path / "plan.yaml").write_text(plan_yaml(plan, path, settings, str(tmp_path)))
     cfg = Runner.get_default_cfg()
     cfg.merge_from_file(str(tmp_path / "plan.yaml"))
     assert {key: get_key(cfg, key) for key in plan.changes} == {
@@ -106,7 +106,7 @@ def test_a_plain_recipe_merges_in_both_engines_without_d2scale(write_config, tmp
     path = write_config("SOLVER: {REFERENCE_WORLD_SIZE: 8, IMS_PER_BATCH: 16, BASE_LR: 0.02}\n")
     recipe, settings = load_recipe(path)
     plan = make_plan(recipe, Hardware(1), method="per_gpu")
-    (tmp_path / "plan.yaml").write_text(to_yaml(plan, path, settings, str(tmp_path)))
+    (tmp_path / "plan.yaml").write_text(plan_yaml(plan, path, settings, str(tmp_path)))
     cfg = get_cfg() if engine == "detectron2" else GeneralizedRCNNRunner.get_default_cfg()
     cfg.merge_from_file(str(tmp_path / "plan.yaml"))
     planned = {key: new for key, (_, new) in plan.changes.items() if "QAT" not in key}

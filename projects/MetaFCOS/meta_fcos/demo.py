@@ -9,7 +9,7 @@ from pathlib import Path
 
 from d2scale.config import load_recipe
 from d2scale.errors import ConfigError
-from d2scale.planning.formats import to_table
+from d2scale.planning.formats import plan_table
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.plan import make_plan
 from d2scale.run_folder.files import LOCK_FILE, folder_fault, make_folder, reason_of
@@ -83,4 +83,4 @@ def _plan_of_the_recipe() -> str:
             make_plan(cfg, Hardware(gpus, ims_per_gpu=8), method="keep_total"),
         ),
     ]
-    return "\n".join(f"\n{title}\n\n{to_table(plan)}" for title, plan in plans)
+    return "\n".join(f"\n{title}\n\n{plan_table(plan)}" for title, plan in plans)

@@ -7,7 +7,16 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from d2scale.config.value_rules import Rule, is_number, is_whole, judge, number, one_of, whole
+from d2scale.config.value_rules import (
+    Rule,
+    is_number,
+    is_whole,
+    judge,
+    names,
+    number,
+    one_of,
+    whole,
+)
 from d2scale.errors import ConfigError, Fault
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -34,10 +43,6 @@ def _are_three(numbers: Sequence[float]) -> bool:
     return len(numbers) == 3 and all(map(is_number, numbers))
 
 
-def _are_names(names: Sequence[str]) -> bool:
-    return not isinstance(names, str) and all(isinstance(name, str) for name in names)
-
-
 PRETRAINING = "this project covers the pretraining stage only"
 PER_CHANNEL = "one for each channel of INPUT.FORMAT"
 FLAG = (True, False)
@@ -48,7 +53,7 @@ MODEL_RULES = (
     whole("MODEL.RESNETS.RES2_OUT_CHANNELS", 1, advice="256 is usual, 64 for 18 and 34"),
     whole("MODEL.RESNETS.WIDTH_PER_GROUP", 1, advice="64 is usual"),
     one_of("MODEL.RESNETS.STRIDE_IN_1X1", FLAG),
-    Rule("MODEL.RESNETS.OUT_FEATURES", "names of stages", _are_names),
+    names("MODEL.RESNETS.OUT_FEATURES", "names of stages"),
     whole("MODEL.BACKBONE.FREEZE_AT", 0, 5, "2 is usual"),
     one_of("MODEL.BACKBONE.FREEZE", (False,), f"use FREEZE_AT; {PRETRAINING}"),
     one_of(
@@ -85,7 +90,7 @@ FCOS_RULES = (
     whole("NUM_CLS_CONVS", 0, advice="4 is usual"),
     whole("NUM_BOX_CONVS", 0, advice="4 is usual"),
     one_of("TOP_LEVELS", (0, 1, 2), "2 gives p6 and p7"),
-    Rule("IN_FEATURES", "names of levels", _are_names),
+    names("IN_FEATURES", "names of levels"),
     one_of("NORM", ("GN",), "published heads use it"),
     Rule(
         "CLS_LOGITS_KERNEL_SIZE",
