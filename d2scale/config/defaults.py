@@ -1,4 +1,4 @@
-"""Every config key that d2scale itself reads, with the value it has when a config is silent.
+"""Every config key that d2scale itself reads, with its default.
 
 The values are d2go's defaults (detectron2's where d2go adds none), because a recipe that leaves
 a key out means those.

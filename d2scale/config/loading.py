@@ -1,4 +1,4 @@
-"""Reading configs: safe YAML, ``_BASE_`` chains, shipped files, and every fault told at once."""
+"""Load configs: safe YAML, ``_BASE_`` chains, shipped files, and all faults at once."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def shipped_configs() -> dict[str, Path]:
     """Return the configs that come with d2scale, by the name after ``d2scale://``."""
     packages = {"": "d2scale.configs"}
     packages |= {f"{entry.name}/": entry.value for entry in entry_points(group="d2scale.recipes")}
-    found = {}
-    for prefix, package in packages.items():
-        for file in importlib.resources.files(package).iterdir():
-            if file.name.endswith(".yaml"):
-                found[prefix + file.name] = Path(str(file))
-    return dict(sorted(found.items()))
+    files = {
+        prefix + file.name: Path(str(file))
+        for prefix, package in packages.items()
+        for file in importlib.resources.files(package).iterdir()
+    }
+    return {name: files[name] for name in sorted(files) if name.endswith(".yaml")}
 
 
 def resolve_config_path(path: str) -> str:

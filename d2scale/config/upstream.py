@@ -1,4 +1,4 @@
-"""Facts about the configs of detectron2 and d2go: which keys are theirs."""
+"""Which config keys belong to detectron2 and which to d2go."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ UNPLANNED_SECTIONS = (
 
 
 def is_plain_detectron2(keys: Iterable[str]) -> bool:
-    """Tell whether detectron2 can read these keys without d2go or a project's own config."""
+    """Return whether detectron2 can read these keys without d2go or a project's own config."""
     return all(_is_detectron2_key(key) for key in keys)
 
 

@@ -107,7 +107,7 @@ def or_none(rule: Rule) -> Rule:
 
 
 def type_of_default(key: str, default: Any) -> Rule:
-    """Allow what has the type of the key's default, which leaves everything open if it is None.
+    """Allow values of the type of the key's default, and anything if that is None.
 
     Entries of a list have the type of the default's first entry, if there is one.
     """
@@ -121,12 +121,12 @@ def type_of_default(key: str, default: Any) -> Rule:
 
 
 def is_whole(value: Any) -> bool:
-    """Tell whether ``value`` is a whole number; True and False are none."""
+    """Return whether ``value`` is a whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether ``value`` is a finite number."""
+    """Return whether ``value`` is a finite number."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 

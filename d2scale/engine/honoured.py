@@ -1,4 +1,4 @@
-"""Which values of the config keys the default engine can honour.
+"""Check that the default engine can honour the values of a config.
 
 Keys that it does not know are refused when a config is loaded; here the values are judged, so
 that nothing in a recipe is passed over in silence.

@@ -1,4 +1,4 @@
-"""The batch of one optimizer step: how many images each scaling method takes, and in what parts."""
+"""Choose the total batch and the micro-batches of an optimizer step, for every scaling method."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ _CHOOSE = {"per_gpu": _per_gpu, "keep_total": _keep_total, "max_memory": _max_me
 
 
 def _fit_total(cfg: Any, total: int, hardware: Hardware) -> Batch:
-    """Choose the images per GPU for a total batch: all images of a rank at once, if they fit."""
+    """Cut a given total batch into micro-batches: one for each rank, if it fits."""
     images = max(rules.split_evenly(total, hardware.world_size))
     steps = get_key(cfg, _STEPS, 0)
     largest = hardware.largest_fit(accumulates=steps > 1)
@@ -123,7 +123,7 @@ def _fit_total(cfg: Any, total: int, hardware: Hardware) -> Batch:
 
 
 def _images_for_steps(steps: int, total: int, world_size: int, largest: int | None) -> int:
-    """Return the images per GPU that make exactly ``steps`` micro-batches of a step.
+    """Return the images per GPU with which a step has exactly ``steps`` micro-batches.
 
     Args:
         steps: ``D2SCALE.ACCUMULATION_STEPS``.

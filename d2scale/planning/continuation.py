@@ -1,4 +1,4 @@
-"""How a stopped training goes on with the recipe and the plan of now, the same for every engine."""
+"""Resume a stopped training under the current recipe and plan, the same way in every engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from d2scale.planning.progress import (
     refuse_changes,
 )
 
-# With one of them changed, the recorded place in the order of images means nothing.
+# If one of them changes, the recorded position in the order of images means nothing.
 _ORDER_KEYS = frozenset(
     ("SEED", "DATASETS.TRAIN", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "DATALOADER.SAMPLER_TRAIN")
 )
@@ -25,11 +25,11 @@ _ORDER_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Continuation:
-    """How a stopped training goes on with the recipe and the plan of now.
+    """Where a resumed training starts, and what has changed since it stopped.
 
     Attributes:
-        first_iteration: in the steps of the plan of now.
-        changes: of the recipe, which the user allows.
+        first_iteration: counted in steps of the current plan.
+        changes: of the recipe; the user has allowed them.
         warnings, notes: what to log.
     """
 
@@ -40,11 +40,11 @@ class Continuation:
 
     @property
     def keeps_order(self) -> bool:
-        """Whether the order of images still is the recorded one."""
+        """Whether the recorded position in the order of images still applies."""
         return not _ORDER_KEYS & set(self.changes)
 
     def log(self, logger: logging.Logger) -> None:
-        """Log what has changed, and where the training goes on."""
+        """Log what has changed and at which iteration the training resumes."""
         for text in self.warnings:
             logger.warning(text)
         for text in self.notes:
@@ -59,17 +59,17 @@ def continue_training(
     max_iter: int,
     allow_changes: bool,
 ) -> Continuation:
-    """Compare a stopped training with the recipe and the plan of now.
+    """Compare a stopped training with the current recipe and plan, and find its next iteration.
 
     Args:
-        stopped: what the checkpoint says.
-        recipe: :func:`recipe_of` the config before planning.
+        stopped: what the checkpoint records.
+        recipe: ``recipe_of`` the config before planning.
         plan: ``Plan.to_json()``, or as much of it as is known.
         max_iter: of the plan.
         allow_changes: ``D2SCALE.ALLOW_CHANGED_RECIPE``.
 
     Raises:
-        CheckpointError: if the recipe has changed and may not.
+        CheckpointError: if the recipe has changed without the user's consent.
     """
     changes = recipe_changes(stopped, recipe)
     if not allow_changes:
@@ -99,9 +99,10 @@ def _plan_notes(
         return
     if changes := plan_changes(stopped.plan, plan):
         yield f"the plan has changed:\n{_table(changes)}"
-    before, total = stopped.plan["ims_per_batch"], plan["ims_per_batch"]
+    total = plan["ims_per_batch"]
+    before = stopped.plan.get("ims_per_batch", total)
     if before != total:
-        yield _batch_change_note(str(recipe["SOLVER.OPTIMIZER"]).lower(), before, total)
+        yield _batch_change_note(str(recipe.get("SOLVER.OPTIMIZER", "sgd")).lower(), before, total)
 
 
 def _batch_change_note(optimizer: str, old: int, new: int) -> str:

@@ -1,4 +1,4 @@
-"""Which settings a memory profile holds for. Needs no torch."""
+"""Compare the settings that a memory profile was made with and those of a recipe."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def coverage(
         cfg: a config with d2scale's keys.
         settings: what the recipe sets that ``cfg`` may not know, by dotted key. What both leave
             out has the default of the package that reads it.
-        engine: what trains it: each has its own models of the same name.
+        engine: what trains it; models of the same name differ from engine to engine.
 
     Returns:
         By key, JSON values. ``INPUT.MIN_SIZE_TRAIN`` is the largest size, ``precision`` what
@@ -62,13 +62,13 @@ def coverage(
 
 
 def variant(covers: Mapping[str, Any], *, amp: bool, checkpointing: bool) -> dict[str, Any]:
-    """Return the same settings with another precision and activation checkpointing."""
+    """Return the settings with this precision and activation checkpointing."""
     changed = {PRECISION: "16 bit" if amp else "32 bit", CHECKPOINTING: checkpointing}
     return {**covers, **changed}
 
 
 def name_of_variant(covers: Mapping[str, Any]) -> str:
-    """Return what the variants of a recipe differ in, in words."""
+    """Return the precision, and activation checkpointing if it is on, in words."""
     name = "AMP" if covers.get(PRECISION) == "16 bit" else "float32"
     return f"{name}, activation checkpointing" if covers.get(CHECKPOINTING) else name
 
@@ -83,7 +83,7 @@ def find_profile(
 def find_variants(
     profiles: Sequence[MemoryProfile], profile: MemoryProfile | None
 ) -> tuple[MemoryProfile, ...]:
-    """Return the profiles of the recipe of ``profile``, in all variants that there are."""
+    """Return the profiles of other precisions and of activation checkpointing, and ``profile``."""
     if profile is None or not profile.covers:
         return ()
     choices = product((False, True), repeat=2)
@@ -118,7 +118,7 @@ def choose_profile(
 
 
 def _differences(profile: MemoryProfile, covers: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What the profile was made with and what is asked for, by key, where they differ."""
+    """Return what the profile was made with and what is asked for, by key, where they differ."""
     return {
         key: (value, covers.get(key))
         for key, value in profile.covers.items()

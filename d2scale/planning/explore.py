@@ -1,4 +1,4 @@
-"""The choices that a memory budget leaves: precision and activation checkpointing."""
+"""Compare precisions and activation checkpointing within a memory budget."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from d2scale.planning.plan import Plan, make_plan
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to train the recipe.
+    """A precision and activation checkpointing, with the plan that they allow.
 
     Attributes:
-        amp, activation_checkpointing: the choice.
-        plan: None if there is none.
-        note: why there is none; empty otherwise.
+        amp, activation_checkpointing: the settings.
+        plan: None if they cannot be planned.
+        note: why not; empty otherwise.
     """
 
     amp: bool
@@ -32,7 +32,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The choice in words."""
+        """The settings in words."""
         return name_of_variant(
             variant({}, amp=self.amp, checkpointing=self.activation_checkpointing)
         )
@@ -64,7 +64,7 @@ def explore(
 def _choice(
     cfg: Any, hardware: Hardware, choice: Choice, method: str | None, lr_rule: str | None
 ) -> Choice:
-    """Return ``choice`` with its plan, or with the reason why there is none."""
+    """Return ``choice`` with its plan, or with the reason why it has none."""
     assert hardware.profile is not None
     amp, checkpointing = choice.amp, choice.activation_checkpointing
     covers = variant(hardware.profile.covers, amp=amp, checkpointing=checkpointing)
@@ -81,7 +81,7 @@ def _choice(
 
 
 def choices_table(choices: Sequence[Choice]) -> str:
-    """Return the choices for a reader."""
+    """Return the choices as a table."""
     headers = ["choice", "images per GPU", "accumulation steps", "total batch"]
     headers += ["predicted peak GiB", "note"]
     rows = []
@@ -109,6 +109,6 @@ def choices_json(choices: Sequence[Choice]) -> str:
 
 
 def _facts(choice: Choice) -> dict[str, Any]:
-    """Return what the choices are compared by; None where there is no plan."""
+    """Return the numbers by which choices are compared, None without a plan."""
     names = ("ims_per_gpu", "accumulation_steps", "ims_per_batch", "predicted_peak_gib")
     return {name: getattr(choice.plan, name, None) for name in names}

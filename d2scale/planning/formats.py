@@ -1,4 +1,4 @@
-"""What planning knows, for readers and files: tables, JSON, and a config for other engines."""
+"""Print plans and memory profiles as tables, and write a plan as a config for other engines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _cell(value: Any) -> str:
 
 
 def plan_table(plan: Plan) -> str:
-    """Return the plan for a reader: the facts, then d2go's table of changed keys."""
+    """Return the facts of a plan, and d2go's table of the keys that it changes."""
     memory = "unknown" if plan.predicted_peak_gib is None else f"{plan.predicted_peak_gib:.2f} GiB"
     facts = [
         ("method", plan.method),
@@ -88,7 +88,7 @@ def _nest(target: dict[str, Any], key: str, value: Any) -> None:
 
 
 def profiles_table(profiles: Sequence[MemoryProfile], fraction: float) -> str:
-    """Return what the profiles say.
+    """Return the points of each profile, and the images per GPU that usual GPUs can hold.
 
     Args:
         profiles: at least one.

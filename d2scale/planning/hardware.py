@@ -1,4 +1,4 @@
-"""What a recipe shall run on: ranks, device memory, and what training needs of it."""
+"""The hardware to plan for: ranks, device memory, and the memory that training needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from d2scale.planning.methods import method_of
 # Sides of padded images are multiples of it.
 _SIZE_STEP = 32
 
-BUDGET, IMS_PER_GPU = "D2SCALE.MEMORY.BUDGET_GIB", "D2SCALE.IMS_PER_GPU"
+BUDGET, PROFILE = "D2SCALE.MEMORY.BUDGET_GIB", "D2SCALE.MEMORY.PROFILE"
+IMS_PER_GPU = "D2SCALE.IMS_PER_GPU"
 FRACTION = number("D2SCALE.MEMORY.FRACTION", above=0, most=1)
 SHORT_EDGES = Rule(
     "INPUT.MIN_SIZE_TRAIN",
@@ -43,12 +44,12 @@ def budget_rule(device_gib: float | None) -> Rule:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the recipe shall run on.
+    """The ranks and the device memory to plan for.
 
     Attributes:
         world_size: ranks, one to a GPU (N).
         budget_gib: device memory of one GPU in GiB that may be used, None if unknown.
-        profile: what training needs of it, None if unknown.
+        profile: what training needs of that memory, None if unknown.
         ims_per_gpu: images in one forward and backward of one GPU, 0 to decide.
         variants: profiles of the same recipe in float32 and with AMP, without and with
             activation checkpointing, as far as they are known; ``profile`` is one of them.
@@ -77,11 +78,10 @@ class Hardware:
         settings: Mapping[str, Any] | None = None,
         engine: str = DEFAULT_ENGINE,
     ) -> Hardware:
-        """Combine what the caller says with the ``D2SCALE`` keys; the caller wins.
+        """Read the ``D2SCALE`` keys; what the caller gives wins over them.
 
         Args:
-            cfg: a detectron2, d2go or d2scale config.
-            world_size: ranks.
+            cfg: a detectron2, d2go or d2scale config, to run on ``world_size`` ranks.
             budget_gib, profile_path, ims_per_gpu: None takes the key of that name.
             device_gib: memory of the GPU at hand, which is the budget if none is asked for.
             settings: what the recipe sets that ``cfg`` may not know, by dotted key.
@@ -95,16 +95,16 @@ class Hardware:
         if budget_gib is None:
             budget_gib = get_key(cfg, BUDGET, 0.0) or device_gib
         _check(cfg, world_size, ims_per_gpu, budget_gib, device_gib)
-        path = profile_path or get_key(cfg, "D2SCALE.MEMORY.PROFILE", "")
-        known, profile = _profiles(path, coverage(cfg, settings, engine))
+        covers = coverage(cfg, settings, engine)
+        known, profile = _profiles(profile_path or get_key(cfg, PROFILE, ""), covers)
         return cls(
             world_size,
             budget_gib,
             profile,
             ims_per_gpu,
-            find_variants(known, profile),
-            max(get_key(cfg, SHORT_EDGES.key, (0,))),
-            get_key(cfg, FRACTION.key, 1.0),
+            variants=find_variants(known, profile),
+            short_edge=max(get_key(cfg, SHORT_EDGES.key, (0,))),
+            fraction=get_key(cfg, FRACTION.key, 1.0),
         )
 
     @classmethod
@@ -119,7 +119,7 @@ class Hardware:
         make_profile: Callable[[], MemoryProfile] | None,
         make_variants: Callable[[], Sequence[MemoryProfile]] | None = None,
     ) -> Hardware:
-        """Return the hardware of a run that begins now, with a profile where its plan needs one.
+        """Return the hardware of a run that starts now, with a profile if its plan needs one.
 
         ``max_memory`` without ``IMS_PER_GPU`` and ``MEMORY.PROFILE`` needs one. On a GPU it is
         made, unless ``MEMORY.PROBE`` is False; otherwise only if no shipped one fits.
@@ -156,7 +156,7 @@ class Hardware:
 
     @property
     def unknown(self) -> list[str]:
-        """What is not known about the memory, and the options that say it."""
+        """What is missing to plan the memory, and the options that give it."""
         values = {
             "the memory of the GPU (--gpu-memory-gib)": self.budget_gib,
             "a memory profile (--profile)": self.profile,
@@ -165,7 +165,7 @@ class Hardware:
 
     @property
     def room_gib(self) -> float | None:
-        """What a plan may fill: all of the budget if it was measured, else ``fraction`` of it."""
+        """Memory that a plan may fill: the budget, or ``fraction`` of it for a prediction."""
         if self.budget_gib is None or self.profile is None:
             return self.budget_gib
         return self.budget_gib * self.profile.part_to_fill(self.fraction)
@@ -191,7 +191,7 @@ class Hardware:
         return largest
 
     def holds_one_image(self) -> bool:
-        """Tell whether one image per GPU fits; there must be a profile and a budget."""
+        """Return whether one image per GPU fits; there must be a profile and a budget."""
         assert self.room_gib is not None
         return self._peak(1) <= self.room_gib * GIB
 
@@ -206,7 +206,7 @@ class Hardware:
         )
 
     def _nothing_fits(self) -> Fault:
-        """Say by how much one image is too large, and what would make it fit."""
+        """Return the fault of a GPU too small for one image, with what would make it fit."""
         assert self.profile is not None
         assert self.budget_gib is not None
         part = self.profile.part_to_fill(self.fraction)
@@ -223,7 +223,7 @@ class Hardware:
         return Fault(BUDGET, round(self.budget_gib, 2), allowed, advice)
 
     def _ways_to_fit(self) -> str:
-        """Say which other choice would make one image fit."""
+        """Return advice: the variants and the image size with which one image fits."""
         ways = [
             f"{name_of_variant(variant.covers)} ({other._peak(1) / GIB:.2f} GiB)"
             for variant in self.variants
@@ -241,7 +241,7 @@ class Hardware:
         )
 
     def _smaller_short_edge(self) -> int:
-        """The short edge at which one image fits, its bytes going with its area; 0: none."""
+        """Return the short edge at which one image fits, if bytes go with its area; 0: none."""
         assert self.room_gib is not None
         for edge in range(self.short_edge - _SIZE_STEP, _SIZE_STEP, -_SIZE_STEP):
             if self._peak((edge / self.short_edge) ** 2) <= self.room_gib * GIB:

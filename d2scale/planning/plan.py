@@ -1,4 +1,4 @@
-"""The plan: a recipe on the hardware at hand, decided, with the reason for each choice."""
+"""Plan how a recipe runs on the hardware at hand, with the reason for each choice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from d2scale.planning.schedule import Schedule, differences, schedule_faults
 
 @dataclass(frozen=True)
 class Plan:
-    """A decided training.
+    """How a recipe runs on some hardware.
 
     Attributes:
         method: ``per_gpu``, ``keep_total`` or ``max_memory``.
@@ -56,7 +56,7 @@ class Plan:
         return planned
 
     def with_smaller_micro_batches(self, ims_per_gpu: int) -> Plan:
-        """Return the plan of a run that an out-of-memory error has cut to ``ims_per_gpu``."""
+        """Return the plan after an out-of-memory error has cut the run to ``ims_per_gpu``."""
         sizes = rules.micro_batch_sizes(self.ims_per_batch, self.world_size, ims_per_gpu)
         note = (
             f"images per GPU cut from {self.ims_per_gpu} to {ims_per_gpu} during the run, by an "

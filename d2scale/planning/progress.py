@@ -1,4 +1,4 @@
-"""Where a training stands, told so that other hardware can go on with it.
+"""What a checkpoint records about its training, so that other hardware can resume it.
 
 A checkpoint's iteration means nothing without the total batch of its moment. What carries over
 is the images seen: with the recipe they say which iteration of any plan comes next, and at
@@ -21,7 +21,7 @@ FORMAT = 1
 RECORD = "d2scale"
 
 _SECTIONS = ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "MODEL", "D2GO_DATA.AUG_OPS")
-# They say how a training runs, saves and evaluates, not what it computes.
+# How a training runs, saves and evaluates, not what it computes.
 _NOT_RECIPE = frozenset(
     (
         "SOLVER.AUTO_SCALING_METHODS",
@@ -55,7 +55,7 @@ Changes = dict[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Progress:
-    """A training that has stopped, as its checkpoint tells it.
+    """A stopped training, as its checkpoint records it.
 
     Attributes:
         iteration: the last one finished, counted in the steps of the plan of that time.
@@ -77,7 +77,7 @@ class Progress:
 
     @classmethod
     def without_record(cls, iteration: int, ims_per_batch: int) -> Progress:
-        """Take a checkpoint of plain detectron2 or d2go for one of this very recipe.
+        """Assume that a checkpoint of plain detectron2 or d2go is of this very recipe.
 
         Args:
             iteration: the last one finished.
@@ -98,7 +98,7 @@ class Progress:
 
 
 def recipe_of(cfg: Any, planned: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the keys of a recipe, as written, that a resumed training must share.
+    """Return the keys and values of a recipe that must stay the same when it is resumed.
 
     Left out is what a machine decides (device, precision, workers), what only saves and
     evaluates, and what starts a training (MODEL.WEIGHTS).
@@ -107,17 +107,17 @@ def recipe_of(cfg: Any, planned: Mapping[str, Any] | None = None) -> dict[str, A
         cfg: any engine's config.
         planned: the ``changes`` of a plan that ``cfg`` has already had: they are taken back.
     """
-    found = {"SEED": get_key(cfg, "SEED", -1)}
+    recipe = {"SEED": get_key(cfg, "SEED", -1)}
     for section in _SECTIONS:
         node = get_key(cfg, section)
         values = flatten(node, f"{section}.") if isinstance(node, Mapping) else [(section, node)]
-        found.update({key: value for key, value in values if value is not None})
+        recipe.update({key: value for key, value in values if value is not None})
     if get_key(cfg, "MODEL_EMA.ENABLED", False):
-        found["MODEL_EMA.DECAY"] = cfg.MODEL_EMA.DECAY
+        recipe["MODEL_EMA.DECAY"] = cfg.MODEL_EMA.DECAY
     if get_key(cfg, "QUANTIZATION.QAT.ENABLED", False):
-        found.update(flatten(cfg.QUANTIZATION.QAT, "QUANTIZATION.QAT."))
-    found.update({key: old for key, (old, _) in (planned or {}).items() if key in found})
-    return {key: _plain(value) for key, value in sorted(found.items()) if _is_of_recipe(key)}
+        recipe.update(flatten(cfg.QUANTIZATION.QAT, "QUANTIZATION.QAT."))
+    recipe.update({key: old for key, (old, _) in (planned or {}).items() if key in recipe})
+    return {key: _plain(value) for key, value in sorted(recipe.items()) if _is_of_recipe(key)}
 
 
 def _is_of_recipe(key: str) -> bool:
@@ -130,7 +130,7 @@ def _plain(value: Any) -> Any:
 
 
 def recipe_changes(progress: Progress, recipe: Mapping[str, Any]) -> Changes:
-    """Return in which keys ``recipe`` differs from that of the stopped training.
+    """Return the keys in which ``recipe`` differs from that of the stopped training.
 
     The config that a run leaves in its folder is planned already; it counts as the same recipe.
     A key that only one of the two has is one that another version has added.
@@ -172,7 +172,7 @@ def refuse_changes(changes: Changes) -> None:
 def next_iteration(
     images_seen: int, *, recipe_images: int, ims_per_batch: int, max_iter: int
 ) -> int:
-    """Return the iteration of a plan with which a training goes on.
+    """Return the iteration of a plan at which a training resumes.
 
     Counted from the end: the steps left are the fewest that show the rest of the recipe's
     images. So the training shows at least the recipe's images and less than one step more,
@@ -195,7 +195,7 @@ def next_iteration(
 
 
 def plan_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
-    """Return how two plans of one recipe differ, ``Plan.to_json()`` both.
+    """Return the facts and keys in which two plans of one recipe differ, ``Plan.to_json()`` both.
 
     Keys are the words of the plan's table, then config keys.
     """

@@ -1,4 +1,4 @@
-"""What a config says about batch, learning rate and iterations: read, checked, scaled, written."""
+"""Read, check and scale the batch, the learning rate and the iterations of a config."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class Schedule:
 
 
 def schedule_faults(cfg: Any) -> list[Fault]:
-    """Return everything that makes the schedule of ``cfg`` meaningless."""
+    """Return the faults of all keys of ``cfg`` that a schedule is made of."""
     ema = get_key(cfg, "MODEL_EMA.ENABLED", False)
     faults = judge(cfg, (*_RULES, _EMA_DECAY) if ema else _RULES)
     # Keys are compared only where each is right by itself.

@@ -1,4 +1,4 @@
-"""Checks of the config keys that the model reads, all faults at once. Needs no torch."""
+"""Check the config keys that the model reads, all faults at once. Needs no torch."""
 
 from __future__ import annotations
 
