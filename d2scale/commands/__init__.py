@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
 from typing import Any
 
 from d2scale.commands import benchmark, doctor, memory, plan, report, train, visualize
+from d2scale.config.projects import entry_points
 
 
 def all_commands() -> list[Any]:

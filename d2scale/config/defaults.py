@@ -6,10 +6,11 @@ a key out means those.
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
 from typing import Any
 
 from fvcore.common.config import CfgNode
+
+from d2scale.config.projects import entry_points
 
 QAT_ITERATION_KEYS = (
     "START_ITER",

@@ -8,7 +8,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fvcore.common.config import BASE_KEY, CfgNode
 
 from d2scale.config.defaults import NUMBERS_OR_NONE, add_project_configs, get_cfg
 from d2scale.config.keys import get_key
+from d2scale.config.projects import entry_points
 from d2scale.config.upstream import LOOK_ALIKES, UNPLANNED_SECTIONS
 from d2scale.config.value_rules import or_none, type_of_default
 from d2scale.errors import ConfigError, Fault

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from d2scale.coco.catalog import dataset_names, dataset_spec
+from d2scale.config.projects import entry_points
 from d2scale.engine.activations import apply_activation_checkpointing
 from d2scale.engine.checkpoint.checkpointer import mismatches
 from d2scale.engine.checkpoint.files import read_checkpoint

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from d2scale.config.projects import entry_points
 from d2scale.errors import ConfigError, Fault
 
 FORMAT = "d2scale memory profile"

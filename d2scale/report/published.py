@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from importlib.resources import files
 from typing import Any
 
+from d2scale.config.projects import entry_points
 from d2scale.errors import DataError, Fault
 from d2scale.report.runs import Run
 

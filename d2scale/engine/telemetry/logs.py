@@ -6,11 +6,11 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from tqdm import tqdm
 
+from d2scale.config.projects import entry_points
 from d2scale.run_folder.files import LOG_FILE
 
 # Lines of this logger repeat what a progress bar shows.
