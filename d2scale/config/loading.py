@@ -92,9 +92,15 @@ def load_yaml(path: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: for a missing or unreadable file, YAML that is broken or asks for Python
-            objects, or a chain of ``_BASE_`` that leads back to itself.
+            objects, or nesting or a chain of ``_BASE_`` that does not end.
     """
-    return _load_chain(os.path.abspath(resolve_config_path(path)), ())
+    try:
+        settings = _load_chain(os.path.abspath(resolve_config_path(path)), ())
+        for _ in flatten(settings):  # a YAML mapping can hold itself
+            pass
+        return settings
+    except RecursionError:
+        raise _path_fault(path, "a file that is nested less deeply") from None
 
 
 def _load_chain(path: str, above: tuple[str, ...]) -> dict[str, Any]:
@@ -123,23 +129,18 @@ def _read_yaml(path: str) -> dict[str, Any]:
             content = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise ConfigError(
-            [Fault("config file", path, "a readable YAML file", f"check the path ({reason})")]
-        ) from error
-    except yaml.YAMLError as error:
+        fault = Fault("config file", path, "a readable YAML file", f"check the path ({reason})")
+    # The parser lets a date or a number that cannot be raise a plain ValueError.
+    except (yaml.YAMLError, ValueError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = path if line is None else f"{path}, line {line + 1}"
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ConfigError(
-            [Fault("config file", where, "plain YAML without Python tags", f"mend it: {problem}")]
-        ) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(
-            [Fault("config file", path, "YAML of the form KEY: value", "check the file")]
-        )
-    return content
+        problem = getattr(error, "problem", None) or f"it cannot be parsed ({error})"
+        fault = Fault("config file", where, "plain YAML without Python tags", f"mend it: {problem}")
+    else:
+        if content is None or isinstance(content, dict):
+            return content or {}
+        fault = Fault("config file", path, "YAML of the form KEY: value", "check the file")
+    raise ConfigError([fault])
 
 
 def _merge_mapping(target: dict[str, Any], source: Mapping[str, Any]) -> None:

@@ -52,6 +52,11 @@ def test_overrides_win_and_are_converted(recipes):
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
         ("_BASE_: d2scale://nowhere.yaml\n", "keep_total.yaml"),
         ("_BASE_: https://example.com/x.yaml\n", "a file, or d2scale://NAME.yaml"),
+        ("SEED: 2026-02-30\n", "day is out of range"),
+        ("SEED: !!int abc\n", "invalid literal"),
+        ('_BASE_: "a\\0b"\n', "null byte"),
+        ("[" * 3000, "nested less deeply"),
+        ("MODEL: &model {SELF: *model}\n", "nested less deeply"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(write_config, text, expected):
