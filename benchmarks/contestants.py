@@ -57,13 +57,17 @@ def make_samples(count: int, height: int, width: int, boxes: int = 7) -> list[Sa
 def _metafcos(*changes: str) -> Contestant:
     from d2scale.config import load_cfg
     from d2scale.engine.models import new_model
-    from d2scale.memory.steps import detector_losses
 
     options = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", *changes]
     cfg = load_cfg("d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml", options)
-    return Contestant(
-        new_model(cfg), list, lambda model, batch: dict(detector_losses(model, batch))
-    )
+    return Contestant(new_model(cfg), list, exact_losses)
+
+
+def exact_losses(model: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Call a model that computes its loss normalizers from the ground truth first."""
+    with torch.no_grad():
+        totals = model.loss_normalizers(samples)
+    return dict(model(samples, normalizers=model.finish_normalizers(totals, 1)))
 
 
 def metafcos() -> Contestant:

@@ -25,13 +25,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from contestants import exact_losses
 from machine import keep
 from simulated import BOXES, COCO_LIKE, EQUAL, IMAGES, Bench, Found, d2scale_probe
 from tabulate import tabulate
 from torch import nn
 
 from d2scale.memory.devices import SimulatedDevice
-from d2scale.memory.steps import detector_losses
 from d2scale.planning.memory_profile import GIB
 from d2scale.step.out_of_memory import OutOfMemoryError
 
@@ -46,7 +46,8 @@ def accelerate_finder(bench: Bench, budget_bytes: int) -> Found:
     def train(batch_size: int) -> int:
         tried.append(batch_size)
         step = bench.new_step()
-        with SimulatedDevice(budget_bytes).limited(budget_bytes, step.held()):
+        with SimulatedDevice(budget_bytes).limited(budget_bytes, step.held_tensors()):
+            step.ims_per_gpu = batch_size
             for batch in bench.batches(batch_size):
                 step(batch)
         return batch_size
@@ -72,7 +73,7 @@ def lightning_finder(mode: str) -> Callable[[Bench, int], Found]:
             def training_step(self, batch: Any, index: int) -> torch.Tensor:
                 if index == 0:
                     tried.append(self.batch_size)
-                return torch.stack(list(detector_losses(self.model, batch).values())).sum()
+                return torch.stack(list(exact_losses(self.model, batch).values())).sum()
 
             def configure_optimizers(self) -> torch.optim.Optimizer:
                 return self.step.optimizer
@@ -93,7 +94,7 @@ def lightning_finder(mode: str) -> Callable[[Bench, int], Found]:
                 accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
             )  # fmt: skip
-            with SimulatedDevice(budget_bytes).limited(budget_bytes, module.step.held()):
+            with SimulatedDevice(budget_bytes).limited(budget_bytes, module.step.held_tensors()):
                 tuner = lightning.pytorch.tuner.Tuner(trainer)
                 found = tuner.scale_batch_size(module, mode=mode)
         return int(found or 0), len(tried)
@@ -114,9 +115,9 @@ def ultralytics_finder(bench: Bench, budget_bytes: int) -> Found:
             tried.append(len(tensor))
             step, device = bench.new_step(), SimulatedDevice(budget_bytes)
             batch = bench.worst.samples(len(tensor))
-            with device.limited(budget_bytes, step.held()):
+            with device.limited(budget_bytes, step.held_tensors()):
                 try:
-                    torch.stack(list(detector_losses(step.model, batch).values())).sum().backward()
+                    torch.stack(list(exact_losses(step.model, batch).values())).sum().backward()
                     results.append([0, 0, device.peaks()[0] / GIB])
                 except OutOfMemoryError:
                     results.append(None)

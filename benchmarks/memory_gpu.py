@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, product
 from typing import Any
 
@@ -25,18 +25,19 @@ from tabulate import tabulate
 from d2scale.coco.dataset import load_training_dataset
 from d2scale.config import load_cfg
 from d2scale.engine.data.loader import build_train_loader
-from d2scale.engine.memory.workload import workload_of
+from d2scale.engine.memory import workload_of, worst_case_of
 from d2scale.memory.devices import CudaDevice, Device, SimulatedDevice
 from d2scale.memory.predict import Prediction, Workload, predict
-from d2scale.memory.preserve import learning_rates_zero
 from d2scale.memory.probe import Measurement, Probe
-from d2scale.memory.steps import TrainingStep
-from d2scale.memory.worst_case import assumed_worst_case, worst_case_of
+from d2scale.memory.worst_case import assumed_worst_case
 from d2scale.planning.memory_profile import GIB
-from d2scale.step.out_of_memory import is_out_of_memory
+from d2scale.step.agreement import AgreedOutOfMemoryError
+from d2scale.step.micro_batches import MicroBatch
+from d2scale.step.optimizer_step import OptimizerStep, learning_rates_zero
 
 RECIPE = "d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml"
-BUDGETS_GIB = (8, 16, 24, 40, 80)
+# A card of 80 GB has a little less than 80 GiB.
+BUDGETS_GIB = (8, 16, 24, 40, 72)
 Rows = list[dict[str, Any]]
 
 
@@ -49,19 +50,24 @@ def variants(opts: list[str]) -> Iterator[tuple[str, Any]]:
         yield name, load_cfg(RECIPE, [*opts, *switches])
 
 
+def take(step: OptimizerStep, batch: MicroBatch) -> bool:
+    """Take a step in one micro-batch; return whether there was memory for it."""
+    step.ims_per_gpu = len(batch)
+    try:
+        step.attempt(batch)
+    except AgreedOutOfMemoryError:
+        step.optimizer.zero_grad()
+        return False
+    return True
+
+
 def take_steps(
-    device: Device, step: TrainingStep, batches: list[Any], tensor_bytes: int
+    device: Device, step: OptimizerStep, batches: Sequence[MicroBatch], tensor_bytes: int
 ) -> tuple[int, int] | None:
     """Take steps; return (live, reserved) bytes, None if they run out of memory."""
-    with device.limited(tensor_bytes, step.held()), learning_rates_zero(step.optimizer):
-        try:
-            for batch in batches:
-                step(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-        return device.peaks()
+    step.optimizer.zero_grad()
+    with learning_rates_zero(step.optimizer), device.limited(tensor_bytes, step.held_tensors()):
+        return device.peaks() if all(take(step, batch) for batch in batches) else None
 
 
 def accuracy(device: Device, opts: list[str]) -> Rows:
@@ -100,22 +106,21 @@ def choice(device: Device, opts: list[str]) -> Rows:
         workload, prediction = _predicted(cfg)
         profile = prediction.profile(workload, caching=device.caches)
         step = workload.build_step(device.device)
-        assert workload.make_batches is not None
         for budget in _budgets(device):
             budget_bytes = int(budget * GIB)
-            probe = Probe(device, step, workload.make_batches)
-            found = probe.measure(profile, budget_bytes)
-            most = _most_that_train(device, step, workload.make_batches, found)
+            probe = Probe(device, step, workload.trial_batches)
+            measured = probe.measure(profile, budget_bytes)
+            most = _most_that_train(device, step, workload, measured)
             rows.append(
                 {
                     "key": f"{name}, {budget}",
                     "choice": name,
                     "budget GiB": budget,
                     "predicted": profile.largest_ims_per_gpu(budget_bytes),
-                    "chosen": found.largest,
-                    "trials": len(found.trials),
+                    "chosen": measured.largest,
+                    "trials": len(measured.trials),
                     "most": most,
-                    "chosen / most %": round(100 * found.largest / most, 1) if most else None,
+                    "chosen / most %": round(100 * measured.largest / most, 1) if most else None,
                 }
             )
     return rows
@@ -125,26 +130,24 @@ def epoch(device: Device, opts: list[str]) -> Rows:
     """Train an epoch over the recipe's dataset at the chosen images and count the errors."""
     cfg = load_cfg(RECIPE, opts)
     dataset = load_training_dataset(cfg)
-    workload = workload_of(cfg, worst_case_of(cfg, dataset.records, dataset.name))
+    workload = workload_of(cfg, worst_case_of(cfg, dataset))
     profile = predict(workload).profile(workload, caching=device.caches)
     step = workload.build_step(device.device)
-    assert workload.make_batches is not None
     rows = []
     for budget in _budgets(device):
-        probe = Probe(device, step, workload.make_batches)
-        found = probe.measure(profile, int(budget * GIB), limit=len(dataset))
-        images = found.largest
+        probe = Probe(device, step, workload.trial_batches)
+        measured = probe.measure(profile, int(budget * GIB), limit=len(dataset))
+        images = measured.largest
         if not images:
             continue
+        steps = -(-len(dataset) // images)
         loader = build_train_loader(
             cfg, dataset, world_size=1, rank=0, ims_per_batch=images, seed=0
         )
-        with loader:
-            steps = -(-len(dataset) // images)
-            batches = list(islice(loader, steps))
-        failed = sum(
-            take_steps(device, step, [batch], found.tensor_bytes) is None for batch in batches
-        )
+        # One limit around all steps: the allocator's cache goes on from step to step.
+        limited = device.limited(measured.tensor_bytes, step.held_tensors())
+        with loader, learning_rates_zero(step.optimizer), limited:
+            failed = sum(not take(step, batch) for batch in islice(loader, steps))
         rows.append(
             {
                 "key": str(budget),
@@ -158,7 +161,9 @@ def epoch(device: Device, opts: list[str]) -> Rows:
 
 
 def _predicted(cfg: Any) -> tuple[Workload, Prediction]:
-    workload = workload_of(cfg, assumed_worst_case(cfg))
+    resized = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN
+    worst_case = assumed_worst_case(*resized, grouped=cfg.DATALOADER.ASPECT_RATIO_GROUPING)
+    workload = workload_of(cfg, worst_case)
     return workload, predict(workload)
 
 
@@ -169,12 +174,13 @@ def _budgets(device: Device) -> list[float]:
 
 
 def _most_that_train(
-    device: Device, step: TrainingStep, batches: Callable[[int], Any], found: Measurement
+    device: Device, step: OptimizerStep, workload: Workload, measured: Measurement
 ) -> int:
     """Try every number of images from the chosen one on, to three beyond the last that trains."""
-    most, images = 0, max(1, found.largest)
-    while images <= max(most, found.largest) + 3:
-        if take_steps(device, step, batches(images), found.tensor_bytes) is not None:
+    most, images = 0, max(1, measured.largest)
+    while images <= max(most, measured.largest) + 3:
+        batches = workload.trial_batches(images)
+        if take_steps(device, step, batches, measured.tensor_bytes) is not None:
             most = images
         images += 1
     return most
@@ -212,8 +218,8 @@ def main() -> None:
     logging.disable(logging.INFO)
     name = arguments.comparison
     if name is None:
-        for each in COMPARISONS:
-            show(each, kept_rows(each))
+        for comparison in COMPARISONS:
+            show(comparison, kept_rows(comparison))
     elif arguments.simulate:
         print("Simulated on a CPU to try the script; nothing is kept:")
         show(name, COMPARISONS[name](SimulatedDevice(int(arguments.simulate * GIB)), opts))

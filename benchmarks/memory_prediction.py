@@ -22,26 +22,53 @@ from machine import keep
 from tabulate import tabulate
 
 from d2scale.memory.predict import Prediction, Workload, predict, record_step
-from d2scale.memory.steps import TrainingStep
 from d2scale.memory.tracker import StorageTracker
 from d2scale.memory.worst_case import WorstCase
+from d2scale.step.optimizer_step import OptimizerStep
 
 COUNTED = (4, 8)
 BOXES = 20
 
 
-def _sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+def _step(model: torch.nn.Module) -> OptimizerStep:
     trained = [p for p in model.parameters() if p.requires_grad]
     # Random weights behind frozen statistics would diverge: leave them as they are.
-    return torch.optim.SGD(trained, lr=0.0, momentum=0.9, foreach=True)
+    sgd = torch.optim.SGD(trained, lr=0.0, momentum=0.9, foreach=True)
+    return OptimizerStep(model, sgd, ims_per_gpu=1)
 
 
 def metafcos(worst: WorstCase) -> Workload:
     """The default engine's model as published."""
     from d2scale.config import load_cfg
-    from d2scale.engine.memory.workload import workload_of
+    from d2scale.engine.memory import workload_of
 
     return workload_of(load_cfg("d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml"), worst)
+
+
+class TorchvisionLosses(torch.nn.Module):
+    """A detector of torchvision that takes samples."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, samples: list[dict[str, Any]]) -> Any:
+        targets = [{"boxes": s["boxes"], "labels": s["classes"] + 1} for s in samples]
+        return self.model([sample["image"] for sample in samples], targets)
+
+
+class Detectron2Losses(torch.nn.Module):
+    """A detector of detectron2 with the storage of events that it asks for."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, samples: list[dict[str, Any]]) -> Any:
+        from detectron2.utils.events import EventStorage
+
+        with EventStorage():
+            return self.model(samples)
 
 
 def torchvision_model(name: str, worst: WorstCase) -> Workload:
@@ -51,15 +78,14 @@ def torchvision_model(name: str, worst: WorstCase) -> Workload:
     height, width = worst.size
     sizes = {"min_size": min(height, width), "max_size": max(height, width)}
 
-    def build_step(device: torch.device) -> TrainingStep:
+    def build_step(device: torch.device) -> OptimizerStep:
         build = getattr(torchvision.models.detection, name)
         model = build(weights=None, weights_backbone=None, num_classes=61, **sizes)
-        return TrainingStep(model.train(), _sgd(model), lambda m, batch: m(*batch))
+        return _step(TorchvisionLosses(model.train()))
 
-    def make_batch(count: int) -> Any:
+    def make_batch(count: int) -> list[dict[str, Any]]:
         samples = worst.samples(count)
-        targets = [{"boxes": s["boxes"], "labels": s["classes"] + 1} for s in samples]
-        return [sample["image"] / 255.0 for sample in samples], targets
+        return [{**sample, "image": sample["image"] / 255.0} for sample in samples]
 
     return Workload(build_step, make_batch)
 
@@ -69,19 +95,13 @@ def detectron2_model(config: str, worst: WorstCase) -> Workload:
     from detectron2 import model_zoo
     from detectron2.modeling import build_model
     from detectron2.structures import Boxes, Instances
-    from detectron2.utils.events import EventStorage
 
     cfg = model_zoo.get_config(config)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
 
-    def build_step(device: torch.device) -> TrainingStep:
-        model = build_model(cfg).train()
-        return TrainingStep(model, _sgd(model), losses)
-
-    def losses(model: torch.nn.Module, batch: Any) -> Any:
-        with EventStorage():
-            return model(batch)
+    def build_step(device: torch.device) -> OptimizerStep:
+        return _step(Detectron2Losses(build_model(cfg).train()))
 
     def make_batch(count: int) -> Any:
         samples = worst.samples(count)
@@ -111,8 +131,7 @@ def counted_bytes(workload: Workload, images: int) -> int:
     torch.manual_seed(images)
     step = workload.build_step(torch.device("cpu"))
     tracker = StorageTracker()
-    with tracker:
-        tracker.count(*step.model.parameters(), *step.model.buffers())
+    tracker.count(*step.held_tensors())
     for count in (1, images):
         record_step(step, workload.make_batch(count), tracker)
     return tracker.peak_bytes

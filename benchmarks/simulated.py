@@ -8,6 +8,7 @@ multi-scale training gives to a dataset like COCO, batched by aspect ratio as de
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,13 @@ import torch
 
 from d2scale.coco.sizes import aspect_ratio_groups, output_size
 from d2scale.config import load_cfg
-from d2scale.engine.memory.workload import workload_of
+from d2scale.engine.memory import workload_of
 from d2scale.memory.devices import SimulatedDevice
 from d2scale.memory.predict import Workload, predict
-from d2scale.memory.preserve import free_gradients
 from d2scale.memory.probe import Probe, measured_profile
-from d2scale.memory.steps import TrainingStep
-from d2scale.memory.worst_case import WorstCase, worst_case_of_images
+from d2scale.memory.worst_case import WorstCase, largest_sizes
 from d2scale.planning.memory_profile import MemoryProfile
+from d2scale.step.optimizer_step import OptimizerStep
 from d2scale.step.out_of_memory import OutOfMemoryError
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ NARROW = (
     *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "16", "MODEL.FPN.OUT_CHANNELS", "32"),
     *("MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1"),
-    *("MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"),
+    *("MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0", "D2SCALE.ON_OOM", "raise"),
 )
 Found = tuple[int, int]
 
@@ -58,7 +58,8 @@ class Bench:
         cfg = load_cfg("d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml", [*NARROW, *sizes, *opts])
         shapes = [shape[:2] for shape in images for _ in range(shape[2] * IMAGES // 100)]
         heights, widths = zip(*shapes, strict=True)
-        self.worst: WorstCase = worst_case_of_images(cfg, heights, widths, BOXES, "benchmark")
+        largest = largest_sizes(heights, widths, edges, longest, grouped=True)
+        self.worst = WorstCase(largest, BOXES, f"{len(heights)} images of a benchmark")
         self.workload: Workload = workload_of(cfg, self.worst)
         drawn = random.Random(0)  # noqa: S311 - no secrets
         self.samples = [
@@ -68,26 +69,16 @@ class Bench:
         drawn.shuffle(self.samples)
         self.predicted: MemoryProfile = predict(self.workload).profile(self.workload, caching=False)
 
-    def new_step(self) -> TrainingStep:
+    def new_step(self) -> OptimizerStep:
         """A fresh training."""
         torch.manual_seed(0)
         return self.workload.build_step(CPU)
 
-    def trial_batches(self, size: int) -> list[Any]:
-        """The worst steps with ``size`` images."""
-        assert self.workload.make_batches is not None
-        return list(self.workload.make_batches(size))
-
-    def fits(self, batches: list[Any], budget_bytes: int) -> bool:
+    def fits(self, batches: Sequence[Any], budget_bytes: int) -> bool:
         """Whether a fresh training takes these steps."""
         step = self.new_step()
-        with SimulatedDevice(budget_bytes).limited(budget_bytes, step.held()):
-            try:
-                for batch in batches:
-                    step(batch)
-            except OutOfMemoryError:
-                return False
-        return True
+        with SimulatedDevice(budget_bytes).limited(budget_bytes, step.held_tensors()):
+            return all(take(step, batch) for batch in batches)
 
     def batch_indices(self, size: int) -> list[list[int]]:
         """An epoch in random order, in batches of one aspect-ratio group, the last ones smaller."""
@@ -114,12 +105,12 @@ class Bench:
         The search begins at ``near``, or below it where that does not train.
         """
         size = max(1, near)
-        while size > 1 and not self.fits(self.trial_batches(size), budget_bytes):
+        while size > 1 and not self.fits(self.workload.trial_batches(size), budget_bytes):
             size -= 1
         most = size
         while size < most + 3:
             size += 1
-            if self.fits(self.trial_batches(size), budget_bytes):
+            if self.fits(self.workload.trial_batches(size), budget_bytes):
                 most = size
         return most
 
@@ -127,22 +118,28 @@ class Bench:
         """Steps of an epoch that run out of memory, each after a first that went well."""
         step = self.new_step()
         device, failed = SimulatedDevice(budget_bytes), 0
-        step(self.samples[:1])  # makes the optimizer's state
+        take(step, self.samples[:1])  # makes the optimizer's state
         for batch in self.batches(size):
-            with device.limited(budget_bytes, step.held()):
-                try:
-                    step(batch)
-                except OutOfMemoryError:
-                    failed += 1
-            free_gradients(step.model)
+            step.optimizer.zero_grad()
+            with device.limited(budget_bytes, step.held_tensors()):
+                failed += not take(step, batch)
         return failed
+
+
+def take(step: OptimizerStep, batch: Any) -> bool:
+    """Take a step in one micro-batch; return whether there was memory for it."""
+    step.ims_per_gpu = len(batch)
+    try:
+        step(batch)
+    except OutOfMemoryError:
+        return False
+    return True
 
 
 def d2scale_probe(bench: Bench, budget_bytes: int) -> Found:
     """The prediction, then steps with the worst batches."""
-    assert bench.workload.make_batches is not None
     device = SimulatedDevice(budget_bytes)
-    probe = Probe(device, bench.new_step(), bench.workload.make_batches)
-    found = probe.measure(bench.predicted, budget_bytes, limit=IMAGES)
-    profile = measured_profile(bench.predicted, found, budget_bytes, "")
-    return profile.largest_ims_per_gpu(budget_bytes), len(found.trials)
+    probe = Probe(device, bench.new_step(), bench.workload.trial_batches)
+    measurement = probe.measure(bench.predicted, budget_bytes, limit=IMAGES)
+    profile = measured_profile(bench.predicted, measurement, "")
+    return profile.largest_ims_per_gpu(budget_bytes), len(measurement.trials)

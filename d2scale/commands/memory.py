@@ -34,7 +34,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale memory``."""
     from d2scale.config import load_cfg
-    from d2scale.engine.memory.profiling import make_profiles
+    from d2scale.engine.memory import make_profiles
     from d2scale.planning.formats import profiles_table
     from d2scale.planning.memory_profile import dump_profiles
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -12,19 +11,21 @@ from d2go.optimizer.build import build_optimizer_mapper
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from d2scale.engine.memory.measure import measure_workload
-from d2scale.memory.agreement import of_first_rank
+from d2scale.errors import DataError, Fault
 from d2scale.memory.devices import CudaDevice
 from d2scale.memory.predict import Workload, predict
-from d2scale.memory.steps import TrainingStep, detector_losses
-from d2scale.memory.worst_case import Size, WorstCase, worst_case_of_images
+from d2scale.memory.probe import measure_workload
+from d2scale.memory.worst_case import Size, WorstCase, largest_sizes
 from d2scale.planning.coverage import coverage
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.memory_profile import GIB, MemoryProfile
 from d2scale.planning.plan import Plan, refuse_more_than_all
+from d2scale.step.micro_batches import MicroBatch, StepLosses
+from d2scale.step.norms import without_synchronised_norms
+from d2scale.step.optimizer_step import BeforeUpdate, OptimizerStep, StepOptions
+from d2scale.step.ranks import broadcast_object, world_size
 
 ENGINE = "d2go"
 
@@ -81,32 +82,36 @@ def memory_profile(cfg: Any) -> MemoryProfile:
     if not (_on_cuda(cfg) and cfg.D2SCALE.MEMORY.PROBE):
         return _predicted(workload)
     device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+    most_images = min(cfg.D2SCALE.MAX_IMS_PER_BATCH or images, images)
     return measure_workload(
-        cfg, workload, device, images=images, variants=lambda: _alternatives(cfg)
+        workload,
+        device,
+        budget_bytes=round(cfg.D2SCALE.MEMORY.BUDGET_GIB * GIB) or device.total_bytes,
+        most_images=max(1, most_images // world_size()),
     )
 
 
 def _predicted(workload: Workload) -> MemoryProfile:
     # Where values decide, as in sampling, the ranks may have counted differently.
-    return of_first_rank(predict(workload).profile(workload))
+    return broadcast_object(predict(workload).profile(workload))
 
 
 def workload_of(cfg: Any, worst: WorstCase) -> Workload:
     """Return what d2go does with ``cfg``, on batches of the worst case, with random weights."""
 
-    def build_step(device: torch.device) -> TrainingStep:
+    def build_step(device: torch.device) -> OptimizerStep:
         own = cfg.clone()
         own.defrost()
         own.MODEL.DEVICE = str(device)
-        model = build_d2go_model(own).model.train()
+        # A rank that runs out of memory would leave the others waiting in a synchronised norm.
+        built = build_d2go_model(own).model.train()
+        model = without_synchronised_norms(built, "memory is being measured")
         half = cfg.SOLVER.AMP.ENABLED
-        return TrainingStep(
-            model,
-            build_optimizer_mapper(own, model),
-            _losses,
-            torch.float16 if half else None,
+        options = StepOptions(
+            precision=torch.float16 if half else None,
             scaler=GradScaler("cuda") if half and device.type == "cuda" else None,
         )
+        return _Trial(model, build_optimizer_mapper(own, model), ims_per_gpu=1, options=options)
 
     height, width = worst.size
     numbers = "AMP float16" if cfg.SOLVER.AMP.ENABLED else "float32"
@@ -120,9 +125,14 @@ def workload_of(cfg: Any, worst: WorstCase) -> Workload:
     )
 
 
-def _losses(model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
-    with EventStorage():
-        return detector_losses(model, batch)
+class _Trial(OptimizerStep):
+    """A step with the storage of events that detectron2's models write to."""
+
+    def attempt(
+        self, rank_batch: MicroBatch, before_update: BeforeUpdate | None = None
+    ) -> StepLosses:
+        with EventStorage():
+            return super().attempt(rank_batch, before_update)
 
 
 def _batch(worst: WorstCase, count: int, size: Size) -> list[dict[str, Any]]:
@@ -148,7 +158,17 @@ def _worst_case(cfg: Any) -> tuple[WorstCase, int]:
     """The worst case, and how many images there are."""
     heights, widths, most_boxes = _images(cfg)
     names = ",".join(cfg.DATASETS.TRAIN)
-    return worst_case_of_images(cfg, heights, widths, most_boxes, names), len(heights)
+    if most_boxes == 0:
+        advice = "training would learn nothing: give a dataset with annotations"
+        raise DataError([Fault("DATASETS.TRAIN", names, "images with boxes", advice)])
+    sizes = largest_sizes(
+        heights,
+        widths,
+        cfg.INPUT.MIN_SIZE_TRAIN,
+        cfg.INPUT.MAX_SIZE_TRAIN,
+        grouped=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+    )
+    return WorstCase(sizes, most_boxes, f"{len(heights)} images of {names}"), len(heights)
 
 
 def _images(cfg: Any) -> tuple[list[int], list[int], int]:

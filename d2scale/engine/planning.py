@@ -9,11 +9,15 @@ from typing import Any
 import torch
 
 from d2scale.coco.dataset import load_training_dataset
-from d2scale.engine.memory.measure import measure_on_rank
-from d2scale.engine.memory.predictions import predict_profile, predict_variants
+from d2scale.engine.memory import (
+    measure_on_ranks,
+    predict_profile,
+    predict_variants,
+    worst_case_of,
+)
 from d2scale.engine.models import device_of
 from d2scale.errors import ConfigError
-from d2scale.memory.worst_case import WorstCase, worst_case_of
+from d2scale.memory.worst_case import WorstCase
 from d2scale.planning.coverage import DEFAULT_ENGINE
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.memory_profile import GIB, MemoryProfile
@@ -108,14 +112,13 @@ def _hardware(
 
 def _make_profile(cfg: Any) -> MemoryProfile:
     if measures(cfg):
-        return measure_on_rank(cfg)
+        return measure_on_ranks(cfg)
     logger.info("No memory profile of this recipe is at hand: predicting it")
     return predict_profile(cfg, _worst_case(cfg))
 
 
 def _worst_case(cfg: Any) -> WorstCase:
-    dataset = load_training_dataset(cfg)
-    return worst_case_of(cfg, dataset.records, dataset.name)
+    return worst_case_of(cfg, load_training_dataset(cfg))
 
 
 def _device_gib(device: torch.device | int) -> float:

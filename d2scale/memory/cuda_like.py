@@ -1,4 +1,4 @@
-"""Makes a CPU, real or fake, take the paths that training takes on a CUDA device."""
+"""Making steps on a CPU, real or fake, allocate what they allocate on a CUDA device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+
+from d2scale.step.private_torch import run_backward, tree_map_only
 
 # What autocast runs in float32 on CUDA, and in the half precision of its input on a CPU.
 # https://pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float32
@@ -22,20 +23,19 @@ _FLOAT32_FUNCTIONS = frozenset(
     ]
 )
 
-
-# Fused updates write in place and allocate nothing. Fake tensors know no rule for them and would
-# run them in earnest, on memory made for that.
+# Fused updates write in place and allocate nothing. Fake tensors have no rule for them: they would
+# run on real memory, allocated for that.
 _FUSED_UPDATES = frozenset(["_fused_adam_", "_fused_adamw_", "_fused_sgd_"])
 
 
 class CudaLike(TorchFunctionMode):
-    """Repeats CUDA's choices on the CPU.
+    """Makes CUDA's choices on the CPU.
 
     Under autocast, what CUDA computes in float32 is computed in float32. The memory format
-    ``channels_last``, which code chooses for the sake of a CPU's speed, is passed over.
+    ``channels_last``, which code chooses for a CPU's speed, is ignored.
 
     Args:
-        fake: whether tensors have no values; fused updates of the weights are left out then.
+        fake: whether tensors are fake; fused updates of the weights are skipped then.
     """
 
     def __init__(self, *, fake: bool) -> None:
@@ -47,7 +47,10 @@ class CudaLike(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is Tensor.backward:
-            return self._backward(*args)
+            # A mode is off while it handles a call, but activation checkpointing runs forwards in
+            # the backward pass. Not Tensor.backward itself, which would come here again.
+            with self:
+                return run_backward(*args)
         if kwargs.get("memory_format") is torch.channels_last:
             del kwargs["memory_format"]
         name = getattr(func, "__name__", "")
@@ -56,19 +59,6 @@ class CudaLike(TorchFunctionMode):
         if name in _FLOAT32_FUNCTIONS and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _to_float32, (args, kwargs))
         return func(*args, **kwargs)
-
-    def _backward(self, loss: Tensor) -> None:
-        """Go backward from a scalar with the mode on, for activation checkpointing.
-
-        A mode is off in what it calls, and torch's functions around its engine would call the
-        mode again.
-        """
-        engine = torch.autograd.Variable._execution_engine
-        ones = (torch.ones_like(loss),)
-        with self:
-            engine.run_backward(
-                (loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True
-            )
 
 
 def _to_float32(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where training steps are tried: a CUDA device, or a CPU that pretends to be small."""
+"""Devices to try training steps on: CUDA, or a CPU with a limit on the bytes of its tensors."""
 
 from __future__ import annotations
 
@@ -11,37 +11,48 @@ import torch
 
 from d2scale.memory.allocator import MIB
 from d2scale.memory.tracker import StorageTracker
+from d2scale.planning.memory_profile import GIB
 
 
 class Device(Protocol):
-    """What a trial needs to know of a device, and to do with it.
+    """A device whose memory can be limited and measured.
 
     Attributes:
-        caches: whether torch's caching allocator stands before its memory: it rounds requests up
-            and loses room between them.
+        caches: whether torch's caching allocator manages its memory: it rounds requests up and
+            loses room between them.
     """
 
     caches: bool
 
     @property
     def device(self) -> torch.device:
-        """Where tensors lie."""
+        """The device of the tensors."""
+
+    @property
+    def name(self) -> str:
+        """Its name and memory."""
 
     @property
     def total_bytes(self) -> int:
-        """All its memory."""
+        """The memory of the device."""
 
     @property
     def context_bytes(self) -> int:
-        """What is taken of it and not by this process's tensors."""
+        """The part of it that this process's tensors cannot have."""
 
     def limited(
         self, tensor_bytes: int, held: Iterable[torch.Tensor]
     ) -> AbstractContextManager[None]:
-        """Let tensors take no more than this inside, with those ``held`` before and after."""
+        """Limit the bytes of tensors inside; those ``held`` exist before and count."""
 
     def peaks(self) -> tuple[int, int]:
-        """Return the most bytes that lived, and that were reserved, inside ``limited``."""
+        """Return the most bytes that were allocated, and reserved, inside ``limited``."""
+
+
+# Kernels that are loaded late and libraries that meet new shapes take memory outside of torch's
+# allocator: after a measurement this much, or this part of the device, must still be free.
+_RESERVE_BYTES = 256 * MIB
+_RESERVE_PART = 0.02
 
 
 class CudaDevice:
@@ -53,6 +64,10 @@ class CudaDevice:
         self.device = device
 
     @property
+    def name(self) -> str:
+        return f"{torch.cuda.get_device_name(self.device)}, {self.total_bytes / GIB:.2f} GiB"
+
+    @property
     def total_bytes(self) -> int:
         return int(torch.cuda.get_device_properties(self.device).total_memory)
 
@@ -60,7 +75,8 @@ class CudaDevice:
     def context_bytes(self) -> int:
         torch.cuda.synchronize(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
-        return int(total - free - torch.cuda.memory_reserved(self.device))
+        taken = int(total - free - torch.cuda.memory_reserved(self.device))
+        return taken + max(_RESERVE_BYTES, round(_RESERVE_PART * total))
 
     @contextmanager
     def limited(self, tensor_bytes: int, held: Iterable[torch.Tensor]) -> Iterator[None]:
@@ -89,17 +105,18 @@ class CudaDevice:
 
 
 class SimulatedDevice:
-    """A CPU whose tensors are counted, and refused beyond a limit, as a device's would be.
+    """A CPU that counts the bytes of its tensors and runs out of memory at a limit.
 
     Args:
-        total_bytes: what the device would have.
-        context_bytes: what its runtime would take.
+        total_bytes: memory of the device.
+        context_bytes: the part of it that tensors cannot have.
     """
 
     caches = False
 
     def __init__(self, total_bytes: int, context_bytes: int = 0) -> None:
         self.device = torch.device("cpu")
+        self.name = f"a CPU as a device of {total_bytes / GIB:.2f} GiB"
         self.total_bytes = total_bytes
         self.context_bytes = context_bytes
         self._tracker = StorageTracker()
@@ -117,14 +134,7 @@ class SimulatedDevice:
         return self._tracker.peak_bytes, self._tracker.peak_bytes
 
 
-def device_at_hand(device: torch.device, simulated_gib: float = 0.0) -> Device:
-    """Return the device of a training, a CPU as one of ``simulated_gib``."""
-    if device.type == "cuda":
-        return CudaDevice(device)
-    return SimulatedDevice(int(simulated_gib * 1024 * MIB))
-
-
 def _memory_fraction(device: torch.device) -> float:
-    # Older versions of torch do not tell it; there it is what it was from the start.
-    tell = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-    return 1.0 if tell is None else float(tell(device))
+    # Older versions of torch cannot return it; there it is assumed to be the default.
+    get_fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return 1.0 if get_fraction is None else float(get_fraction(device))

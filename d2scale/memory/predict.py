@@ -1,29 +1,29 @@
-"""From two training steps on a CPU to the memory that training takes on a CUDA device."""
+"""Predicting the memory that training takes on a CUDA device, from two steps on a CPU."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
 
 from d2scale.memory.allocator import MIB
 from d2scale.memory.cuda_like import CudaLike
 from d2scale.memory.replay import needed_bytes, replay
-from d2scale.memory.steps import TrainingStep
 from d2scale.memory.stream import Stream, Trace
 from d2scale.memory.tracker import StorageTracker
 from d2scale.planning.memory_profile import PREDICTED, MemoryProfile, Phase, Point
+from d2scale.step import ranks
+from d2scale.step.averaging import BUFFERS, averaging_bytes
+from d2scale.step.micro_batches import MicroBatch
+from d2scale.step.norms import without_synchronised_norms
+from d2scale.step.optimizer_step import OptimizerStep
+from d2scale.step.private_torch import NOT_FAKEABLE, FakeTensorMode
+from d2scale.step.update import trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -32,52 +32,52 @@ logger = logging.getLogger(__name__)
 CONTEXT_BYTES = 450 * MIB
 # cuBLAS keeps this from the first matrix product on (8 MiB and 128 KiB; 32 MiB on Hopper).
 LIBRARY_BYTES = 32 * MIB
-# What share of the operands' size a convolution asks for as workspace. Not calibrated on a
-# device yet: at 0 they count as part of what the allocator loses to fragmentation.
-WORKSPACE_FACTOR = 0.0
 
-# Images at which the allocator is played. Its losses rise and fall with the number of images.
-_PLAYED = (1, 2, 3, 5, 8, 13)
+# Images at which the allocator is replayed. Its losses rise and fall with the number of images.
+_REPLAYED = (1, 2, 3, 5, 8, 13)
 _CPU = torch.device("cpu")
-_NOT_FAKEABLE = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A training whose memory is asked for.
+    """A training whose memory is predicted or measured.
 
     Attributes:
-        build_step: makes model and optimizer, on a device.
+        build_step: builds model, optimizer and step on a device.
         make_batch: makes the worst batch of a number of images, on the CPU.
-        make_batches: makes the batches of a few steps for a number of images, the worst, smaller
-            ones and the worst again; None: the worst twice.
+        make_batches: makes the batches of a trial for a number of images: the worst, smaller ones
+            and the worst again. None: the worst twice.
         description: of model, input size and precision, in words.
         covers: the settings that it stands for; see :mod:`d2scale.planning.coverage`.
     """
 
-    build_step: Callable[[torch.device], TrainingStep]
-    make_batch: Callable[[int], Any]
-    make_batches: Callable[[int], Sequence[Any]] | None = None
+    build_step: Callable[[torch.device], OptimizerStep]
+    make_batch: Callable[[int], MicroBatch]
+    make_batches: Callable[[int], Sequence[MicroBatch]] | None = None
     description: str = ""
-    covers: dict[str, Any] | None = None
+    covers: Mapping[str, Any] = field(default_factory=dict)
+
+    def trial_batches(self, images: int) -> Sequence[MicroBatch]:
+        """Return the batches of a trial."""
+        if self.make_batches is None:
+            return [self.make_batch(images)] * 2
+        return self.make_batches(images)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was learnt from two steps.
+    """The memory of a training step for any number of images.
 
     Attributes:
-        stream: the step, for any number of images.
+        stream: what the step allocates and frees, on one rank.
         gradient_bytes: of all gradients together.
-        fake: whether the steps were taken with fake tensors.
+        averaging_bytes: what averaging them over ranks adds.
+        fake: whether the steps were taken on fake tensors.
     """
 
     stream: Stream
     gradient_bytes: int
+    averaging_bytes: int
     fake: bool
 
     def live_bytes(self, ims_per_gpu: int) -> int:
@@ -87,29 +87,23 @@ class Prediction:
 
     def reserved_bytes(self, ims_per_gpu: int, world_size: int = 1) -> int:
         """Return the most that the allocator reserves when nothing limits it."""
-        # Later steps find a cache that the first has left in pieces.
-        allocator = replay(
-            self.stream,
-            [ims_per_gpu] * 3,
-            held=self._held(world_size),
-            workspace_factor=WORKSPACE_FACTOR,
-        )
-        return allocator.peak_reserved
+        # The first step leaves the allocator's cache in pieces for the later ones.
+        steps = [ims_per_gpu] * 3
+        return replay(self.stream, steps, held=self._held(world_size)).peak_reserved
 
     def needed_bytes(self, ims_per_gpu: int, world_size: int = 1) -> int:
         """Return what the allocator must be given for steps of mixed image sizes."""
-        held = self._held(world_size)
-        return needed_bytes(self.stream, ims_per_gpu, held=held, workspace_factor=WORKSPACE_FACTOR)
+        return needed_bytes(self.stream, ims_per_gpu, held=self._held(world_size))
 
     def profile(self, workload: Workload, *, caching: bool = True) -> MemoryProfile:
-        """Return the memory profile of ``workload``, which this was made from.
+        """Return the memory profile of ``workload``, which was predicted.
 
         Args:
             workload: the training.
             caching: for a CUDA device, whose caching allocator and runtime take memory besides;
-                False: for one where tensors take their bytes and nothing else does.
+                False: for one that holds the bytes of tensors and nothing else.
         """
-        points = tuple(self._point(m, caching) for m in _PLAYED)
+        points = tuple(self._point(images, caching) for images in _REPLAYED)
         constant, fraction = _allocator_losses(points)
         phases = tuple(
             Phase(
@@ -128,7 +122,8 @@ class Prediction:
             "steps of 1 and 2 images",
             CONTEXT_BYTES if caching else 0,
             self.gradient_bytes,
-            dict(workload.covers or {}),
+            self.averaging_bytes,
+            dict(workload.covers),
             points,
         )
 
@@ -138,9 +133,9 @@ class Prediction:
             return Point(images, live, live, live)
         return Point(images, live, self.reserved_bytes(images), self.needed_bytes(images))
 
-    def _held(self, world_size: int) -> tuple[int, ...]:
-        buckets = (self.gradient_bytes,) if world_size > 1 else ()
-        return (LIBRARY_BYTES, *buckets)
+    def _held(self, world_size: int) -> list[int]:
+        buffers = [self.averaging_bytes // BUFFERS] * BUFFERS
+        return [LIBRARY_BYTES, *(buffers if world_size > 1 else [])]
 
 
 def _allocator_losses(points: tuple[Point, ...]) -> tuple[int, float]:
@@ -154,7 +149,7 @@ def _allocator_losses(points: tuple[Point, ...]) -> tuple[int, float]:
 
 
 def predict(workload: Workload, *, fake: bool | None = None) -> Prediction:
-    """Take a step with one and one with two images, and count.
+    """Take a step with one and one with two images, and count. No rank waits for another.
 
     Args:
         workload: the training.
@@ -164,13 +159,14 @@ def predict(workload: Workload, *, fake: bool | None = None) -> Prediction:
     Raises:
         Exception: what the model raises for another reason than fake tensors.
     """
-    if fake is not None:
-        return _predict(workload, fake)
-    try:
-        return _predict(workload, True)
-    except _NOT_FAKEABLE as error:
-        logger.info("The model does not run on fake tensors (%s): counting real steps", error)
-        return _predict(workload, False)
+    with ranks.alone():
+        if fake is not None:
+            return _predict(workload, fake)
+        try:
+            return _predict(workload, True)
+        except NOT_FAKEABLE as error:
+            logger.info("The model does not run on fake tensors (%s): counting real steps", error)
+            return _predict(workload, False)
 
 
 def _predict(workload: Workload, fake: bool) -> Prediction:
@@ -182,18 +178,21 @@ def _predict(workload: Workload, fake: bool) -> Prediction:
             stack.enter_context(mode)
         else:
             step = workload.build_step(_CPU)
+        without_synchronised_norms(step.model, "the prediction is for one rank")
         _choose_as_on_cuda(step.optimizer)
         tracker = StorageTracker()
         with tracker:
-            tracker.count(*step.model.parameters(), *step.model.buffers())
-            step.make_optimizer_state()
-        traces = [record_step(step, workload.make_batch(m), tracker) for m in (1, 2)]
-        gradient_bytes = sum(p.numel() * p.element_size() for p in step.parameters())
-    return Prediction(Stream.from_traces(*traces), gradient_bytes, fake)
+            tracker.count(*step.held_tensors())
+            make_optimizer_state(step.optimizer)
+        traces = [record_step(step, workload.make_batch(images), tracker) for images in (1, 2)]
+        parameters = trained_parameters(step.optimizer)
+        gradient_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    stream = Stream.from_traces(*traces)
+    return Prediction(stream, gradient_bytes, averaging_bytes(parameters), fake)
 
 
-def _fake_step(workload: Workload, mode: FakeTensorMode) -> TrainingStep:
-    """Build with fake tensors; or in earnest, and then replace them."""
+def _fake_step(workload: Workload, mode: FakeTensorMode) -> OptimizerStep:
+    """Build the step with fake tensors; or with real ones, and then replace them."""
     try:
         with mode:
             return workload.build_step(_CPU)
@@ -221,9 +220,21 @@ def _choose_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
             group["foreach"] = True
 
 
-def record_step(step: TrainingStep, batch: Any, tracker: StorageTracker) -> Trace:
-    """Take one step and return what it allocated and freed."""
+def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer allocate what it keeps between steps, with gradients of zero."""
+    for parameter in trained_parameters(optimizer):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def record_step(step: OptimizerStep, batch: MicroBatch, tracker: StorageTracker) -> Trace:
+    """Take one step in one micro-batch and return what it allocated and freed."""
+    step.ims_per_gpu = len(batch)
+    step.phase = tracker.phase
+    step.optimizer.zero_grad()
     tracker.reset_peak()
-    with tracker, tracker.recording() as trace:
-        step(batch, tracker.phase)
+    # What no phase of the step covers, such as its loss normalizers, counts as forward.
+    with tracker, tracker.phase("forward"), tracker.recording() as trace:
+        step.attempt(batch)
     return trace

@@ -1,199 +1,222 @@
-"""Measuring on the device: the most images whose whole training steps fit, on every rank."""
+"""Measuring the most images per GPU whose whole training steps fit, on the devices of all ranks."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-
-from d2scale.errors import ConfigError, Fault
-from d2scale.memory.agreement import largest_of_ranks, raise_failure, ranks
 from d2scale.memory.devices import Device
-from d2scale.memory.preserve import free_gradients, learning_rates_zero, training_state_kept
+from d2scale.memory.predict import Workload, predict
+from d2scale.memory.preserve import training_state_kept
 from d2scale.memory.search import SizeSearch
-from d2scale.memory.steps import TrainingStep
 from d2scale.planning.memory_profile import GIB, MEASURED, MemoryProfile, Phase, Point
+from d2scale.step import ranks
+from d2scale.step.agreement import AgreedOutOfMemoryError
+from d2scale.step.micro_batches import MicroBatch
+from d2scale.step.optimizer_step import OptimizerStep, learning_rates_zero
 from d2scale.step.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-_FITS, _OUT_OF_MEMORY, _FAILED = 0, 1, 2
-
 
 @dataclass(frozen=True)
 class Trial:
-    """The outcome of one size, the same on all ranks.
+    """The outcome of one number of images, the same on all ranks.
 
     Attributes:
-        ims_per_gpu: the size.
+        ims_per_gpu: the images.
         fits: whether all ranks took their steps.
         live_bytes, reserved_bytes: the most of any rank.
+        reason: the error of a rank that ran out of memory; empty if it fits.
     """
 
     ims_per_gpu: int
     fits: bool
     live_bytes: int
     reserved_bytes: int
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What the trials have shown.
+    """The result of a search, the same on all ranks.
 
     Attributes:
         largest: the most images per GPU that fit; 0: not even one does.
         trials: in order.
-        tensor_bytes: what was allowed to the tensors of each rank.
-        context_bytes: what is taken of the devices besides tensors; the most of any rank.
-        error: what one image ran into, if nothing fits.
+        budget_bytes: memory of a device that training may take, the least of any rank.
+        tensor_bytes: the part of it that tensors can have, the least of any rank.
     """
 
     largest: int
     trials: tuple[Trial, ...]
+    budget_bytes: int
     tensor_bytes: int
-    context_bytes: int
-    error: str = ""
+
+    @property
+    def context_bytes(self) -> int:
+        """The part of the budget that tensors cannot have."""
+        return self.budget_bytes - self.tensor_bytes
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Tries sizes on a device.
+    """Tries numbers of images on a device. Every rank must do the same at the same time.
 
-    Every rank must do the same at the same time. The steps themselves make no collective calls
-    (what DistributedDataParallel holds is allocated in its place), and the ranks agree after
-    each trial, so a rank that runs out of memory, or fails, never leaves another waiting.
+    A trial takes the very steps that train. If a rank runs out of memory in one, all ranks end
+    it together.
 
     Attributes:
         device: this rank's.
         step: on the device; it is left as it was.
-        batches: gives the batches of one trial, for a number of images.
+        batches: returns the batches of one trial, in the machine's memory as a loader's are, for
+            a number of images.
     """
 
     device: Device
-    step: TrainingStep
-    batches: Callable[[int], Sequence[Any]]
+    step: OptimizerStep
+    batches: Callable[[int], Sequence[MicroBatch]]
 
     def measure(
         self, predicted: MemoryProfile, budget_bytes: int, *, limit: int = 0
     ) -> Measurement:
-        """Search for the most images that fit.
-
-        A step with one image comes first, so that kernels and communicators, which take memory
-        at their first use, have taken it before the room for tensors is known.
+        """Search for the most images that fit on every rank.
 
         Args:
             predicted: where the search begins; the same on all ranks.
-            budget_bytes: of the device's memory, what else takes of it included.
+            budget_bytes: memory of this rank's device that training may take.
             limit: no more images than this are wanted; 0: no limit.
 
         Raises:
-            AnotherRankFailed: if a trial of another rank fails for another reason than memory.
-            Exception: what this rank's own trial fails with, untouched.
+            AnotherRankFailedError: if a step of another rank fails for another reason than memory.
+            Exception: what this rank's own step fails with, unchanged.
         """
-        self._try(1, self.batches(1)[:1], budget_bytes)
-        context_bytes = largest_of_ranks([self.device.context_bytes])[0]
-        tensor_bytes = max(0, budget_bytes - context_bytes)
+        # Kernels and communicators take memory at their first use: before the room is known.
+        self._try(self.batches(1)[:1], budget_bytes)
+        budget_bytes, tensor_bytes = self._smallest_room(budget_bytes)
         tensors_alone = replace(predicted, context_bytes=0)
-        guess = tensors_alone.largest_ims_per_gpu(tensor_bytes, world_size=ranks())
+        guess = tensors_alone.largest_ims_per_gpu(tensor_bytes, world_size=ranks.world_size())
         search = SizeSearch(max(1, guess), limit)
         trials: list[Trial] = []
-        error = ""
-        while (size := search.next_size()) is not None:
-            trial, error = self._try(size, self.batches(size), tensor_bytes)
+        while (images := search.next_size()) is not None:
+            trial = self._try(self.batches(images), tensor_bytes)
             trials.append(trial)
-            search.record(size, trial.fits, _expected_most(tensors_alone, trial, tensor_bytes))
+            search.record(images, trial.fits, _expected_most(tensors_alone, trial, tensor_bytes))
             logger.info(
                 "%d images per GPU %s (%.2f GiB live, %.2f GiB reserved)",
-                *(size, "fit" if trial.fits else "do not fit"),
+                *(images, "fit" if trial.fits else "do not fit"),
                 *(trial.live_bytes / GIB, trial.reserved_bytes / GIB),
             )
-        return Measurement(search.largest, tuple(trials), tensor_bytes, context_bytes, error)
+        return Measurement(search.largest, tuple(trials), budget_bytes, tensor_bytes)
 
-    def _try(self, size: int, batches: Sequence[Any], tensor_bytes: int) -> tuple[Trial, str]:
-        """Take steps with batches that lie in the machine's memory, as a loader's do."""
-        outcome, text = _FITS, ""
-        error: BaseException | None = None
-        with ExitStack() as stack:
-            stack.enter_context(training_state_kept(self.step))
-            stack.enter_context(learning_rates_zero(self.step.optimizer))
-            stack.enter_context(self.device.limited(tensor_bytes, self.step.held()))
+    def _smallest_room(self, budget_bytes: int) -> tuple[int, int]:
+        """Return the budget and the bytes for tensors of the ranks that have the least."""
+        room = budget_bytes - self.device.context_bytes
+        negative = ranks.largest_over_ranks({"budget": -budget_bytes, "room": -room})
+        return -int(negative["budget"]), max(0, -int(negative["room"]))
+
+    def _try(self, batches: Sequence[MicroBatch], tensor_bytes: int) -> Trial:
+        step, fits, reason = self.step, True, ""
+        with (
+            training_state_kept(step),
+            learning_rates_zero(step.optimizer),
+            self.device.limited(tensor_bytes, step.held_tensors()),
+        ):
+            step.ims_per_gpu = len(batches[0])
             try:
-                self._take_steps(batches)
-            except Exception as caught:
-                error = caught
-                outcome = _OUT_OF_MEMORY if is_out_of_memory(caught) else _FAILED
-                text = f"{type(caught).__name__}: {caught}"
+                for batch in batches:
+                    step.attempt(batch)
+            except AgreedOutOfMemoryError as error:
+                fits, reason = False, error.reason
+            except Exception as error:
+                # Where the limit is below what is held already, no rank gets to agree.
+                if not is_out_of_memory(error):
+                    raise
+                fits, reason = False, str(error)
             live, reserved = self.device.peaks()
-            if error is not None and outcome == _OUT_OF_MEMORY:
-                # The traceback's frames hold the failed step's tensors.
-                error.with_traceback(None)
-            free_gradients(self.step.model)
-        worst, live, reserved = largest_of_ranks([outcome, live, reserved])
-        if worst == _FAILED:
-            raise_failure(error if outcome == _FAILED else None)
-        return Trial(size, worst == _FITS, live, reserved), text
+            step.optimizer.zero_grad()
+        return _worst_of_ranks(Trial(len(batches[0]), fits, live, reserved, reason))
 
-    def _take_steps(self, batches: Sequence[Any]) -> None:
-        buckets = self._buckets()
-        for batch in batches:
-            self.step(batch)
-        del buckets
 
-    def _buckets(self) -> list[torch.Tensor]:
-        """What DistributedDataParallel adds: flat copies of the gradients."""
-        if ranks() == 1:
-            return []
-        return [torch.empty_like(parameter) for parameter in self.step.parameters()]
+def _worst_of_ranks(trial: Trial) -> Trial:
+    trials = ranks.gather_objects(trial)
+    return Trial(
+        trial.ims_per_gpu,
+        all(other.fits for other in trials),
+        max(other.live_bytes for other in trials),
+        max(other.reserved_bytes for other in trials),
+        next((other.reason for other in trials if other.reason), ""),
+    )
+
+
+def measure_workload(
+    workload: Workload, device: Device, *, budget_bytes: int, most_images: int
+) -> MemoryProfile:
+    """Predict and measure a training. All ranks must call it; all return the same profile.
+
+    Args:
+        workload: the training.
+        device: this rank's.
+        budget_bytes: memory of this rank's device that training may take.
+        most_images: no more images per GPU than this are wanted.
+
+    Raises:
+        Exception: see :meth:`Probe.measure`.
+    """
+    # Where values decide, as in sampling, the ranks may have counted differently.
+    predicted = ranks.broadcast_object(predict(workload).profile(workload, caching=device.caches))
+    probe = Probe(device, workload.build_step(device.device), workload.trial_batches)
+    measurement = probe.measure(predicted, budget_bytes, limit=most_images)
+    sizes = ", ".join(str(trial.ims_per_gpu) for trial in measurement.trials)
+    return measured_profile(
+        predicted,
+        measurement,
+        f"{workload.description}; measured on {device.name}, {ranks.world_size()} ranks, with "
+        f"{sizes} images",
+    )
 
 
 def measured_profile(
-    predicted: MemoryProfile, measurement: Measurement, budget_bytes: int, description: str
+    predicted: MemoryProfile, measurement: Measurement, description: str
 ) -> MemoryProfile:
-    """Bend the prediction so that it says what was measured, at the budget it was measured for.
+    """Scale the prediction so that it says what was measured, at the budget of the measurement.
 
-    Raises:
-        ConfigError: if nothing fits.
+    If nothing fitted, one image of the profile takes more than the budget.
     """
-    if measurement.largest == 0:
-        raise ConfigError([_nothing_fits(measurement, budget_bytes)])
-    world_size = ranks()
-    base = replace(predicted, context_bytes=measurement.context_bytes)
-    border = any(t.ims_per_gpu == measurement.largest + 1 for t in measurement.trials)
-    # Halfway between what fits and what does not, or right at what fits.
-    at = measurement.largest + (0.5 if border else 0.0)
+    budget_bytes, world_size = measurement.budget_bytes, ranks.world_size()
+    base = replace(
+        predicted,
+        context_bytes=measurement.context_bytes,
+        source=MEASURED,
+        description=description,
+        points=tuple(
+            Point(trial.ims_per_gpu, trial.live_bytes, trial.reserved_bytes)
+            for trial in measurement.trials
+            if trial.fits
+        ),
+    )
     fixed = base.peak_bytes(0, world_size=world_size) - max(p.static_bytes for p in base.phases)
     room = budget_bytes - fixed
+    if measurement.largest == 0:
+        logger.warning("One image per GPU does not fit: %s", measurement.trials[-1].reason)
+        too_much = Phase("measured", 0, max(1, room + 1))
+        return replace(base, phases=(*base.phases, too_much))
+    border = any(trial.ims_per_gpu == measurement.largest + 1 for trial in measurement.trials)
+    # Halfway between what fits and what does not, or right at what fits.
+    at = measurement.largest + (0.5 if border else 0.0)
     factor = room / (base.peak_bytes(at, world_size=world_size) - fixed)
     phases = tuple(
         Phase(p.name, int(p.static_bytes * factor), int(p.bytes_per_image * factor))
         for p in base.phases
     )
     # Where the optimizer's step is the peak, the lines alone would allow more than was seen.
-    phases += (Phase("measured", 0, int(room / at)),)
-    points = tuple(
-        Point(t.ims_per_gpu, t.live_bytes, t.reserved_bytes) for t in measurement.trials if t.fits
-    )
-    return replace(base, phases=phases, source=MEASURED, description=description, points=points)
+    return replace(base, phases=(*phases, Phase("measured", 0, int(room / at))))
 
 
 def _expected_most(predicted: MemoryProfile, trial: Trial, tensor_bytes: int) -> int:
     """Images that should fit if the prediction is as far off for all as it was for the trial."""
-    predicted_bytes = predicted.peak_bytes(trial.ims_per_gpu, world_size=ranks())
+    world_size = ranks.world_size()
+    predicted_bytes = predicted.peak_bytes(trial.ims_per_gpu, world_size=world_size)
     error_bytes = trial.reserved_bytes - predicted_bytes
-    return predicted.largest_ims_per_gpu(tensor_bytes - error_bytes, world_size=ranks())
-
-
-def _nothing_fits(measurement: Measurement, budget_bytes: int) -> Fault:
-    return Fault(
-        "D2SCALE.MEMORY.BUDGET_GIB",
-        round(budget_bytes / GIB, 2),
-        "what one image takes",
-        f"one image does not fit in the {measurement.tensor_bytes / GIB:.2f} GiB that are left "
-        "for tensors: try SOLVER.AMP.ENABLED, D2SCALE.ACTIVATION_CHECKPOINTING or a smaller "
-        "INPUT.MIN_SIZE_TRAIN (it said: "
-        f"{measurement.error.splitlines()[0][:200]})",
-    )
+    return predicted.largest_ims_per_gpu(tensor_bytes - error_bytes, world_size=world_size)

@@ -1,4 +1,4 @@
-"""Training steps played through the allocator model: what they reserve, what they need."""
+"""Training steps replayed through the model of the allocator: what they reserve and need."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ def replay(
     *,
     capacity: float | None = None,
     held: Sequence[int] = (),
-    workspace_factor: float = 0.0,
 ) -> CachingAllocator:
-    """Play steps and return the allocator after them.
+    """Replay steps and return the allocator after them.
 
     Args:
         stream: the step.
-        images: images of each step to play, in units of the traced size.
+        images: number of images of each step, in units of the traced size.
         capacity: bytes that the allocator may reserve; None: no limit.
         held: requests that outlive every step, besides the stream's own.
-        workspace_factor: what share of the recorded workspaces is requested.
 
     Raises:
         OutOfCapacity: if a request does not fit.
@@ -41,33 +39,25 @@ def replay(
     for nbytes in (*stream.held, *held):
         allocator.allocate(nbytes)
     for count in images:
-        _play(stream, count, allocator, workspace_factor)
+        _replay_step(stream, count, allocator)
     return allocator
 
 
-def _play(
-    stream: Stream, images: float, allocator: CachingAllocator, workspace_factor: float
-) -> None:
+def _replay_step(stream: Stream, images: float, allocator: CachingAllocator) -> None:
     sizes = stream.request_bytes(images)
     addresses: dict[int, int] = {}
     for index, is_free in stream.events:
         if is_free:
             if index in addresses:
                 allocator.release(addresses.pop(index))
-            continue
-        nbytes = sizes[index]
-        if stream.workspaces[index]:
-            nbytes = round(nbytes * workspace_factor)
-        if nbytes:
-            addresses[index] = allocator.allocate(nbytes)
-    # What a step leaves behind takes the place of what the step before it left.
+        elif sizes[index]:
+            addresses[index] = allocator.allocate(sizes[index])
+    # What a step leaves, its gradients, is freed before the next begins.
     for address in addresses.values():
         allocator.release(address)
 
 
-def needed_bytes(
-    stream: Stream, images: float, *, held: Sequence[int] = (), workspace_factor: float = 0.0
-) -> int:
+def needed_bytes(stream: Stream, images: float, *, held: Sequence[int] = ()) -> int:
     """Return the bytes that the allocator must be given for steps of mixed sizes.
 
     With less than it would like, the allocator gives cached segments back and starts anew, so
@@ -76,22 +66,16 @@ def needed_bytes(
     Args:
         stream: the step.
         images: images of the largest step, in units of the traced size.
-        held, workspace_factor: see :func:`replay`.
+        held: see :func:`replay`.
     """
     counts = [images * part for part in MIXED_SIZES]
-
-    def run(capacity: float | None) -> CachingAllocator:
-        return replay(
-            stream, counts, capacity=capacity, held=held, workspace_factor=workspace_factor
-        )
-
-    free = run(None)
+    free = replay(stream, counts, held=held)
     low, high = float(free.peak_allocated), float(free.peak_reserved)
     high = min(high, low * (1 + _SEARCH_FRACTION) + _SEARCH_BYTES)
     while high - low > low * _RESOLUTION:
         middle = (low + high) / 2
         try:
-            run(middle)
+            replay(stream, counts, capacity=middle, held=held)
             high = middle
         except OutOfCapacity:
             low = middle

@@ -1,7 +1,7 @@
 """What a training step allocates and frees, in order, for any number of images.
 
-Two recorded steps, with one and with two images, become one :class:`Stream` whose every request
-is a line in the number of images. Numbers in, numbers out; no torch.
+Two recorded steps, with one and with two images, become one :class:`Stream`: the size of each
+request is a line in the number of images. Numbers in, numbers out; no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Allocation:
     """One storage.
 
     Attributes:
-        operation: what made it.
+        operation: name of the operation that allocated it.
         trailing_shape: the shape of its first tensor without the leading dimension, which is
             the one that the images count in.
         phase: part of the step.
@@ -38,7 +38,7 @@ class Allocation:
 
 
 class Event(NamedTuple):
-    """An allocation, or its end."""
+    """An allocation, or when it is freed."""
 
     allocation: Allocation
     is_free: bool
@@ -49,7 +49,7 @@ class Trace:
     """A recorded step.
 
     Attributes:
-        held: what lived before it.
+        held: allocations from before it.
         events: in order.
     """
 
@@ -61,14 +61,8 @@ class Trace:
         self.events.append(Event(allocation, False))
 
     def free(self, allocation: Allocation) -> None:
-        """Record the end of one."""
+        """Record that one is freed."""
         self.events.append(Event(allocation, True))
-
-    def workspace(self, nbytes: int, phase: str) -> None:
-        """Record what an operation may need for as long as it runs."""
-        allocation = Allocation("workspace", (), phase, nbytes)
-        self.allocate(allocation)
-        self.free(allocation)
 
     def allocations(self) -> list[Allocation]:
         """Return what the step allocates, in order."""
@@ -91,17 +85,15 @@ class Stream:
     """A training step for any number of images.
 
     Attributes:
-        held: bytes of each storage that outlives the step: weights, optimizer state, buckets.
+        held: bytes of each storage that outlives the step: weights, buffers, optimizer state.
         requests: a line for each allocation of the step.
         phases: the part of the step that each request belongs to.
-        workspaces: whether each request is only an operation's workspace.
         events: position in ``requests``, and whether it is freed there, in order.
     """
 
     held: tuple[int, ...]
     requests: tuple[Line, ...]
     phases: tuple[str, ...]
-    workspaces: tuple[bool, ...]
     events: tuple[tuple[int, bool], ...]
 
     @classmethod
@@ -122,15 +114,14 @@ class Stream:
             if index in partner:
                 before = ones[partner[index]].nbytes
             else:
-                # Made by a loop over the images, in the round of its first one. Either it ends
-                # with its round, or it stays, and stands for those of all images but one.
+                # Allocated by a loop over the images, in the round of its first one. Either it is
+                # freed in its round, or it stays, and stands for those of all images but one.
                 before = nbytes if index in passing else 0
             requests.append(Line(2 * before - nbytes, nbytes - before))
         return cls(
             held=tuple(allocation.nbytes for allocation in two.held),
             requests=tuple(requests),
             phases=tuple(allocation.phase for allocation in twos),
-            workspaces=tuple(allocation.operation == "workspace" for allocation in twos),
             events=tuple(events),
         )
 
@@ -141,28 +132,23 @@ class Stream:
         """
         return [max(0, round(line.at(images))) for line in self.requests]
 
-    def peak_lines(self, workspace_factor: float = 0.0) -> dict[str, list[Line]]:
-        """Return, for each phase, the lines whose maximum is the most that lives in it.
-
-        Args:
-            workspace_factor: what share of the recorded workspaces counts.
-        """
-        found: dict[str, set[Line]] = {}
+    def peak_lines(self) -> dict[str, list[Line]]:
+        """Return, for each phase, the lines whose maximum is the peak of its bytes."""
+        lines: dict[str, set[Line]] = {}
         static, slope = sum(self.held), 0
         for index, is_free in self.events:
-            factor = workspace_factor if self.workspaces[index] else 1
             sign = -1 if is_free else 1
-            static += sign * round(factor * self.requests[index].static_bytes)
-            slope += sign * round(factor * self.requests[index].bytes_per_image)
+            static += sign * self.requests[index].static_bytes
+            slope += sign * self.requests[index].bytes_per_image
             if not is_free:
-                found.setdefault(self.phases[index], set()).add(Line(static, slope))
-        return {phase: upper_envelope(lines) for phase, lines in found.items()}
+                lines.setdefault(self.phases[index], set()).add(Line(static, slope))
+        return {phase: upper_envelope(phase_lines) for phase, phase_lines in lines.items()}
 
 
 def upper_envelope(lines: Iterable[Line]) -> list[Line]:
     """Return the lines that are the largest for some number of images from one up."""
     envelope: list[Line] = []
-    for line in sorted(lines, key=lambda each: (each.bytes_per_image, each.static_bytes)):
+    for line in sorted(lines, key=lambda line: (line.bytes_per_image, line.static_bytes)):
         while envelope and (
             envelope[-1].at(1) <= line.at(1)
             or (len(envelope) > 1 and _crossing(*envelope[-2:]) >= _crossing(envelope[-2], line))
@@ -180,9 +166,8 @@ def _crossing(flat: Line, steep: Line) -> float:
 def _partners(ones: Sequence[Allocation], twos: Sequence[Allocation]) -> dict[int, int]:
     """Map positions in ``twos`` to those of the same allocations in ``ones``.
 
-    Of what stays single, some was only made in another order, as a compiler pleases; and some
-    between two pairs differs in its shape, where the images do not count in the leading
-    dimension.
+    Allocations without a partner may only have come in another order, as autograd may choose, or
+    have another shape, where the images do not count in the leading dimension.
     """
     partners = corresponding([a.likeness for a in ones], [a.likeness for a in twos])
     single = defaultdict(list)

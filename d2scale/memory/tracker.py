@@ -1,8 +1,8 @@
-"""Counts the bytes that training holds, operation by operation, on any machine.
+"""Counting the bytes that tensors hold, operation by operation, on any machine.
 
-A dispatch mode sees every tensor that an operation makes, fake or real. It counts each storage
-once, from the operation that made it until it dies, so views cost nothing and what autograd
-saves counts for as long as autograd keeps it.
+A dispatch mode sees every tensor that an operation returns, fake or real. It counts each storage
+once, from the operation that allocated it until it is freed, so views cost nothing and what
+autograd saves counts for as long as autograd keeps it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from d2scale.memory.stream import Allocation, Trace
 from d2scale.step.out_of_memory import OutOfMemoryError
+from d2scale.step.private_torch import TorchDispatchMode, storage_key, tree_leaves
 
 _OTHER = "other"
-_CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward", "aten::_convolution")
 
 
 @dataclass(eq=False)
@@ -30,23 +28,23 @@ class _Live:
     """A storage that is counted now."""
 
     allocation: Allocation
-    # Keeps the callback that notices the storage's death.
+    # Its callback is called when the storage is freed.
     watch: weakref.ref[Any] | None = field(default=None, repr=False)
 
 
 class StorageTracker(TorchDispatchMode):
-    """Counts live storages while it is active, and what dies later.
+    """Counts the storages that operations allocate while it is active, until they are freed.
 
-    Used inside ``FakeTensorMode``, it costs no memory and hardly any time; without, it counts a
+    Inside ``FakeTensorMode`` that takes no memory and hardly any time; otherwise it counts a
     real step. Storages on the ``meta`` device are not counted.
 
     Args:
-        budget_bytes: most bytes that may live; an operation that goes beyond it raises torch's
-            own out-of-memory error, as a full device does. None: no limit.
+        budget_bytes: most bytes that may be allocated; an operation that goes beyond it raises
+            torch's own out-of-memory error, as a full device does. None: no limit.
 
     Attributes:
-        live_bytes: bytes alive now.
-        peak_bytes: the most so far; :meth:`reset_peak` starts anew.
+        live_bytes: bytes allocated now.
+        peak_bytes: the most so far, or since :meth:`reset_peak`.
     """
 
     def __init__(self, budget_bytes: int | None = None) -> None:
@@ -69,7 +67,7 @@ class StorageTracker(TorchDispatchMode):
 
     @contextmanager
     def recording(self) -> Iterator[Trace]:
-        """Record what is allocated and freed inside; what lives already is its beginning."""
+        """Record what is allocated and freed inside, and what is allocated already."""
         trace = Trace([live.allocation for live in self._live.values()])
         before, self._trace = self._trace, trace
         try:
@@ -78,33 +76,30 @@ class StorageTracker(TorchDispatchMode):
             self._trace = before
 
     def count(self, *tensors: Tensor) -> None:
-        """Count tensors that were made while the tracker was not active; no budget stops them."""
+        """Count tensors that were allocated before, whatever the budget."""
         budget, self.budget_bytes = self.budget_bytes, None
         for tensor in tensors:
             self._see(tensor, "given")
         self.budget_bytes = budget
 
     def reset_peak(self) -> None:
-        """Let the peak start from what lives now."""
+        """Let the peak start from what is allocated now."""
         self.peak_bytes = self.live_bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        if self._trace is not None and name in _CONVOLUTIONS:
-            self._trace.workspace(_bytes_of((args, outputs)), self._phase)
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor):
-                self._see(leaf, name)
+                self._see(leaf, func._schema.name)
         return outputs
 
     def _see(self, tensor: Tensor, operation: str) -> None:
         if tensor.device.type == "meta" or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         nbytes = storage.nbytes()
         known = self._live.get(key)
         if known is not None:
@@ -122,7 +117,7 @@ class StorageTracker(TorchDispatchMode):
 
     def _check_budget(self, nbytes: int) -> None:
         if self.budget_bytes is not None and self.live_bytes + nbytes > self.budget_bytes:
-            # In torch's own words, by which other tools recognise it.
+            # In torch's own words, by which other programs recognise it.
             raise OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {nbytes} bytes on a simulated device: "
                 f"{self.live_bytes} of {self.budget_bytes} are in use"
@@ -136,8 +131,3 @@ class StorageTracker(TorchDispatchMode):
         self.live_bytes -= live.allocation.nbytes
         if self._trace is not None:
             self._trace.free(live.allocation)
-
-
-def _bytes_of(values: Any) -> int:
-    """Bytes of all tensors in a nest."""
-    return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, Tensor))

@@ -1,17 +1,15 @@
-"""The largest batches that a training can meet, from its config and, if at hand, its dataset."""
+"""The largest batches that a training can meet, from the sizes of its images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from d2scale.coco.records import Records
 from d2scale.coco.sizes import aspect_ratio_groups, output_size
-from d2scale.errors import ConfigError, DataError, Fault
 
 Size = tuple[int, int]
 
@@ -23,14 +21,14 @@ _ASSUMED_IMAGES = ((9, 10), (1, 9), (10, 9), (9, 1))
 
 @dataclass(frozen=True)
 class WorstCase:
-    """What a batch may hold at most.
+    """The most that a batch can hold.
 
     Attributes:
         sizes: (height, width) in pixels that a batch is padded to, before it is rounded up to
             the model's multiple; one for each group of images that batches are made of, the
             largest area first.
         boxes: the most that one image has.
-        origin: what it was found from, in words.
+        origin: the images that it was computed from, in words.
     """
 
     sizes: tuple[Size, ...]
@@ -49,21 +47,15 @@ class WorstCase:
         their memory.
         """
         height, width = size or self.size
-        image = torch.zeros((3, height, width), dtype=torch.uint8)
-        boxes = _spread_boxes(self.boxes, height, width)
-        classes = torch.zeros(self.boxes, dtype=torch.int64)
-        return [
-            {
-                "image": image,
-                "height": height,
-                "width": width,
-                "image_id": index,
-                "file_name": "",
-                "boxes": boxes,
-                "classes": classes,
-            }
-            for index in range(count)
-        ]
+        sample = {
+            "image": torch.zeros((3, height, width), dtype=torch.uint8),
+            "height": height,
+            "width": width,
+            "file_name": "",
+            "boxes": _spread_boxes(self.boxes, height, width),
+            "classes": torch.zeros(self.boxes, dtype=torch.int64),
+        }
+        return [{**sample, "image_id": index} for index in range(count)]
 
     @property
     def trial_sizes(self) -> tuple[Size, ...]:
@@ -80,70 +72,41 @@ class WorstCase:
         return [self.samples(count, size) for size in self.trial_sizes]
 
 
-def assumed_worst_case(cfg: Any) -> WorstCase:
-    """Return what bounds every dataset: any aspect ratio, and as many boxes as COCO has.
+def assumed_worst_case(short_edges: Sequence[int], max_size: int, *, grouped: bool) -> WorstCase:
+    """Return the worst case of any dataset: any aspect ratio, and as many boxes as COCO has.
 
-    Raises:
-        ConfigError: if images keep their own size, for then nothing bounds them.
+    Args:
+        short_edges, max_size, grouped: see :func:`largest_sizes`; without 0, for nothing bounds
+            images that keep their own size.
     """
-    if 0 in cfg.INPUT.MIN_SIZE_TRAIN:
-        raise ConfigError(
-            [
-                Fault(
-                    "INPUT.MIN_SIZE_TRAIN",
-                    tuple(cfg.INPUT.MIN_SIZE_TRAIN),
-                    "without 0, which keeps the size of the images",
-                    "give sizes in pixels, or use --device cuda, which looks at the dataset",
-                )
-            ]
-        )
-    shapes = _ASSUMED_IMAGES
-    sizes = _largest_sizes(cfg, [h for h, _ in shapes], [w for _, w in shapes])
+    heights, widths = zip(*_ASSUMED_IMAGES, strict=True)
+    sizes = largest_sizes(heights, widths, short_edges, max_size, grouped=grouped)
     return WorstCase(sizes, ASSUMED_BOXES, "images of any aspect ratio")
 
 
-def worst_case_of(cfg: Any, records: Records, name: str = "") -> WorstCase:
-    """Return what the augmentation can make of these images.
-
-    Raises:
-        DataError: if there are no images, or none has a box.
-    """
-    most_boxes = int(records.box_counts.max(initial=0))
-    return worst_case_of_images(
-        cfg, records.heights.tolist(), records.widths.tolist(), most_boxes, name
-    )
-
-
-def worst_case_of_images(
-    cfg: Any, heights: Sequence[int], widths: Sequence[int], most_boxes: int, name: str = ""
-) -> WorstCase:
-    """Return what resizing by the shortest edge can make of images.
+def largest_sizes(
+    heights: Sequence[int],
+    widths: Sequence[int],
+    short_edges: Sequence[int],
+    max_size: int,
+    *,
+    grouped: bool,
+) -> tuple[Size, ...]:
+    """Return the largest padded sizes of batches of resized images, the largest area first.
 
     Args:
-        cfg: any engine's; its ``INPUT`` and ``DATALOADER`` are read.
         heights, widths: of the images, in pixels.
-        most_boxes: that one of them has.
-        name: of their dataset.
-
-    Raises:
-        DataError: if none has a box.
+        short_edges: lengths that the shorter edge of an image is resized to; 0: not resized.
+        max_size: longest that the longer edge becomes.
+        grouped: whether a batch holds only wide or only high images; there is one size for each.
     """
-    if most_boxes == 0:
-        advice = "training would learn nothing: give a dataset with annotations"
-        raise DataError([Fault("DATASETS.TRAIN", name, "images with boxes", advice)])
-    sizes = _largest_sizes(cfg, heights, widths)
-    return WorstCase(sizes, most_boxes, f"{len(heights)} images of {name}")
-
-
-def _largest_sizes(cfg: Any, heights: Sequence[int], widths: Sequence[int]) -> tuple[Size, ...]:
     groups = [0] * len(heights)
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+    if grouped:
         groups = aspect_ratio_groups(np.array(widths), np.array(heights)).tolist()
     largest: dict[int, Size] = {}
-    shapes = set(zip(groups, heights, widths, strict=True))
-    for group, height, width in shapes:
-        for short_edge in cfg.INPUT.MIN_SIZE_TRAIN:
-            size = output_size(height, width, short_edge, cfg.INPUT.MAX_SIZE_TRAIN)
+    for group, height, width in set(zip(groups, heights, widths, strict=True)):
+        for short_edge in short_edges:
+            size = output_size(height, width, short_edge, max_size)
             # One image of a batch may be the highest and another the widest.
             before = largest.get(group, (0, 0))
             largest[group] = (max(before[0], size[0]), max(before[1], size[1]))
@@ -158,6 +121,5 @@ def _spread_boxes(count: int, height: int, width: int) -> torch.Tensor:
     y = (index // across + 0.5) / (-(-count // across)) * height
     half = torch.linspace(0.02, 0.5, count) if count > 1 else torch.full((count,), 0.25)
     corners = (x - half * width, y - half * height, x + half * width, y + half * height)
-    limits: Iterable[int] = (width, height, width, height)
-    clipped = [c.clamp(0, limit) for c, limit in zip(corners, limits, strict=True)]
-    return torch.stack(clipped, dim=1)
+    limits = (width, height, width, height)
+    return torch.stack([c.clamp(0, most) for c, most in zip(corners, limits, strict=True)], dim=1)

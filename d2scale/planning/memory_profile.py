@@ -14,7 +14,9 @@ from d2scale.config.projects import entry_points
 from d2scale.errors import ConfigError, Fault
 
 FORMAT = "d2scale memory profile"
-VERSION = 1
+VERSION = 2
+# Version 1 has no averaging_bytes: DistributedDataParallel held the gradients a second time.
+_READABLE = (1, 2)
 GIB = 2**30
 PREDICTED, MEASURED = "predicted", "measured"
 
@@ -65,8 +67,9 @@ class MemoryProfile:
         source: ``predicted`` or ``measured``.
         description: how it was made, and for what, in words.
         context_bytes: what the device's runtime takes besides, before the first tensor.
-        gradient_bytes: of all gradients together. DistributedDataParallel holds as much again
-            in its buckets; so does accumulation, from one micro-batch to the next.
+        gradient_bytes: of all gradients together, which accumulation holds from one micro-batch
+            to the next.
+        averaging_bytes: of the buffers in which several ranks average gradients.
         covers: the settings that it holds for, by name (see :mod:`d2scale.planning.coverage`);
             empty: not known.
         points: what it was made from.
@@ -77,6 +80,7 @@ class MemoryProfile:
     description: str = ""
     context_bytes: int = 0
     gradient_bytes: int = 0
+    averaging_bytes: int = 0
     covers: Mapping[str, Any] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
 
@@ -113,7 +117,7 @@ class MemoryProfile:
         return min(rooms)
 
     def _lines(self, world_size: int, accumulates: bool) -> list[tuple[int, int]]:
-        always = self.context_bytes + (self.gradient_bytes if world_size > 1 else 0)
+        always = self.context_bytes + (self.averaging_bytes if world_size > 1 else 0)
         return [
             (
                 always
@@ -137,16 +141,18 @@ class MemoryProfile:
         """
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise _fault(where, f'JSON with "format": "{FORMAT}"', "give a memory profile")
-        if content.get("version") != VERSION:
+        if content.get("version") not in _READABLE:
             advice = f"it has version {content.get('version')!r}: make it anew with this d2scale"
-            raise _fault(where, f"version {VERSION}", advice)
+            raise _fault(where, f"version {' or '.join(map(str, _READABLE))}", advice)
+        gradient_bytes = content.get("gradient_bytes", 0)
         try:
             profile = cls(
                 tuple(Phase(**phase) for phase in content["phases"]),
                 str(content["source"]),
                 str(content.get("description", "")),
                 content.get("context_bytes", 0),
-                content.get("gradient_bytes", 0),
+                gradient_bytes,
+                content.get("averaging_bytes", gradient_bytes),
                 dict(content.get("covers", {})),
                 tuple(Point(**point) for point in content.get("points", ())),
             )
@@ -165,7 +171,7 @@ class MemoryProfile:
         return profile
 
     def _is_sound(self) -> bool:
-        counts: list[Any] = [self.context_bytes, self.gradient_bytes]
+        counts: list[Any] = [self.context_bytes, self.gradient_bytes, self.averaging_bytes]
         for phase in self.phases:
             counts += [phase.static_bytes, phase.bytes_per_image]
         for point in self.points:

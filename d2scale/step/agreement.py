@@ -1,14 +1,15 @@
 """Parts of a step that every rank completes, or none: no rank waits for one that failed.
 
-A rank that runs out of memory between two collective calls would leave the others in the second
-one for ever. So each part of a step that needs memory runs here, and the ranks exchange one flag
-each before any of them goes on.
+A rank that fails between two collective calls would leave the others in the second one for ever.
+So each part of a step that can fail runs here, and the ranks exchange one flag each before any of
+them goes on.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from d2scale.step import ranks
 from d2scale.step.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
+
+# How a part of a step ended on a rank.
+_DONE, _OUT_OF_MEMORY, _FAILED = 0, 1, 2
+_ECHO_SECONDS = 1.0
+
+
+class AnotherRankFailedError(RuntimeError):
+    """Another rank failed for another reason than memory; raised on the ranks that did not."""
 
 
 class AgreedOutOfMemoryError(Exception):
@@ -46,20 +55,28 @@ def run_together(part: str, work: Callable[[], T], counts: Tensor | None = None)
 
     Raises:
         AgreedOutOfMemoryError: on every rank, if any of them ran out of memory.
-        Exception: any other error of ``work``, unchanged, on this rank alone.
+        AnotherRankFailedError: if ``work`` failed on another rank for another reason.
+        Exception: any other error of ``work``, unchanged, on its own rank.
     """
     results: list[T] = []
     reason = ""
+    failure: Exception | None = None
     try:
         results.append(work())
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-    # Outside of the handler: the error is gone, and the activations that its frames held.
-    failed = _exchange(not results, counts)
-    if failed:
+        if not is_out_of_memory(error):
+            failure = error
+    # Outside of the handler: an out-of-memory error is gone, and the activations that its frames
+    # held.
+    outcome = _FAILED if failure else _DONE if results else _OUT_OF_MEMORY
+    outcomes = _exchange(outcome, counts)
+    if _FAILED in outcomes:
         results.clear()
+        _raise_failure(part, failure, outcomes)
+    if _OUT_OF_MEMORY in outcomes:
+        results.clear()
+        failed = [number for number, outcome in enumerate(outcomes) if outcome == _OUT_OF_MEMORY]
         raise AgreedOutOfMemoryError(part, failed, reason)
     return results[0]
 
@@ -72,16 +89,25 @@ def run_alone(part: str, work: Callable[[], T], counts: Tensor | None = None) ->
     return result
 
 
-def _exchange(failed: bool, counts: Tensor | None) -> list[int]:
-    """Return the ranks that failed, and sum ``counts`` over all ranks."""
+def _raise_failure(part: str, failure: Exception | None, outcomes: Sequence[int]) -> NoReturn:
+    if failure is not None:
+        raise failure
+    # The rank that failed shall be the first to end: launchers report the first error.
+    time.sleep(_ECHO_SECONDS)
+    failed = outcomes.index(_FAILED)
+    raise AnotherRankFailedError(f"{part}: rank {failed} failed; its own error says why")
+
+
+def _exchange(outcome: int, counts: Tensor | None) -> list[int]:
+    """Return the outcomes of all ranks, and sum ``counts`` over them."""
     world_size = ranks.world_size()
     if world_size == 1:
-        return [0] if failed else []
+        return [outcome]
     message = torch.zeros(world_size + (0 if counts is None else len(counts)), dtype=torch.int64)
-    message[ranks.rank()] = failed
+    message[ranks.rank()] = outcome
     if counts is not None:
         message[world_size:] = counts
     ranks.sum_on_host(message)
     if counts is not None:
         counts.copy_(message[world_size:])
-    return [number for number, flag in enumerate(message[:world_size].tolist()) if flag]
+    return [int(number) for number in message[:world_size].tolist()]

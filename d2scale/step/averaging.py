@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from d2scale.step import ranks
-from d2scale.step.out_of_memory import is_out_of_memory
 
 # Large enough for the network, small beside a model.
 BUCKET_BYTES = 16 * 2**20
@@ -99,18 +98,18 @@ class GradientAverager:
 
     @contextmanager
     def taking_part(self, *, joins: bool) -> Iterator[None]:
-        """Within the context, a rank that runs out of memory leaves no other rank waiting.
+        """Within the context, a rank that fails leaves no other rank waiting.
 
         Args:
-            joins: after such an error take part in the reductions that are left, with whatever
+            joins: after an error take part in the reductions that are left, with whatever
                 the buffers hold. All ranks must then drop the step.
         """
         for bucket in self._buckets:
             bucket.started = False
         try:
             yield
-        except Exception as error:
-            if joins and is_out_of_memory(error):
+        except Exception:
+            if joins:
                 self._complete_all(use=False)
             raise
 

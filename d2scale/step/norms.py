@@ -32,14 +32,13 @@ def synchronised_norms(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def without_synchronised_norms(model: nn.Module) -> nn.Module:
-    """Replace synchronised batch norm by plain batch norm, in place, for a run of one rank."""
-    names = [name for name, each in model.named_modules() if isinstance(each, nn.SyncBatchNorm)]
+def without_synchronised_norms(model: nn.Module, reason: str = "there is one rank") -> nn.Module:
+    """Replace synchronised batch norm by plain batch norm, in place, and log the ``reason``."""
+    names = synchronised_norms(model)
     if names:
         logger.info(
-            "%d synchronised batch norm layers become plain ones, for there is one rank (the "
-            "first is %s)",
-            *(len(names), names[0]),
+            "%d synchronised batch norm layers become plain ones, for %s (the first is %s)",
+            *(len(names), reason, names[0]),
         )
     for name in names:
         owner, _, own_name = name.rpartition(".")
@@ -48,7 +47,7 @@ def without_synchronised_norms(model: nn.Module) -> nn.Module:
 
 
 def _plain_norm(norm: nn.Module) -> nn.BatchNorm2d:
-    assert isinstance(norm, nn.SyncBatchNorm)
+    assert isinstance(norm, BATCH_NORM)
     plain = nn.BatchNorm2d(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
     )

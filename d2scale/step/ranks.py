@@ -7,7 +7,8 @@ device, take none of its memory, and keep apart from all-reduces of gradients th
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,15 +19,35 @@ from d2scale.errors import ConfigError, Fault
 
 T = TypeVar("T")
 
+_is_alone = False
+
 
 def rank() -> int:
     """Return the number of this process, 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _is_in_group() else 0
 
 
 def world_size() -> int:
     """Return the number of ranks, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _is_in_group() else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the context, this process is the only rank and exchanges nothing with others.
+
+    For steps on fake tensors, which cannot be sent.
+    """
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
+def _is_in_group() -> bool:
+    return not _is_alone and dist.is_available() and dist.is_initialized()
 
 
 def host_group() -> dist.ProcessGroup:

@@ -55,15 +55,15 @@ def cfg(recipes, tmp_path, monkeypatch):
 
 def counted_peak(cfg, images):
     from d2scale.d2go.memory import _worst_case, workload_of
-    from d2scale.memory.predict import record_step
+    from d2scale.memory.predict import make_optimizer_state, record_step
     from d2scale.memory.tracker import StorageTracker
 
     work = workload_of(cfg, _worst_case(cfg)[0])
     step = work.build_step(torch.device("cpu"))
     tracker = StorageTracker()
     with tracker:
-        tracker.count(*step.held())
-        step.make_optimizer_state()
+        tracker.count(*step.held_tensors())
+        make_optimizer_state(step.optimizer)
     record_step(step, work.make_batch(images), tracker)
     return tracker.peak_bytes
 

@@ -6,7 +6,6 @@ from d2scale.config import load_cfg
 from d2scale.engine.activations import apply_activation_checkpointing
 from d2scale.engine.models import new_model
 from d2scale.errors import ConfigError
-from d2scale.memory.steps import detector_losses
 from d2scale.memory.tracker import StorageTracker
 from d2scale.memory.worst_case import WorstCase
 
@@ -26,7 +25,8 @@ def step(checkpointing, norm, precision=None):
         model = new_model(cfg).train()
     tracker = StorageTracker()
     with tracker, torch.autocast("cpu", precision, enabled=precision is not None):
-        losses = detector_losses(model, BATCH)
+        normalizers = model.finish_normalizers(model.loss_normalizers(BATCH), 1)
+        losses = model(BATCH, normalizers=normalizers)
         kept = tracker.live_bytes
         sum(losses.values()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

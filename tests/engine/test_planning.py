@@ -38,7 +38,7 @@ def measured(monkeypatch):
         configs.append(cfg)
         return MEASURED
 
-    monkeypatch.setattr(planning, "measure_on_rank", measure)
+    monkeypatch.setattr(planning, "measure_on_ranks", measure)
     return configs
 
 

@@ -2,12 +2,16 @@ import pytest
 import torch
 from torch import nn
 
+import small_training
 from d2scale.config import load_cfg
-from d2scale.engine.memory.workload import workload_of
-from d2scale.memory.predict import Workload, predict, record_step
-from d2scale.memory.steps import TrainingStep
+from d2scale.engine.launch import Topology, launch
+from d2scale.engine.memory import workload_of
+from d2scale.memory.predict import Workload, make_optimizer_state, predict, record_step
 from d2scale.memory.tracker import StorageTracker
 from d2scale.memory.worst_case import WorstCase
+from d2scale.step.averaging import averaging_bytes
+from d2scale.step.optimizer_step import OptimizerStep
+from small_training import predict_on_the_first_rank
 
 WORST = WorstCase(((160, 192),), 7, "a test")
 NARROW = (
@@ -48,7 +52,8 @@ def workload(model_class=Net, optimizer=torch.optim.SGD, **options):
     def build_step(device):
         model = model_class(**options)
         chosen = {"lr": 0.01, "momentum": 0.9} if optimizer is torch.optim.SGD else {"lr": 0.01}
-        return TrainingStep(model, optimizer(model.parameters(), foreach=True, **chosen))
+        update = optimizer(model.parameters(), foreach=True, **chosen)
+        return OptimizerStep(model, update, ims_per_gpu=1)
 
     return Workload(build_step, WORST.samples)
 
@@ -58,8 +63,8 @@ def counted_peak(work, images):
     step = work.build_step(torch.device("cpu"))
     tracker = StorageTracker()
     with tracker:
-        tracker.count(*step.model.parameters(), *step.model.buffers())
-        step.make_optimizer_state()
+        tracker.count(*step.held_tensors())
+        make_optimizer_state(step.optimizer)
     record_step(step, work.make_batch(images), tracker)
     return tracker.peak_bytes
 
@@ -160,16 +165,21 @@ def test_the_profile_says_how_it_was_made_and_what_it_covers():
         assert profile.peak_bytes(point.ims_per_gpu) >= needed * 0.999
 
 
-def test_more_ranks_and_accumulation_hold_the_gradients_again():
+def test_more_ranks_hold_averaging_buffers_and_accumulation_the_gradients():
     work = workload()
     prediction = predict(work)
     profile = prediction.profile(work)
-    model_bytes = sum(
-        4 * p.numel() for p in work.build_step(torch.device("cpu")).model.parameters()
-    )
-    assert prediction.gradient_bytes == model_bytes
+    parameters = list(work.build_step(torch.device("cpu")).model.parameters())
+    assert prediction.gradient_bytes == 4 * sum(p.numel() for p in parameters)
+    assert prediction.averaging_bytes == averaging_bytes(parameters)
     alone = profile.peak_bytes(8)
-    assert profile.peak_bytes(8, world_size=2) == alone + model_bytes
-    assert profile.peak_bytes(8, accumulates=True) == alone + model_bytes
+    assert profile.peak_bytes(8, world_size=2) == alone + prediction.averaging_bytes
+    assert profile.peak_bytes(8, accumulates=True) == alone + prediction.gradient_bytes
     larger = predict(metafcos())
     assert larger.reserved_bytes(8, world_size=2) > larger.reserved_bytes(8)
+
+
+def test_a_prediction_inside_a_run_of_several_ranks_waits_for_no_other():
+    first, others = launch(predict_on_the_first_rank, [], Topology(2))
+    assert first == predict(small_training.workload()).live_bytes(4)
+    assert others is None

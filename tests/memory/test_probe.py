@@ -10,14 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2scale.engine.launch import RankError, Topology, launch
-from d2scale.errors import ConfigError
 from d2scale.memory.devices import SimulatedDevice
 from d2scale.memory.predict import predict
 from d2scale.memory.probe import Probe, measured_profile
 from d2scale.memory.search import MAX_TRIALS
 from d2scale.planning.memory_profile import Phase
+from d2scale.step.agreement import AgreedOutOfMemoryError
 from d2scale.step.out_of_memory import OutOfMemoryError
-from small_training import WORST, measure, measure_on_ranks, workload
+from small_training import (
+    WORST,
+    averaging_in_a_trial,
+    measure,
+    measure_on_devices_of,
+    measure_on_ranks,
+    profile_where_one_rank_has_room,
+    workload,
+)
 
 CPU = torch.device("cpu")
 KIB = 1024
@@ -28,12 +36,13 @@ def fits(budget_bytes: int, images: int) -> bool:
     work = workload()
     step = work.build_step(CPU)
     device = SimulatedDevice(budget_bytes)
-    batches = work.make_batches(images)  # in the machine's memory
+    batches = work.trial_batches(images)  # in the machine's memory
+    step.ims_per_gpu = images
     try:
-        with device.limited(budget_bytes, step.held()):
+        with device.limited(budget_bytes, step.held_tensors()):
             for batch in batches:
-                step(batch)
-    except OutOfMemoryError:
+                step.attempt(batch)
+    except (AgreedOutOfMemoryError, OutOfMemoryError):
         return False
     return True
 
@@ -61,7 +70,7 @@ def test_a_prediction_that_is_off_is_corrected_by_what_was_measured(budget_kib, 
             for p in right.phases
         ),
     )
-    probe = Probe(SimulatedDevice(budget), work.build_step(CPU), work.make_batches)
+    probe = Probe(SimulatedDevice(budget), work.build_step(CPU), work.trial_batches)
     found = probe.measure(off, budget)
     assert fits(budget, found.largest)
     assert not fits(budget, floor(found.largest / 0.97) + 1)
@@ -94,7 +103,7 @@ def test_nothing_is_left_behind(trained):
     work = workload()
     step = work.build_step(CPU)
     if trained:
-        step(WORST.samples(2))
+        step.attempt(WORST.samples(2))
         for parameter in step.model.parameters():
             parameter.grad = torch.full_like(parameter, 3.0)
         step.model.body[3].eval()
@@ -124,9 +133,7 @@ def test_the_measured_profile_says_what_was_measured():
     work = workload()
     budget = 1300 * KIB
     found = measure(budget, work.build_step(CPU), work)
-    profile = measured_profile(
-        predict(work).profile(work, caching=False), found, budget, "in a test"
-    )
+    profile = measured_profile(predict(work).profile(work, caching=False), found, "in a test")
     assert (profile.source, profile.description) == ("measured", "in a test")
     assert profile.largest_ims_per_gpu(budget) == found.largest
     assert profile.largest_ims_per_gpu(budget // 2) < found.largest
@@ -135,20 +142,23 @@ def test_the_measured_profile_says_what_was_measured():
     }
 
 
-def test_a_device_too_small_for_one_image_is_said_in_one_line():
+def test_where_one_image_does_not_fit_the_profile_says_so():
     work = workload()
-    found = measure(60 * KIB, work.build_step(CPU), work)
+    budget = 60 * KIB
+    found = measure(budget, work.build_step(CPU), work)
     assert found.largest == 0
-    with pytest.raises(ConfigError, match="one image does not fit") as raised:
-        measured_profile(predict(work).profile(work, caching=False), found, 60 * KIB, "")
-    assert "\n" not in str(raised.value)
+    assert "in use" in found.trials[-1].reason
+    predicted = predict(work).profile(work, caching=False)
+    too_small = replace(predicted, phases=(Phase("forward", 0, 1),))
+    for profile in (predicted, too_small):
+        assert measured_profile(profile, found, "").peak_bytes(1) > budget
 
 
 def test_what_others_take_of_the_device_leaves_less_room():
     work = workload()
     predicted = predict(work).profile(work, caching=False)
     budget = 3000 * KIB
-    alone = Probe(SimulatedDevice(budget), work.build_step(CPU), work.make_batches)
+    alone = Probe(SimulatedDevice(budget), work.build_step(CPU), work.trial_batches)
     shared = replace(alone, device=SimulatedDevice(budget, context_bytes=1500 * KIB))
     assert (
         shared.measure(predicted, budget).largest
@@ -162,10 +172,27 @@ def test_all_ranks_agree_on_what_the_smallest_can_hold():
     assert first.largest == second.largest >= 1
     assert first.trials == second.trials
     assert {trial.fits for trial in first.trials} == {True, False}
-    # DistributedDataParallel's buckets take their part of the smaller rank's room.
+    # The averaging buffers take their part of the smaller rank's room.
     work = workload()
     alone = measure(1000 * KIB, work.build_step(CPU), work)
     assert first.largest <= alone.largest
+
+
+def test_devices_of_different_sizes_lead_to_one_answer():
+    first, second = launch(measure_on_devices_of, [(3000 * KIB, 1000 * KIB)], Topology(2))
+    assert first == second
+    assert first.budget_bytes == 1000 * KIB
+
+
+def test_a_rank_with_room_learns_why_another_has_none():
+    profiles = launch(profile_where_one_rank_has_room, [60 * KIB], Topology(2))
+    assert profiles[0] == profiles[1]
+    assert profiles[0].largest_ims_per_gpu(60 * KIB, world_size=2) == 0
+
+
+def test_a_trial_holds_the_averaging_buffers():
+    held, expected = launch(averaging_in_a_trial, [], Topology(2))
+    assert held == expected > 0
 
 
 def test_a_rank_that_fails_leaves_no_other_waiting_and_is_named():

@@ -70,17 +70,6 @@ def test_operations_whose_inner_dimension_counts_the_images_are_the_same():
     assert max(line.at(5) for line in stream.peak_lines()["forward"]) == 1 + 350 + 3
 
 
-def test_workspaces_count_by_their_factor():
-    def with_workspace(images):
-        trace = record(images)
-        trace.workspace(1000 * images, "optimizer")
-        return trace
-
-    stream = Stream.from_traces(with_workspace(1), with_workspace(2))
-    assert stream.peak_lines()["optimizer"] == [Line(100, 0)]
-    assert stream.peak_lines(0.5)["optimizer"] == [Line(100, 500)]
-
-
 lines = st.lists(st.builds(Line, st.integers(0, 99), st.integers(0, 9)), min_size=1, max_size=8)
 
 

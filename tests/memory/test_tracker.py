@@ -1,10 +1,10 @@
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2scale.memory.tracker import StorageTracker
 from d2scale.step.out_of_memory import OutOfMemoryError
+from d2scale.step.private_torch import FakeTensorMode
 
 KIB = 1024
 

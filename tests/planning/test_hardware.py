@@ -76,7 +76,7 @@ def test_a_prediction_keeps_a_margin_and_a_measurement_needs_none(recipe, source
 
 
 def test_ranks_and_accumulation_leave_less_room():
-    room = profile(1, 1, gradient_bytes=GIB)
+    room = profile(1, 1, gradient_bytes=GIB, averaging_bytes=GIB)
     assert Hardware(1, 8.0, room).largest_fit() == 7
     assert Hardware(2, 8.0, room).largest_fit() == 6
     assert Hardware(2, 8.0, room).largest_fit(accumulates=True) == 5
@@ -121,7 +121,7 @@ def test_when_nothing_at_all_would_fit_it_says_so():
 
 def test_a_total_that_does_not_fit_at_once_is_accumulated(recipe):
     cfg, _ = recipe
-    room = profile(1, 1, gradient_bytes=GIB)
+    room = profile(1, 1, gradient_bytes=GIB, averaging_bytes=GIB)
     plan = make_plan(cfg, Hardware(2, 10.5, room), method="keep_total")
     assert (plan.ims_per_gpu, plan.accumulation_steps, plan.predicted_peak_gib) == (8, 1, 10.0)
     plan = make_plan(cfg, Hardware(2, 9.5, room), method="keep_total")

@@ -63,3 +63,18 @@ def test_what_is_no_profile_is_refused_in_one_line(tmp_path, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.json"):
         load_profiles(str(tmp_path / "nowhere.json"))
+
+
+def test_a_file_of_the_first_version_still_reads(tmp_path):
+    path = tmp_path / "profile.json"
+    content = {
+        "format": "d2scale memory profile",
+        "version": 1,
+        "source": "predicted",
+        "phases": [{"name": "backward", "static_bytes": 10, "bytes_per_image": 5}],
+        "gradient_bytes": 7,
+    }
+    path.write_text(json.dumps(content))
+    (profile,) = load_profiles(str(path))
+    # Several ranks held the gradients twice when it was written.
+    assert profile.peak_bytes(1, world_size=2) == 10 + 5 + 7

@@ -14,6 +14,7 @@ from rank_functions import (
     forward_backward,
     guarded_training,
     one_image_does_not_fit,
+    other_error_in_backward_of_the_last_rank,
     other_error_on_the_last_rank,
 )
 from standins import StandIn, make_samples
@@ -78,6 +79,11 @@ def test_other_errors_pass_unchanged():
         other_error_on_the_last_rank()
     with pytest.raises(RankError, match="ZeroDivisionError: a fault of the program"):
         launch(other_error_on_the_last_rank, topology=Topology(2))
+
+
+def test_another_error_ends_the_step_on_every_rank():
+    kinds = launch(other_error_in_backward_of_the_last_rank, topology=Topology(2))
+    assert kinds == ["AnotherRankFailedError", "ZeroDivisionError"]
 
 
 def test_failed_forward_holds_no_memory(caplog):

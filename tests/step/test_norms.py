@@ -25,3 +25,13 @@ def test_synchronised_batch_norm_becomes_plain_on_one_rank(caplog):
     caplog.clear()
     without_synchronised_norms(plain)
     assert not caplog.records
+
+
+class NaiveSyncBatchNorm(nn.BatchNorm2d):
+    """Named as detectron2's."""
+
+
+def test_detectron2s_synchronised_batch_norm_becomes_plain_too():
+    model = nn.Sequential(NaiveSyncBatchNorm(4))
+    plain = without_synchronised_norms(model, "memory is being measured")
+    assert type(plain[0]) is nn.BatchNorm2d

@@ -5,7 +5,12 @@ import pytest
 from d2scale.engine.launch import Topology, launch
 from d2scale.errors import ConfigError
 from d2scale.step import ranks
-from rank_functions import compressed_gradients, exchanges, given_other_settings
+from rank_functions import (
+    compressed_gradients,
+    exchanges,
+    exchanges_alone,
+    given_other_settings,
+)
 
 
 def test_values_of_two_ranks():
@@ -24,6 +29,12 @@ def test_one_rank_needs_no_group():
     assert ranks.broadcast_object(3) == 3
     assert ranks.largest_over_ranks({"a": 1.0}) == {"a": 1.0}
     ranks.refuse_differences({"a": 1}, "start it alike")
+
+
+def test_a_rank_that_is_alone_exchanges_nothing():
+    own, everybody = launch(exchanges_alone, topology=Topology(2))
+    assert own == (0, 1, [0])
+    assert everybody == [0, 1]
 
 
 def test_other_settings_are_named_on_every_rank():

@@ -18,6 +18,7 @@ from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.micro_batches import ForwardBackward, StepLosses
 from d2scale.step.optimizer_step import OptimizerStep
 from d2scale.step.ranks import (
+    alone,
     broadcast_model,
     broadcast_object,
     gather_objects,
@@ -28,7 +29,7 @@ from d2scale.step.ranks import (
     sum_on_host,
     world_size,
 )
-from standins import FailingOptimizer, FailingStandIn, PlainStandIn, make_samples
+from standins import FailingOptimizer, FailingStandIn, PlainStandIn, StandIn, make_samples
 
 
 def split(samples, rank_sizes):
@@ -195,6 +196,40 @@ def other_error_on_the_last_rank():
             raise ZeroDivisionError("a fault of the program")
 
     take_step(make_samples(4)[rank_slice(4, world_size(), rank())], finish)
+
+
+def other_error_in_backward_of_the_last_rank():
+    """The kinds of error that the ranks end a step with."""
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ZeroDivisionError("a fault of the program")
+
+    class Model(StandIn):
+        def forward(self, samples, normalizers=None):
+            losses = super().forward(samples, normalizers)
+            if rank() == world_size() - 1:
+                losses["loss_cls"] = Broken.apply(losses["loss_cls"])
+            return losses
+
+    model = Model()
+    step = OptimizerStep(model, torch.optim.SGD(model.parameters(), lr=0.1), ims_per_gpu=2)
+    try:
+        step.attempt(make_samples(2))
+    except Exception as error:
+        return gather_objects(type(error).__name__)
+
+
+def exchanges_alone():
+    """What a rank exchanges, while it is alone and afterwards."""
+    with alone():
+        own = (rank(), world_size(), gather_objects(rank()))
+    return own, gather_objects(rank())
 
 
 def averaged_gradients():
