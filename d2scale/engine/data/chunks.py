@@ -1,4 +1,4 @@
-"""Samples in chunks: what a loader worker is asked for, and what it sends back.
+"""Load samples in chunks: what a loader worker is asked for, and what it sends back.
 
 A worker makes a few images at a time and sends their pixels as one block of shared memory: one
 file handle and one pinned block for each chunk, not for each image.
@@ -7,12 +7,13 @@ file handle and one pinned block for each chunk, not for each image.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader
 
 from d2scale.coco.records import Records
@@ -70,6 +71,27 @@ class PackedChunk:
 
 
 @dataclass(frozen=True)
+class LoaderOptions:
+    """How samples are made.
+
+    Attributes:
+        order: of the channels, "BGR" or "RGB".
+        num_workers: worker processes of this rank; 0 makes the samples in the rank itself.
+        pin_memory: put the pixels into page-locked memory.
+    """
+
+    order: str = "BGR"
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    @classmethod
+    def from_cfg(cls, cfg: CfgNode) -> LoaderOptions:
+        """Read ``INPUT.FORMAT``, ``DATALOADER.NUM_WORKERS`` and ``MODEL.DEVICE``."""
+        on_cuda = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
+        return cls(cfg.INPUT.FORMAT, cfg.DATALOADER.NUM_WORKERS, on_cuda)
+
+
+@dataclass(frozen=True)
 class ChunkDataset:
     """Makes chunks; the map-style dataset that torch's data loader hands to its workers.
 
@@ -84,13 +106,11 @@ class ChunkDataset:
     with_boxes: bool
 
     def __getitem__(self, requests: Sequence[Request]) -> PackedChunk | DataError:
-        """Make the requested samples, or return, not raise, the error of a faulty image.
-
-        The data loader would turn a raised error into one with a traceback for a message.
-        """
+        """Make the requested samples, or return the error of a faulty image."""
         try:
             made = [self._make(request) for request in requests]
         except DataError as error:
+            # Raised, torch's loader would put its whole traceback into the message.
             return error
         images = [image for image, _ in made]
         pixels = images[0].view(-1) if len(images) == 1 else torch.cat([i.view(-1) for i in images])
@@ -118,59 +138,56 @@ class ChunkDataset:
         return resize_and_flip(image, request.augmentation, self.order), sample
 
 
-class ChunkStream:
-    """Chunks from worker processes, in the order they were asked for.
+def load_chunks(
+    dataset: ChunkDataset,
+    requests: Iterable[Sequence[Request]],
+    options: LoaderOptions,
+    *,
+    ahead: int = 0,
+) -> Generator[list[Sample], None, None]:
+    """Yield the samples of each request, in order, made by worker processes.
+
+    The workers start at the first chunk and end when the generator is closed.
 
     Args:
         dataset: makes the chunks.
         requests: one entry a chunk; may be endless.
-        num_workers: processes; 0 makes the chunks here, when they are asked for.
+        options: how many workers, and where they put the pixels.
         ahead: chunks to make before they are asked for; at least two for each worker.
-        pin_memory: put the pixels into page-locked memory.
+
+    Raises:
+        DataError: the one of a worker.
     """
-
-    def __init__(
-        self,
-        dataset: ChunkDataset,
-        requests: Iterable[Sequence[Request]],
-        *,
-        num_workers: int,
-        ahead: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        options: dict[str, Any] = {}
-        if num_workers:
-            options["prefetch_factor"] = max(2, -(-ahead // num_workers))
-        with warnings.catch_warnings():
-            # More workers than cores is the recipe's wish, and no news at every evaluation.
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            loader: DataLoader[Any] = DataLoader(
-                dataset,  # type: ignore[arg-type]
-                batch_size=None,
-                sampler=requests,
-                num_workers=num_workers,
-                collate_fn=_as_it_is,
-                pin_memory=pin_memory,
-                # A generator of its own: making workers must not move the global one.
-                generator=torch.Generator(),
-                **options,
-            )
-            self._chunks: Iterator[PackedChunk | DataError] | None = iter(loader)
-
-    def __next__(self) -> list[Sample]:
-        """Return the samples of the next chunk; a worker's DataError is raised here."""
-        if self._chunks is None:
-            raise StopIteration
-        chunk = next(self._chunks)
+    # No name for the iterator here: a traceback would keep it, and its workers, alive.
+    for chunk in _start_workers(dataset, requests, options, ahead):
         if isinstance(chunk, DataError):
             raise chunk
-        return chunk.unpack()
-
-    def close(self) -> None:
-        """End the workers."""
-        # The iterator ends its workers when its last reference goes.
-        self._chunks = None
+        yield chunk.unpack()
 
 
-def _as_it_is(chunk: Any) -> Any:
+def _start_workers(
+    dataset: ChunkDataset,
+    requests: Iterable[Sequence[Request]],
+    options: LoaderOptions,
+    ahead: int,
+) -> Iterator[PackedChunk | DataError]:
+    workers = options.num_workers
+    with warnings.catch_warnings():
+        # More workers than cores is the recipe's wish, and no news at every evaluation.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[Any] = DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=requests,
+            num_workers=workers,
+            prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
+            collate_fn=_unchanged,
+            pin_memory=options.pin_memory,
+            # A generator of its own: making workers must not move the global one.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+
+def _unchanged(chunk: Any) -> Any:
     return chunk

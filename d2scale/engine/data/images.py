@@ -50,15 +50,9 @@ def check_size(file_name: str, image: torch.Tensor, height: int, width: int) -> 
     Raises:
         DataError: if they differ; boxes would then lie in the wrong place.
     """
-    found = tuple(image.shape[1:])
-    if found != (height, width):
-        raise DataError(
-            [
-                Fault(
-                    f"size of image {file_name}",
-                    f"{found[1]} x {found[0]}",
-                    f"{width} x {height}, as its annotation file says",
-                    "correct the annotation file, or use the image that it was made for",
-                )
-            ]
-        )
+    file_height, file_width = image.shape[1:]
+    if (file_height, file_width) != (height, width):
+        allowed = f"{width} x {height}, as its annotation file says"
+        advice = "correct the annotation file, or use the image that it was made for"
+        size = f"{file_width} x {file_height}"
+        raise DataError([Fault(f"size of image {file_name}", size, allowed, advice)])

@@ -1,21 +1,21 @@
-"""Loaders: each item of a training loader is one rank's whole share of one optimizer step.
+"""Loaders: each item of a training loader is one rank's batch of one optimizer step.
 
-The share is made in chunks of a few images by worker processes, in order, so that all workers
+The batch is made in chunks of a few images by worker processes, in order, so that all workers
 work on one large step at once and what is made ahead is bounded by about one step. Nothing that
 a worker does depends on which worker it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 
 from d2scale.coco.records import CocoDataset, Records
 from d2scale.coco.sizes import aspect_ratio_groups
-from d2scale.engine.data.chunks import ChunkDataset, ChunkStream, Request, Sample
+from d2scale.engine.data.chunks import ChunkDataset, LoaderOptions, Request, Sample, load_chunks
 from d2scale.engine.data.sampling import Draw, StepSampler, rank_slice
 from d2scale.engine.data.transforms import ResizeAndFlip
 from d2scale.errors import DataError
@@ -31,11 +31,9 @@ class TrainLoader(Iterator[list[Sample]]):
         records: the training images.
         augmentation: drawn for each image from the sampler's seed.
         sampler: where the stream starts; the loader keeps it at the steps handed out.
-        world_size, rank: of this process.
-        order: "BGR" or "RGB".
-        num_workers: worker processes of this rank.
+        rank_images: which images of a step are this rank's.
         exact: give all samples of a step, on all ranks, the same "pad_to".
-        pin_memory: images in page-locked memory.
+        options: how samples are made.
     """
 
     def __init__(
@@ -43,32 +41,30 @@ class TrainLoader(Iterator[list[Sample]]):
         records: Records,
         augmentation: ResizeAndFlip,
         sampler: StepSampler,
+        rank_images: slice,
         *,
-        world_size: int = 1,
-        rank: int = 0,
-        order: str = "BGR",
-        num_workers: int = 0,
-        exact: bool = False,
-        pin_memory: bool = False,
+        exact: bool,
+        options: LoaderOptions,
     ) -> None:
         self._records = records
         self._augmentation = augmentation
         self._sampler = sampler
-        self._share = rank_slice(sampler.ims_per_batch, world_size, rank)
+        self._rank_images = rank_images
         self._exact = exact
-        images = self._share.stop - self._share.start
-        self._chunk_size = max(1, min(_LARGEST_CHUNK, -(-images // max(1, num_workers))))
+        self._options = options
+        images = rank_images.stop - rank_images.start
+        self._chunk_size = max(1, min(_LARGEST_CHUNK, -(-images // max(1, options.num_workers))))
         self._chunks_per_step = -(-images // self._chunk_size)
-        self._dataset = ChunkDataset(records, order, with_boxes=True)
-        self._num_workers = num_workers
-        self._pin_memory = pin_memory
-        self._stream: ChunkStream | None = None
+        self._chunks: Generator[list[Sample], None, None] | None = None
 
     def __next__(self) -> list[Sample]:
-        if self._stream is None:
-            self._stream = self._start()
+        if self._chunks is None:
+            dataset = ChunkDataset(self._records, self._options.order, with_boxes=True)
+            self._chunks = load_chunks(
+                dataset, self._requests(), self._options, ahead=self._chunks_per_step
+            )
         try:
-            samples = [s for _ in range(self._chunks_per_step) for s in next(self._stream)]
+            samples = [s for _ in range(self._chunks_per_step) for s in next(self._chunks)]
         except DataError:
             self.close()
             raise
@@ -81,9 +77,9 @@ class TrainLoader(Iterator[list[Sample]]):
 
     def close(self) -> None:
         """End the workers; the next step would start new ones at the same place."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._chunks is not None:
+            self._chunks.close()
+            self._chunks = None
 
     def __enter__(self) -> TrainLoader:
         return self
@@ -91,42 +87,20 @@ class TrainLoader(Iterator[list[Sample]]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _start(self) -> ChunkStream:
-        return ChunkStream(
-            self._dataset,
-            self._requests(),
-            num_workers=self._num_workers,
-            ahead=self._chunks_per_step,
-            pin_memory=self._pin_memory,
-        )
-
     def _requests(self) -> Iterator[list[Request]]:
-        # Runs ahead of what is handed out, so on a sampler of its own.
-        sampler = StepSampler(
-            self._sampler.size,
-            self._sampler.ims_per_batch,
-            self._sampler.seed,
-            groups=self._sampler.groups,
-        )
-        sampler.load_state_dict(self._sampler.state_dict())
+        # Runs ahead of the steps that are handed out, so on a sampler of its own.
+        sampler = deepcopy(self._sampler)
         for step in sampler:
-            share = self._step_requests(step, sampler.seed)
-            for start in range(0, len(share), self._chunk_size):
-                yield share[start : start + self._chunk_size]
-
-    def _step_requests(self, step: Sequence[Draw], seed: int) -> list[Request]:
-        drawn = step if self._exact else step[self._share]
-        requests = [self._request(draw, seed) for draw in drawn]
-        if not self._exact:
-            return requests
-        sizes = [request.augmentation[:2] for request in requests]
-        pad_to = (max(height for height, _ in sizes), max(width for _, width in sizes))
-        return [request._replace(pad_to=pad_to) for request in requests[self._share]]
-
-    def _request(self, draw: Draw, seed: int) -> Request:
-        height = int(self._records.heights[draw.image])
-        width = int(self._records.widths[draw.image])
-        return Request(draw.image, self._augmentation.draw(seed, draw, height, width))
+            requests = [
+                _request(self._records, self._augmentation, draw, sampler.seed)
+                for draw in (step if self._exact else step[self._rank_images])
+            ]
+            if self._exact:
+                height = max(request.augmentation.height for request in requests)
+                width = max(request.augmentation.width for request in requests)
+                requests = [r._replace(pad_to=(height, width)) for r in requests[self._rank_images]]
+            for start in range(0, len(requests), self._chunk_size):
+                yield requests[start : start + self._chunk_size]
 
 
 class EvalLoader(Iterable[list[Sample]]):
@@ -135,48 +109,35 @@ class EvalLoader(Iterable[list[Sample]]):
     Args:
         records: all images.
         augmentation: the resizing.
-        world_size, rank: of this process; each rank has a contiguous part.
-        order, num_workers, pin_memory: as for :class:`TrainLoader`.
+        rank_images: which images are this rank's.
+        options: how samples are made.
     """
 
     def __init__(
         self,
         records: Records,
         augmentation: ResizeAndFlip,
-        *,
-        world_size: int = 1,
-        rank: int = 0,
-        order: str = "BGR",
-        num_workers: int = 0,
-        pin_memory: bool = False,
+        rank_images: slice,
+        options: LoaderOptions,
     ) -> None:
-        part = rank_slice(len(records), world_size, rank)
         self._records = records
-        self._images = range(part.start, part.stop)
         self._augmentation = augmentation
-        self._dataset = ChunkDataset(records, order, with_boxes=False)
-        self._num_workers = num_workers
-        self._pin_memory = pin_memory
+        self._images = range(rank_images.start, rank_images.stop)
+        self._options = options
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        stream = ChunkStream(
-            self._dataset,
-            ([self._request(image)] for image in self._images),
-            num_workers=self._num_workers,
-            pin_memory=self._pin_memory,
-        )
-        try:
-            for _ in self._images:
-                yield next(stream)
-        finally:
-            stream.close()
+        dataset = ChunkDataset(self._records, self._options.order, with_boxes=False)
+        draws = (Draw(image, 0) for image in self._images)
+        requests = ([_request(self._records, self._augmentation, draw, 0)] for draw in draws)
+        yield from load_chunks(dataset, requests, self._options)
 
-    def _request(self, image: int) -> Request:
-        height, width = int(self._records.heights[image]), int(self._records.widths[image])
-        return Request(image, self._augmentation.draw(0, Draw(image, 0), height, width))
+
+def _request(records: Records, augmentation: ResizeAndFlip, draw: Draw, seed: int) -> Request:
+    height, width = int(records.heights[draw.image]), int(records.widths[draw.image])
+    return Request(draw.image, augmentation.draw(seed, draw, height, width))
 
 
 def build_train_loader(
@@ -205,22 +166,16 @@ def build_train_loader(
         ConfigError: if an ``INPUT`` key has a value that cannot be served.
         CheckpointError: if ``start_state`` belongs to another dataset.
     """
-    records = dataset.records
-    groups = None
+    records, groups = dataset.records, None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         groups = aspect_ratio_groups(records.widths, records.heights)
     sampler = StepSampler(len(records), ims_per_batch, seed, groups=groups)
     if start_state is not None:
         sampler.load_state_dict(start_state)
-    return TrainLoader(
-        records,
-        ResizeAndFlip.for_training(cfg),
-        sampler,
-        world_size=world_size,
-        rank=rank,
-        exact=exact,
-        **_common_options(cfg),
-    )
+    augmentation = ResizeAndFlip.for_training(cfg)
+    rank_images = rank_slice(ims_per_batch, world_size, rank)
+    options = LoaderOptions.from_cfg(cfg)
+    return TrainLoader(records, augmentation, sampler, rank_images, exact=exact, options=options)
 
 
 def build_test_loader(
@@ -231,18 +186,6 @@ def build_test_loader(
     Raises:
         ConfigError: if an ``INPUT`` key has a value that cannot be served.
     """
-    return EvalLoader(
-        dataset.records,
-        ResizeAndFlip.for_testing(cfg),
-        world_size=world_size,
-        rank=rank,
-        **_common_options(cfg),
-    )
-
-
-def _common_options(cfg: CfgNode) -> dict[str, Any]:
-    return {
-        "order": cfg.INPUT.FORMAT,
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "pin_memory": cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available(),
-    }
+    rank_images = rank_slice(len(dataset), world_size, rank)
+    augmentation = ResizeAndFlip.for_testing(cfg)
+    return EvalLoader(dataset.records, augmentation, rank_images, LoaderOptions.from_cfg(cfg))

@@ -1,4 +1,4 @@
-"""Which images an optimizer step holds, on any number of ranks.
+"""Sample the images of each optimizer step, the same for any number of ranks.
 
 The order is a function of the seed alone. Nothing here knows a rank, a worker or a device: the
 loader of a rank takes its slice of a step (:func:`rank_slice`), and a run that continues with
@@ -48,14 +48,14 @@ def _random_words(seed: int, key: tuple[int, ...], count: int) -> np.ndarray:
 
 
 def rank_slice(total: int, world_size: int, rank: int) -> slice:
-    """Return the part of a step of ``total`` images that belongs to ``rank``.
+    """Return which of the ``total`` images of a step, or of a dataset, belong to ``rank``.
 
     >>> rank_slice(16, 3, 1)
     slice(6, 11, None)
     """
-    shares = split_evenly(total, world_size)
-    start = sum(shares[:rank])
-    return slice(start, start + shares[rank])
+    sizes = split_evenly(total, world_size)
+    start = sum(sizes[:rank])
+    return slice(start, start + sizes[rank])
 
 
 class StepSampler(Iterator[tuple[Draw, ...]]):
@@ -100,28 +100,14 @@ class StepSampler(Iterator[tuple[Draw, ...]]):
             self._waiting[self.groups[draw.image]].append(draw)
 
     def __next__(self) -> tuple[Draw, ...]:
-        while (full := self._full_group()) is None:
+        while (full_group := self._full_group()) is None:
             self._draw_image()
-        step = tuple(full[: self.ims_per_batch])
-        del full[: self.ims_per_batch]
+        step = tuple(full_group[: self.ims_per_batch])
+        del full_group[: self.ims_per_batch]
         return step
 
-    def advance(self, steps: int) -> None:
-        """Skip ``steps`` steps, an epoch at a time."""
-        while steps > 0 and self._full_group() is not None:
-            next(self)
-            steps -= 1
-        while steps > 0:
-            self._open_epoch()
-            rest = self._order[self._position :]
-            finished = self._steps_finished(rest)
-            # No further than the image that completes the last step to skip.
-            count = min(int(np.searchsorted(finished, steps)) + 1, len(rest))
-            self._take(rest[:count])
-            steps -= int(finished[count - 1])
-
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands: plain numbers and lists.
+        """Return the position in the stream: plain numbers and lists.
 
         ``waiting`` lists the images, with their epochs, that were drawn and not yet shown. The
         total batch is no part of it: a sampler with another one continues at the same image.
@@ -135,58 +121,27 @@ class StepSampler(Iterator[tuple[Draw, ...]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another sampler over the same dataset stood; its seed is taken over.
+        """Continue at the position, and with the seed, of another sampler over the dataset.
 
         Raises:
             CheckpointError: if the state belongs to a dataset of another size.
         """
         if state["size"] != self.size:
-            raise CheckpointError(
-                [
-                    Fault(
-                        "sampler.size",
-                        state["size"],
-                        f"{self.size}, the images of this run's training dataset",
-                        "continue with the dataset that the run was started with",
-                    )
-                ]
-            )
+            allowed = f"{self.size}, the images of this run's training dataset"
+            advice = "continue with the dataset that the run was started with"
+            raise CheckpointError([Fault("sampler.size", state["size"], allowed, advice)])
         self.seed = int(state["seed"])
         waiting = [Draw(int(image), int(epoch)) for image, epoch in state["waiting"]]
         self._start(int(state["epoch"]), int(state["position"]), waiting)
 
     def _full_group(self) -> list[Draw] | None:
-        for group in self._waiting:
-            if len(group) >= self.ims_per_batch:
-                return group
-        return None
+        return next((group for group in self._waiting if len(group) >= self.ims_per_batch), None)
 
-    def _open_epoch(self) -> None:
+    def _draw_image(self) -> None:
         if self._position == self.size:
             self._epoch += 1
             self._position = 0
             self._order = epoch_order(self.size, self.seed, self._epoch)
-
-    def _draw_image(self) -> None:
-        self._open_epoch()
         image = int(self._order[self._position])
         self._waiting[self.groups[image]].append(Draw(image, self._epoch))
         self._position += 1
-
-    def _steps_finished(self, images: np.ndarray) -> np.ndarray:
-        """Return how many steps are complete after each of the next images, shape (n,)."""
-        finished = np.zeros(len(images), dtype=np.int64)
-        for number, group in enumerate(self._waiting):
-            drawn = len(group) + np.cumsum(self.groups[images] == number)
-            finished += drawn // self.ims_per_batch
-        return finished
-
-    def _take(self, images: np.ndarray) -> None:
-        """Draw images and show every step that they complete."""
-        for number, group in enumerate(self._waiting):
-            drawn = images[self.groups[images] == number]
-            left = (len(group) + len(drawn)) % self.ims_per_batch
-            new = [Draw(int(image), self._epoch) for image in drawn[max(0, len(drawn) - left) :]]
-            kept = group[len(group) - (left - len(new)) :]
-            group[:] = kept + new
-        self._position += len(images)

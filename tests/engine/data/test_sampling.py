@@ -114,38 +114,6 @@ def test_a_saved_state_continues_the_same_steps(grouped):
     assert taken + take(second, 9) == undisturbed
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    size=st.integers(1, 50),
-    batch=st.integers(1, 14),
-    start=st.integers(0, 9),
-    skipped=st.integers(0, 40),
-    grouped=st.booleans(),
-)
-def test_advance_is_the_same_as_taking_steps(size, batch, start, skipped, grouped):
-    groups = alternating_groups(size) if grouped else None
-    slow = StepSampler(size, batch, seed=7, groups=groups)
-    fast = StepSampler(size, batch, seed=7, groups=groups)
-    take(slow, start + skipped)
-    take(fast, start)
-    fast.advance(skipped)
-    assert fast.state_dict() == slow.state_dict()
-    assert next(fast) == next(slow)
-
-
-def test_advance_shows_what_waited_for_a_larger_batch():
-    large = StepSampler(40, 19, seed=1, groups=alternating_groups(40))
-    take(large, 2)
-    slow = StepSampler(40, 3, seed=1, groups=alternating_groups(40))
-    slow.load_state_dict(large.state_dict())
-    fast = StepSampler(40, 3, seed=1, groups=alternating_groups(40))
-    fast.load_state_dict(large.state_dict())
-    assert len(large.state_dict()["waiting"]) > 6
-    take(slow, 30)
-    fast.advance(30)
-    assert fast.state_dict() == slow.state_dict()
-
-
 def test_a_state_may_lose_or_gain_its_groups():
     grouped = StepSampler(20, 6, seed=3, groups=alternating_groups(20))
     shown = draws(take(grouped, 3))
