@@ -1,4 +1,4 @@
-"""Detect on a whole dataset, on all ranks, and judge the detections."""
+"""Detect on whole datasets, on all ranks, and compute the COCO metrics of the detections."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from fvcore.common.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
+from d2scale.coco.dataset import load_dataset
 from d2scale.coco.metric import coco_metrics
 from d2scale.coco.records import CocoDataset
 from d2scale.coco.results import CocoResults
 from d2scale.engine.data.chunks import Sample
+from d2scale.engine.data.loader import build_test_loader
 from d2scale.errors import DataError, Fault
-from d2scale.run_folder.files import RESULTS_FILE, make_folder, write_atomically
-from d2scale.step.ranks import gather_on_first_rank
+from d2scale.run_folder.files import (
+    INFERENCE_FOLDER,
+    RESULTS_FILE,
+    make_folder,
+    write_atomically,
+)
+from d2scale.step.ranks import gather_on_first_rank, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -29,38 +37,42 @@ logger = logging.getLogger(__name__)
 _WARMUP_IMAGES = 5
 
 
-@dataclass(frozen=True)
-class Detections:
-    """Detections on many images, in columns.
+class Detections(NamedTuple):
+    """Detections on one image.
 
     Attributes:
-        image_ids: shape (n,), int64.
-        boxes: x0 y0 x1 y1 in pixels of the original images, shape (n, 4), float32.
+        image_id: as in the annotation file.
+        boxes: x0 y0 x1 y1 in pixels of the original image, shape (n, 4), float32.
         scores: shape (n,), float32.
         classes: contiguous class numbers, shape (n,), int64.
     """
 
-    image_ids: np.ndarray
+    image_id: int
     boxes: np.ndarray
     scores: np.ndarray
     classes: np.ndarray
 
-    @classmethod
-    def join(cls, parts: Sequence[Detections]) -> Detections:
-        """Return the detections of all parts, in order."""
-        empty = cls(
-            np.zeros(0, np.int64),
-            np.zeros((0, 4), np.float32),
-            np.zeros(0, np.float32),
-            np.zeros(0, np.int64),
-        )
-        parts = [empty, *parts]
-        return cls(
-            np.concatenate([part.image_ids for part in parts]),
-            np.concatenate([part.boxes for part in parts]),
-            np.concatenate([part.scores for part in parts]),
-            np.concatenate([part.classes for part in parts]),
-        )
+
+def evaluate_datasets(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    """Evaluate on every dataset of ``DATASETS.TEST``, into ``OUTPUT_DIR/inference``.
+
+    Returns:
+        On rank 0 ``bbox/AP`` and so on, with several datasets ``NAME/bbox/AP``; elsewhere
+        nothing.
+    """
+    results: dict[str, float] = {}
+    names = tuple(cfg.DATASETS.TEST)
+    for name in names:
+        dataset = load_dataset(name, key="DATASETS.TEST")
+        loader = build_test_loader(cfg, dataset, world_size=world_size(), rank=rank())
+        folder, prefix = Path(cfg.OUTPUT_DIR) / INFERENCE_FOLDER, "bbox/"
+        if len(names) > 1:
+            folder, prefix = folder / name, f"{name}/bbox/"
+        metrics = evaluate(model, dataset, loader, folder, max_dets=cfg.TEST.DETECTIONS_PER_IMAGE)
+        if metrics is not None:
+            logger.info("evaluation on %s:\n%s", name, format_results(metrics))
+            results.update({prefix + key: value for key, value in metrics.items()})
+    return results
 
 
 def evaluate(
@@ -71,12 +83,12 @@ def evaluate(
     *,
     max_dets: int = 100,
 ) -> dict[str, float] | None:
-    """Run a model over a dataset and compute the COCO metric. Every rank must call it.
+    """Run a model over a dataset and compute the COCO metrics. Every rank must call it.
 
     Args:
         model: ``model(samples)`` in eval mode returns a dict of boxes (original pixels), scores
             and classes for each sample. Its modules' modes are restored afterwards.
-        dataset: what the loader loads; the metric is over all of its images and classes.
+        dataset: what the loader loads; the metrics are over all of its images and classes.
         loader: this rank's part.
         output_dir: gets :data:`RESULTS_FILE`, in COCO's results format.
         max_dets: best detections of an image that count.
@@ -89,10 +101,10 @@ def evaluate(
     Raises:
         DataError: if the model detects classes that the dataset does not have.
     """
-    detections = _gather(run_inference(model, loader))
+    detections = gather_on_first_rank(run_inference(model, loader))
     if detections is None:
         return None
-    results = _to_coco_results(detections, dataset)
+    results = _to_coco_results([*chain.from_iterable(detections)], dataset)
     folder = Path(output_dir)
     make_folder(folder)
     path = folder / RESULTS_FILE
@@ -102,25 +114,30 @@ def evaluate(
 
 
 @torch.no_grad()
-def run_inference(model: nn.Module, loader: Iterable[list[Sample]]) -> Detections:
+def run_inference(model: nn.Module, loader: Iterable[list[Sample]]) -> list[Detections]:
     """Detect on this rank's images, and log the seconds that an image takes."""
-    parts = []
-    clock = _InferenceClock()
+    detections: list[Detections] = []
+    seconds: list[float] = []
     with _eval_mode(model):
         for samples in loader:
-            with clock.time(len(samples)):
-                outputs = [_to_arrays(output) for output in model(samples)]
-            for sample, (boxes, scores, classes) in zip(samples, outputs, strict=True):
-                image_ids = np.full(len(scores), sample["image_id"], dtype=np.int64)
-                parts.append(Detections(image_ids, boxes, scores, classes))
-    clock.log()
-    return Detections.join(parts)
+            start = time.perf_counter()
+            outputs = model(samples)
+            # Copying to the host waits for the device, so the clock sees the whole work.
+            detections += map(_on_host, samples, outputs)
+            seconds += [(time.perf_counter() - start) / len(samples)] * len(samples)
+    if timed := seconds[_WARMUP_IMAGES:]:
+        mean = sum(timed) / len(timed)
+        logger.info("inference: %.4f s / img on this rank, %d images", mean, len(seconds))
+    return detections
 
 
-def _to_arrays(output: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    # Copying to the host waits for the device, so the clock sees the whole work.
-    boxes = output["boxes"].float().cpu().numpy().reshape(-1, 4)
-    return boxes, output["scores"].float().cpu().numpy(), output["classes"].long().cpu().numpy()
+def _on_host(sample: Sample, output: Mapping[str, torch.Tensor]) -> Detections:
+    return Detections(
+        sample["image_id"],
+        output["boxes"].float().cpu().numpy().reshape(-1, 4),
+        output["scores"].float().cpu().numpy(),
+        output["classes"].long().cpu().numpy(),
+    )
 
 
 @contextlib.contextmanager
@@ -135,56 +152,23 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class _InferenceClock:
-    """Seconds of forward and post-processing, without loading and without the first images."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.images = 0
-        self._seen = 0
-
-    @contextlib.contextmanager
-    def time(self, images: int) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self._seen >= _WARMUP_IMAGES:
-            self.seconds += time.perf_counter() - start
-            self.images += images
-        self._seen += images
-
-    def log(self) -> None:
-        if self.images:
-            speed = self.seconds / self.images
-            logger.info("inference: %.4f s / img on this rank, %d images", speed, self._seen)
-
-
-def _gather(detections: Detections) -> Detections | None:
-    """Return the detections of all ranks on rank 0, None elsewhere."""
-    parts = gather_on_first_rank(detections)
-    return None if parts is None else Detections.join(parts)
-
-
-def _to_coco_results(detections: Detections, dataset: CocoDataset) -> CocoResults:
+def _to_coco_results(images: Sequence[Detections], dataset: CocoDataset) -> CocoResults:
     """Return original category ids, and boxes as x, y, width, height."""
-    highest = int(detections.classes.max(initial=-1))
+    # The empty array is for a dataset on which nothing is detected.
+    classes = np.concatenate([np.zeros(0, np.int64), *(image.classes for image in images)])
+    highest = int(classes.max(initial=-1))
     if highest >= len(dataset.category_ids):
-        raise DataError(
-            [
-                Fault(
-                    "DATASETS.TEST",
-                    dataset.name,
-                    f"a dataset with the model's classes, at least {highest + 1}",
-                    f"it has {len(dataset.category_ids)}; evaluate on the split that was trained",
-                )
-            ]
-        )
-    boxes = detections.boxes.astype(np.float64)
+        allowed = f"a dataset with the model's classes, at least {highest + 1}"
+        advice = f"it has {len(dataset.category_ids)}; evaluate on the split that was trained"
+        raise DataError([Fault("DATASETS.TEST", dataset.name, allowed, advice)])
+    boxes = np.concatenate([np.zeros((0, 4)), *(image.boxes for image in images)])
     boxes[:, 2:] -= boxes[:, :2]
+    image_ids = np.array([image.image_id for image in images], dtype=np.int64)
     return CocoResults(
-        detections.image_ids,
-        np.array(dataset.category_ids)[detections.classes],
+        image_ids.repeat([len(image.scores) for image in images]),
+        np.array(dataset.category_ids)[classes],
         boxes,
-        detections.scores.astype(np.float64),
+        np.concatenate([np.zeros(0), *(image.scores for image in images)]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Models by name: built by the package that offers them, on the run's device, with weights."""
+"""Build models by name, on the run's device, and load their initial weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import nn
 from d2scale.coco.catalog import dataset_names, dataset_spec
 from d2scale.config.projects import entry_points
 from d2scale.engine.activations import apply_activation_checkpointing
-from d2scale.engine.checkpoint.checkpointer import mismatches
-from d2scale.engine.checkpoint.files import read_checkpoint
+from d2scale.engine.checkpoint.files import mismatches, read_checkpoint
 from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.errors import CheckpointError, ConfigError, Fault
 
@@ -28,7 +27,7 @@ def find_builder(name: str) -> Builder:
     """Return the function that builds the model which ``MODEL.META_ARCHITECTURE`` names.
 
     Raises:
-        ConfigError: if no installed package offers it; lists those that are offered.
+        ConfigError: if no installed package offers it; it lists the models that are offered.
     """
     offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in offered:
@@ -40,46 +39,40 @@ def find_builder(name: str) -> Builder:
 
 
 def check_model(cfg: CfgNode) -> None:
-    """Build the model without memory, to hear what is wrong with its keys.
+    """Build the model on the meta device, to find out what is wrong with its keys.
 
     Raises:
         ConfigError: from the model's package, or for a model that has other classes than the
             datasets.
     """
     find_builder(cfg.MODEL.META_ARCHITECTURE)
-    # What the builder logs belongs into the run's log, when it builds in earnest.
+    # What the builder logs belongs into the run's log, when the ranks build it.
     logging.disable(logging.WARNING)
     try:
         with torch.device("meta"):
             model = new_model(cfg)
     except (NotImplementedError, RuntimeError):
-        # Not every model can be built without memory; then the ranks hear it first.
+        # Not every model can be built without memory; then the ranks are the first to raise.
         return
     finally:
         logging.disable(logging.NOTSET)
-    faults = _class_faults(cfg, model)
-    if faults:
+    if faults := _class_faults(cfg, model):
         raise ConfigError(faults)
 
 
 def _class_faults(cfg: CfgNode, model: nn.Module) -> list[Fault]:
-    """Compare the classes of a model that tells them (``num_classes``) with the datasets'."""
-    found = getattr(model, "num_classes", None)
-    if found is None:
-        return []
-    faults = []
-    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
-        spec = dataset_spec(name) if name in dataset_names() else None
-        if spec is not None and spec.category_ids and len(spec.category_ids) != found:
-            faults.append(
-                Fault(
-                    "number of classes of the model",
-                    found,
-                    f"{len(spec.category_ids)}, the classes of {name}",
-                    "set the model's NUM_CLASSES to it",
-                )
-            )
-    return faults
+    """Compare a model's ``num_classes``, if it has that attribute, with the datasets'."""
+    classes = getattr(model, "num_classes", None)
+    names = dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    key, advice = "number of classes of the model", "set the model's NUM_CLASSES to it"
+    return [
+        Fault(key, classes, f"{len(category_ids)}, the classes of {name}", advice)
+        for name in names
+        if classes is not None
+        and name in dataset_names()
+        and (category_ids := dataset_spec(name).category_ids)
+        and len(category_ids) != classes
+    ]
 
 
 def precision_of(cfg: CfgNode) -> torch.dtype | None:
@@ -129,9 +122,8 @@ def load_initial_weights(model: nn.Module, name: str) -> None:
     if own_loader is not None:
         own_loader(path)
         return
-    found = read_checkpoint(path)["model"]
-    faults = mismatches(path, found, model.state_dict())
-    if faults:
+    weights = read_checkpoint(path)["model"]
+    if faults := mismatches(path, weights, model.state_dict()):
         raise CheckpointError(faults)
-    model.load_state_dict(found)
-    logger.info("loaded %d tensors from %s", len(found), path)
+    model.load_state_dict(weights)
+    logger.info("loaded %d tensors from %s", len(weights), path)

@@ -1,10 +1,9 @@
-"""The training loop: a rank's share of a step, its micro-batches, one update."""
+"""The training loop: load this rank's batch, take an optimizer step, run the hooks."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +14,14 @@ from d2scale.engine.telemetry.abnormal import (
     NotFiniteLossError,
     SkippedSteps,
     check_finite,
-    write_down,
+    write_not_finite_step,
 )
-from d2scale.engine.telemetry.writers import StepMetrics
+from d2scale.engine.telemetry.metrics import StepMetrics
 from d2scale.step.micro_batches import MicroBatch, StepLosses
 from d2scale.step.optimizer_step import OptimizerStep
 from d2scale.step.ranks import rank
 
-logger = logging.getLogger(__name__)
-
-AfterStep = Callable[[StepMetrics], None]
+Hook = Callable[[StepMetrics], None]
 
 
 class Trainer:
@@ -35,7 +32,7 @@ class Trainer:
         data: this rank's images of each step, endlessly.
         schedule: learning rates.
         seed: of random draws inside the model (dropout, say).
-        folder: where a step whose loss is not finite is written down; None: nowhere.
+        folder: gets the images of a step whose loss is not finite; None: nobody does.
         start_iteration: first step.
         images_before: images that earlier runs have shown.
     """
@@ -56,43 +53,42 @@ class Trainer:
         self._schedule = schedule
         self._seed = seed
         scaler = step.options.scaler
-        self._skipped = None if scaler is None else SkippedSteps(scaler)
+        self._skipped_steps = None if scaler is None else SkippedSteps(scaler)
         self._folder = folder
         self.next_iteration = start_iteration
         self._images_seen = images_before
 
-    def train(self, max_iter: int, after_step: Iterable[AfterStep]) -> None:
-        """Take steps until ``max_iter`` are done, and tell each to every ``after_step``.
+    def train(self, max_iter: int, hooks: Sequence[Hook]) -> None:
+        """Take steps until ``max_iter`` are done, and call all hooks after each.
 
         Raises:
             D2ScaleError: if the loss is not finite, or a step does not fit into memory (the
                 weights are those before that step), or a scaler skips step after step.
         """
-        actions = tuple(after_step)
         while self.next_iteration < max_iter:
             metrics = self.take_step()
-            for action in actions:
-                action(metrics)
+            for hook in hooks:
+                hook(metrics)
 
     def take_step(self) -> StepMetrics:
         """Take one optimizer step."""
         iteration = self.next_iteration
         start = time.perf_counter()
-        share = next(self._data)
+        rank_batch = next(self._data)
         data_seconds = time.perf_counter() - start
-        if self._skipped is not None:
-            self._skipped.check(iteration)
+        if self._skipped_steps is not None:
+            self._skipped_steps.check(iteration)
         lr = self._schedule.set(iteration)
         seed_step(self._seed, iteration)
 
-        def check(losses: StepLosses) -> None:
+        def refuse_not_finite(losses: StepLosses) -> None:
             check_finite(losses.losses, iteration, lr)
 
         try:
-            result = self._step(share, check)
+            result = self._step(rank_batch, refuse_not_finite)
         except NotFiniteLossError as error:
             if self._folder is not None:
-                write_down(error, share, self._folder)
+                write_not_finite_step(error, rank_batch, self._folder)
             raise
         self.next_iteration = iteration + 1
         self._images_seen += result.images

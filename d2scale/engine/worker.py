@@ -1,46 +1,50 @@
-"""What one rank of a run does: build everything, train, evaluate."""
+"""What one rank of a run does: plan with the others, build everything, train, evaluate."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from fvcore.common.config import CfgNode
-from torch import nn
 
 from d2scale import __version__
-from d2scale.coco.dataset import load_dataset, load_training_dataset
+from d2scale.coco.dataset import load_training_dataset
 from d2scale.config.loading import flatten
-from d2scale.engine.actions import Evaluate, Report, Save
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
-from d2scale.engine.checkpoint.resume import Position, Resumer, record
-from d2scale.engine.data.loader import TrainLoader, build_test_loader, build_train_loader
-from d2scale.engine.evaluation import evaluate, format_results
+from d2scale.engine.checkpoint.resume import Position, RunRecord, resume_training
+from d2scale.engine.data.loader import TrainLoader, build_train_loader
+from d2scale.engine.evaluation import evaluate_datasets
+from d2scale.engine.hooks import CheckpointHook, EvaluationHook
 from d2scale.engine.models import build_model, device_of, load_initial_weights
 from d2scale.engine.planning import plan_on_ranks, planned_cfg
-from d2scale.engine.solver import build_lr_schedule
-from d2scale.engine.splitting import RecordSplit
+from d2scale.engine.solver import LearningRateSchedule, build_lr_schedule
 from d2scale.engine.step import build_step
 from d2scale.engine.telemetry.logs import logging_to
 from d2scale.engine.telemetry.machine import describe_machine
-from d2scale.engine.telemetry.writers import JsonWriter, Reporter, TensorBoardWriter, Writer
+from d2scale.engine.telemetry.reporter import Reporter
+from d2scale.engine.telemetry.writers import JsonWriter, TensorBoardWriter, Writer
 from d2scale.engine.trainer import Trainer
 from d2scale.planning.formats import plan_table
 from d2scale.planning.plan import Plan
 from d2scale.planning.progress import recipe_of
-from d2scale.run_folder.contents import write_config, write_machine, write_plan
-from d2scale.run_folder.files import INFERENCE_FOLDER, make_folder
+from d2scale.run_folder.contents import last_checkpoint, write_config, write_machine, write_plan
+from d2scale.run_folder.files import make_folder
 from d2scale.run_folder.lock import run_lock
 from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.norms import without_synchronised_norms
-from d2scale.step.ranks import broadcast_model, rank, refuse_differences, world_size
+from d2scale.step.optimizer_step import OptimizerStep
+from d2scale.step.ranks import (
+    broadcast_model,
+    broadcast_object,
+    rank,
+    refuse_differences,
+    world_size,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +90,9 @@ class Job:
 def run_rank(job: Job) -> Results:
     """Plan, train and evaluate, or only evaluate, on this rank.
 
+    Nothing is written before the plan is made and the checkpoint to resume from, but for the
+    log, turns out to fit.
+
     Returns:
         The metrics of the last evaluation, under the names that ``metrics.json`` uses; empty
         without ``DATASETS.TEST``, and on all ranks but the first.
@@ -97,8 +104,8 @@ def run_rank(job: Job) -> Results:
     plan = None if job.eval_only else plan_on_ranks(job.cfg, job.method, job.images)
     folder = Path(job.cfg.OUTPUT_DIR)
     make_folder(folder)
-    writes = plan is not None and rank() == 0
-    with run_lock(folder) if writes else nullcontext(), logging_to(folder, rank()):
+    locks = plan is not None and rank() == 0
+    with run_lock(folder) if locks else nullcontext(), logging_to(folder, rank()):
         logger.info(
             "d2scale %s, torch %s, processes: %d, device: %s",
             *(__version__, torch.__version__, world_size(), job.cfg.MODEL.DEVICE),
@@ -113,128 +120,60 @@ def run_rank(job: Job) -> Results:
 
 def _evaluate_only(job: Job) -> Results:
     model = build_model(job.cfg)
-    saved = RunCheckpointer(model, job.cfg.OUTPUT_DIR, save_to_disk=False)
-    last = saved.get_checkpoint_file() if job.resume else ""
-    load_initial_weights(model, last or job.cfg.MODEL.WEIGHTS)
-    return evaluate_all(job.cfg, model)
+    last = last_checkpoint(Path(job.cfg.OUTPUT_DIR)) if job.resume else None
+    load_initial_weights(model, str(last or job.cfg.MODEL.WEIGHTS))
+    return evaluate_datasets(job.cfg, model)
 
 
-def evaluate_all(cfg: CfgNode, model: nn.Module) -> Results:
-    """Evaluate on every dataset of ``DATASETS.TEST``, into ``OUTPUT_DIR/inference``.
+class _Training(NamedTuple):
+    """A training that is ready to begin or to go on."""
 
-    Returns:
-        On rank 0 ``bbox/AP`` and so on, with several datasets ``NAME/bbox/AP``; elsewhere
-        nothing.
-    """
-    results: Results = {}
-    names = tuple(cfg.DATASETS.TEST)
-    for name in names:
-        dataset = load_dataset(name, key="DATASETS.TEST")
-        loader = build_test_loader(cfg, dataset, world_size=world_size(), rank=rank())
-        folder, prefix = Path(cfg.OUTPUT_DIR) / INFERENCE_FOLDER, "bbox/"
-        if len(names) > 1:
-            folder, prefix = folder / name, f"{name}/bbox/"
-        metrics = evaluate(model, dataset, loader, folder, max_dets=cfg.TEST.DETECTIONS_PER_IMAGE)
-        if metrics is not None:
-            logger.info("evaluation on %s:\n%s", name, format_results(metrics))
-            results.update({prefix + key: value for key, value in metrics.items()})
-    return results
+    cfg: CfgNode
+    step: OptimizerStep
+    schedule: LearningRateSchedule
+    checkpointer: RunCheckpointer
+    position: Position
 
 
 def _train(job: Job, plan: Plan) -> Results:
-    cfg, device = planned_cfg(job.cfg, plan), device_of(job.cfg)
-    seed = _agreed_seed(cfg.SEED, device)
+    training = _prepare(job, plan)
+    cfg, position = training.cfg, training.position
+    with _open_loader(cfg, position) as loader, _open_reporter(cfg, position) as reporter:
+        _write_facts(cfg, plan)
+        return _train_and_evaluate(training, loader, reporter)
+
+
+def _prepare(job: Job, plan: Plan) -> _Training:
+    """Build the model and its optimizer step; load the last checkpoint or the initial weights."""
+    cfg = planned_cfg(job.cfg, plan)
+    seed = broadcast_object(torch.seed() % 2**31 if cfg.SEED < 0 else cfg.SEED)
     torch.manual_seed(seed)
-    model = build_model(cfg)
+    model = build_model(cfg).train()
     if world_size() == 1:
         model = without_synchronised_norms(model)
     step = build_step(cfg, model, ims_per_gpu=plan.ims_per_gpu)
     # Before a checkpoint sets the groups to the rates of its own moment.
     schedule = build_lr_schedule(cfg, step.optimizer)
-    others: dict[str, Any] = {} if step.options.scaler is None else {"scaler": step.options.scaler}
     checkpointer = RunCheckpointer(
-        model, cfg.OUTPUT_DIR, save_to_disk=rank() == 0, optimizer=step.optimizer, **others
+        model,
+        cfg.OUTPUT_DIR,
+        writes=rank() == 0,
+        optimizer=step.optimizer,
+        scaler=step.options.scaler,
     )
-    step.on_split = RecordSplit(plan, checkpointer)
-    position = _position(job, cfg, plan, checkpointer, seed)
-    broadcast_model(model.train())
-    with _build_loader(cfg, position) as data:
-        _write_facts(cfg, plan, describe_machine(device))
-        trainer = Trainer(
-            step,
-            data,
-            schedule,
-            seed=position.seed,
-            folder=Path(cfg.OUTPUT_DIR),
-            start_iteration=position.next_iteration,
-            images_before=position.images_seen,
-        )
-        return _run(cfg, trainer, model, checkpointer, data, position)
-
-
-def _position(
-    job: Job, cfg: CfgNode, plan: Plan, checkpointer: RunCheckpointer, seed: int
-) -> Position:
-    """Load the last checkpoint, or the initial weights, and return where the training stands."""
     recipe, position = recipe_of(job.cfg), None
     if job.resume:
-        position = Resumer(cfg, plan, recipe, seed).resume(checkpointer)
+        position = resume_training(checkpointer, cfg, plan, recipe, seed)
     if position is None:
-        load_initial_weights(checkpointer.model, cfg.MODEL.WEIGHTS)
-        position = Position(0, 0, seed, None)
-    checkpointer.facts.update(record(plan, recipe, position.seed))
+        load_initial_weights(model, cfg.MODEL.WEIGHTS)
+        position = Position(next_iteration=0, images_seen=0, seed=seed)
     logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
-    return position
+    step.on_split = RunRecord(checkpointer, plan, recipe, position.seed).record_split
+    broadcast_model(model)
+    return _Training(cfg, step, schedule, checkpointer, position)
 
 
-def _write_facts(cfg: CfgNode, plan: Plan, machine: Mapping[str, Any]) -> None:
-    """Write ``config.yaml`` and facts: only now is it sure that the run may go on."""
-    if rank() != 0:
-        return
-    folder = Path(cfg.OUTPUT_DIR)
-    write_config(folder, cfg)
-    write_plan(folder, plan)
-    write_machine(folder, machine)
-
-
-def _run(
-    cfg: CfgNode,
-    trainer: Trainer,
-    model: nn.Module,
-    checkpointer: RunCheckpointer,
-    data: TrainLoader,
-    position: Position,
-) -> Results:
-    """Train to the end, with everything that happens after a step, and evaluate."""
-    max_iter = cfg.SOLVER.MAX_ITER
-    with _reporter(cfg, position) as reporter:
-        assess = Evaluate(
-            partial(evaluate_all, cfg, model),
-            reporter,
-            period=cfg.TEST.EVAL_PERIOD,
-            max_iter=max_iter,
-            images_before=position.images_seen,
-        )
-        save = Save(checkpointer, data, period=cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=max_iter)
-        report = Report(reporter, device_of(cfg), period=cfg.WRITER_PERIOD, max_iter=max_iter)
-        try:
-            trainer.train(max_iter, (save, assess, report))
-        except StepDoesNotFitError:
-            save.last_step()
-            raise
-        data.close()
-        return assess.now(max_iter - 1)
-
-
-def _agreed_seed(seed: int, device: torch.device) -> int:
-    """Rank 0's seed; drawn by chance if it is negative."""
-    agreed = torch.tensor(torch.seed() % 2**31 if seed < 0 else seed, device=device)
-    if world_size() > 1:
-        dist.broadcast(agreed, 0)
-    return int(agreed)
-
-
-def _build_loader(cfg: CfgNode, position: Position) -> TrainLoader:
+def _open_loader(cfg: CfgNode, position: Position) -> TrainLoader:
     dataset = load_training_dataset(cfg)
     logger.info("training on %d images of %s", len(dataset), dataset.name)
     return build_train_loader(
@@ -249,7 +188,7 @@ def _build_loader(cfg: CfgNode, position: Position) -> TrainLoader:
     )
 
 
-def _reporter(cfg: CfgNode, position: Position) -> Reporter:
+def _open_reporter(cfg: CfgNode, position: Position) -> Reporter:
     writers: list[Writer] = []
     first = position.next_iteration
     if rank() == 0:
@@ -261,8 +200,50 @@ def _reporter(cfg: CfgNode, position: Position) -> Reporter:
         ]
     return Reporter(
         writers,
+        device_of(cfg),
         period=cfg.WRITER_PERIOD,
         start_iteration=first,
         max_iter=cfg.SOLVER.MAX_ITER,
         bar=rank() == 0,
     )
+
+
+def _write_facts(cfg: CfgNode, plan: Plan) -> None:
+    """Write ``config.yaml``, ``plan.json`` and ``machine.json``: now the run may go on."""
+    machine = describe_machine(device_of(cfg))
+    if rank() == 0:
+        folder = Path(cfg.OUTPUT_DIR)
+        write_config(folder, cfg)
+        write_plan(folder, plan)
+        write_machine(folder, machine)
+
+
+def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Reporter) -> Results:
+    cfg, step, schedule, checkpointer, position = training
+    max_iter = cfg.SOLVER.MAX_ITER
+    trainer = Trainer(
+        step,
+        loader,
+        schedule,
+        seed=position.seed,
+        folder=checkpointer.folder,
+        start_iteration=position.next_iteration,
+        images_before=position.images_seen,
+    )
+    checkpoints = CheckpointHook(
+        checkpointer, loader, period=cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=max_iter
+    )
+    evaluation = EvaluationHook(
+        partial(evaluate_datasets, cfg, step.model),
+        reporter,
+        period=cfg.TEST.EVAL_PERIOD,
+        max_iter=max_iter,
+        images_before=position.images_seen,
+    )
+    try:
+        trainer.train(max_iter, (checkpoints, evaluation, reporter))
+    except StepDoesNotFitError:
+        checkpoints.save()
+        raise
+    loader.close()
+    return evaluation.evaluate(max_iter - 1)

@@ -1,139 +1,112 @@
-"""Checkpoints that a kill cannot spoil, and their way back into a run."""
+"""Write the checkpoints of a run so that a kill cannot spoil them, and load them back."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from fvcore.common.checkpoint import Checkpointer
-from iopath.common.file_io import PathManager
 from torch import nn
 
-from d2scale.engine.checkpoint.files import last_whole_checkpoint
+from d2scale.engine.checkpoint.files import last_whole_checkpoint, mismatches
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.progress import FORMAT, RECORD
-from d2scale.run_folder.files import LAST_CHECKPOINT, Content, write_atomically
+from d2scale.run_folder.files import LAST_CHECKPOINT, write_atomically
 from d2scale.step.optimizer_state import load_optimizer_state
 
 logger = logging.getLogger(__name__)
 
-# Beside weights and state, where the training stood.
-POSITION = ("iteration", "images_seen", "sampler")
-_SHOWN_KEYS = 3
+# Besides weights and states: the progress of the training.
+_PROGRESS = ("iteration", "images_seen", "sampler")
 
 
-class RunCheckpointer(Checkpointer):
-    """fvcore's checkpointer with atomic writes and strict, safe reads.
+class RunCheckpointer:
+    """Writes and loads checkpoints in fvcore's format, atomically and strictly.
 
-    A file holds what fvcore writes (``model``, each checkpointable by its name, ``iteration``)
-    and, under ``d2scale``, the format's number and the facts of the run.
+    A file holds what fvcore writes (``model``, the state of each checkpointable by its name,
+    ``iteration``) and, under ``d2scale``, the format's number and the facts of the run.
 
     Args:
-        model: bare or wrapped in DistributedDataParallel.
-        save_dir: the run's folder.
-        facts: plain values to keep with every checkpoint, such as the total batch; the
-            attribute ``facts`` may be changed later.
-        save_to_disk: False on all ranks but the first.
-        checkpointables: objects with ``state_dict`` and ``load_state_dict``.
+        model: bare.
+        folder: the run's.
+        writes: False on all ranks but the first.
+        checkpointables: objects with ``state_dict`` and ``load_state_dict``; None: none.
+
+    Attributes:
+        facts: plain values to keep with every checkpoint, such as the plan.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        save_dir: str,
-        *,
-        facts: Mapping[str, Any] | None = None,
-        save_to_disk: bool = True,
-        **checkpointables: Any,
+        self, model: nn.Module, folder: str | Path, *, writes: bool = True, **checkpointables: Any
     ) -> None:
-        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
-        # Without fvcore's handler for addresses: nothing is ever fetched from the network.
-        self.path_manager = PathManager()
-        self.facts = dict(facts or {})
+        self.model = model
+        self.folder = Path(folder)
+        self.facts: dict[str, Any] = {}
+        self.checkpointables = {k: v for k, v in checkpointables.items() if v is not None}
+        self._writes = writes
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, **progress: Any) -> None:
         """Write ``name``.pth whole or not at all, then make it the last checkpoint.
 
         Raises:
             CheckpointError: if the folder cannot be written or is full.
         """
-        if not self.save_dir or not self.save_to_disk:
+        if not self._writes:
             return
-        data: dict[str, Any] = {"model": self.model.state_dict()}
-        data.update({key: each.state_dict() for key, each in self.checkpointables.items()})
-        data[RECORD] = {"format": FORMAT, **self.facts}
-        data.update(kwargs)
-        path = Path(self.save_dir) / f"{name}.pth"
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        record = {"format": FORMAT, **self.facts}
+        content = {"model": self.model.state_dict(), **states, RECORD: record, **progress}
+        path = self.folder / f"{name}.pth"
         logger.info("Saving checkpoint to %s", path)
-        self._write(path, lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(path.name)
+        write_atomically(path, lambda file: torch.save(content, file), partial(_not_written, path))
+        last = self.folder / LAST_CHECKPOINT
+        write_atomically(last, path.name, partial(_not_written, last))
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Write the name of the last checkpoint, whole or not at all."""
-        self._write(Path(self.save_dir) / LAST_CHECKPOINT, last_filename_basename)
+    def read_last(self) -> tuple[Path, dict[str, Any]] | None:
+        """Read the last whole checkpoint; None if the folder has none.
 
-    @staticmethod
-    def _write(path: Path, content: Content) -> None:
-        def error_of(reason: str) -> CheckpointError:
-            advice = f"check it: {reason}"
-            return CheckpointError(
-                [Fault("checkpoint", str(path), "a file that can be written", advice)]
-            )
+        Besides weights and states it holds ``iteration``, the last one that was finished,
+        ``images_seen``, ``sampler`` and the record ``d2scale``; one of detectron2 or d2go has
+        only the iteration.
 
-        write_atomically(path, content, error_of)
+        Raises:
+            CheckpointError: if none is whole, or it is of a newer format or of no training.
+        """
+        last = last_whole_checkpoint(self.folder)
+        if last is not None and (faults := _record_faults(*last)):
+            raise CheckpointError(faults)
+        return last
 
-    def resume(
-        self, check: Callable[[dict[str, Any]], Sequence[Fault]] | None = None
-    ) -> dict[str, Any] | None:
-        """Load the last whole checkpoint into the model and all checkpointables.
+    def load(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Load a checkpoint into the model and all checkpointables.
 
         Nothing is changed unless everything fits. A checkpoint of detectron2 or d2go, which has
         no record, loses its optimizer's state if that is ordered in another way.
 
-        Args:
-            check: told the content before anything is loaded; returns what is wrong with it.
-
-        Returns:
-            What else it holds: ``iteration``, the last one that was finished, ``images_seen``,
-            ``sampler`` and the record ``d2scale``, as far as it has them; None if the folder has
-            no checkpoint.
-
         Raises:
-            CheckpointError: if none is whole, or it is of a newer format, or not of this run.
+            CheckpointError: if it is one of another model or optimizer.
         """
-        found = last_whole_checkpoint(Path(self.save_dir))
-        if found is None:
-            return None
-        path, content = found
         logger.info("Resuming from %s", path)
-        faults = _record_faults(path, content)
-        if not faults and check is not None:
-            faults = [*check(content)]
-        if not faults:
-            faults = mismatches(path, content["model"], self.model.state_dict())
-        if faults:
+        if faults := mismatches(path, content["model"], self.model.state_dict()):
             raise CheckpointError(faults)
-        foreign = RECORD not in content
-        states = {key: content.pop(key, None) for key in self.checkpointables}
         # The weights come last: what is refused leaves the model as it was.
-        for key, state in states.items():
-            self._load_state(path, key, state, foreign=foreign)
-        self.model.load_state_dict(content.pop("model"))
-        return content
+        for key in self.checkpointables:
+            if key in content:
+                self._load_state(path, key, content[key], foreign=RECORD not in content)
+            else:
+                logger.warning("%s has no state of the %s: it starts anew", path, key)
+        self.model.load_state_dict(content["model"])
 
     def _load_state(self, path: Path, key: str, state: Any, *, foreign: bool) -> None:
-        each = self.checkpointables[key]
-        if state is None:
-            logger.warning("%s has no state of the %s: it starts anew", path, key)
-            return
+        target = self.checkpointables[key]
         try:
-            if isinstance(each, torch.optim.Optimizer):
-                load_optimizer_state(each, state)
+            if isinstance(target, torch.optim.Optimizer):
+                load_optimizer_state(target, state)
             else:
-                each.load_state_dict(state)
+                target.load_state_dict(state)
         except (ValueError, KeyError) as error:
             if foreign:
                 logger.warning("the %s in %s does not fit (%s): it starts anew", key, path, error)
@@ -143,51 +116,26 @@ class RunCheckpointer(Checkpointer):
             raise CheckpointError([fault]) from error
 
 
+def _not_written(path: Path, reason: str) -> CheckpointError:
+    allowed = "a file that can be written"
+    return CheckpointError([Fault("checkpoint", str(path), allowed, f"check it: {reason}")])
+
+
 def _record_faults(path: Path, content: Mapping[str, Any]) -> list[Fault]:
     record = content.get(RECORD)
-    if isinstance(record, dict) and record.get("format", 0) > FORMAT:
-        return [
-            Fault(
-                f"format of checkpoint {path}",
-                record["format"],
-                f"at most {FORMAT}",
-                "update d2scale",
-            )
-        ]
-    # What detectron2 and d2go write has no record; where it stands is told by the iteration.
-    needed = ("iteration",) if record is None else POSITION
-    absent = [key for key in needed if key not in content]
-    if absent or not isinstance(record, dict | None):
-        return [
-            Fault(
-                f"checkpoint {path}",
-                f"without {', '.join(absent) or 'a whole record'}",
-                "a checkpoint with the state of its training",
-                "to start a new training from its weights, set MODEL.WEIGHTS to it",
-            )
-        ]
-    return []
-
-
-def mismatches(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[Fault]:
-    """Return how the weights ``found`` in ``path`` differ by name and shape from ``expected``."""
-    lists = {
-        "keys that the model lacks": [key for key in found if key not in expected],
-        "keys that it lacks": [key for key in expected if key not in found],
-        "shapes that differ": [
-            f"{key} {tuple(found[key].shape)} for {tuple(expected[key].shape)}"
-            for key in expected
-            if key in found and found[key].shape != expected[key].shape
-        ],
-    }
+    if isinstance(record, dict) and (number := record.get("format", 0)) > FORMAT:
+        key = f"format of checkpoint {path}"
+        return [Fault(key, number, f"at most {FORMAT}", "update d2scale")]
+    # What detectron2 and d2go write has no record; its progress is the iteration alone.
+    needed = ("iteration",) if record is None else _PROGRESS
+    missing = ", ".join(key for key in needed if key not in content)
+    if not missing and isinstance(record, dict | None):
+        return []
     return [
         Fault(
             f"checkpoint {path}",
-            f"{len(keys)} {what}: {', '.join(keys[:_SHOWN_KEYS])}"
-            f"{', ...' if len(keys) > _SHOWN_KEYS else ''}",
-            "the weights of this model",
-            "use the config that it was trained with",
+            f"without {missing or 'a whole record'}",
+            "a checkpoint with the state of its training",
+            "to start a new training from its weights, set MODEL.WEIGHTS to it",
         )
-        for what, keys in lists.items()
-        if keys
     ]

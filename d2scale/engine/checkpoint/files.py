@@ -1,8 +1,9 @@
-"""Reading checkpoint files safely; falling back when the last one is broken."""
+"""Read checkpoint files safely; fall back to the one before if the last is broken."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from d2scale.run_folder.files import CHECKPOINTS, LAST_CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_KEYS = 3
+
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Read the checkpoint that ``last_checkpoint`` names or, if it is broken, the one before.
 
-    The one before is the whole one that has seen the most images. What is broken is named in
+    The one before is the whole one that has seen the most images. Broken ones are named in
     the log. Without ``last_checkpoint``, as after a kill at the first checkpoint, the search
     begins there.
 
@@ -41,26 +44,25 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
                 raise
             broken.append(error)
             continue
-        for each in broken:
-            logger.warning("%s; going on from %s", each, path.name)
+        for problem in broken:
+            logger.warning("%s; going on from %s", problem, path.name)
         return path, content
     if broken:
         raise broken[0]
-    unreadable = sorted(folder.glob(CHECKPOINTS))
-    if unreadable:
+    if unreadable := sorted(folder.glob(CHECKPOINTS)):
         read_checkpoint(unreadable[-1])
     return None
 
 
 def _by_images_seen(folder: Path) -> list[Path]:
-    """Readable checkpoints of d2scale in ``folder``, the most advanced first."""
-    found = []
+    """Return the readable checkpoints of d2scale in ``folder``, the most advanced first."""
+    readable = []
     for path in folder.glob(CHECKPOINTS):
         # Only a directory of the file's parts is read, not the weights.
         with suppress(Exception):
             content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-            found.append((int(content["images_seen"]), int(content["iteration"]), path))
-    return [path for *_, path in sorted(found, reverse=True)]
+            readable.append((int(content["images_seen"]), int(content["iteration"]), path))
+    return [path for *_, path in sorted(readable, reverse=True)]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         advice = f"restore it, or write the name of another one into {LAST_CHECKPOINT}"
         raise _unreadable(path, "not there", advice) from error
     except Exception as error:  # torch.load raises many types for broken files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         advice = f"it is truncated or foreign; use another one ({reason})"
         raise _unreadable(path, "unreadable", advice) from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
@@ -84,5 +86,30 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _unreadable(path: Path, found: str, advice: str) -> CheckpointError:
-    return CheckpointError([Fault(f"checkpoint {path}", found, "a whole checkpoint", advice)])
+def _unreadable(path: Path, state: str, advice: str) -> CheckpointError:
+    return CheckpointError([Fault(f"checkpoint {path}", state, "a whole checkpoint", advice)])
+
+
+def mismatches(path: Path, weights: Mapping[str, Any], expected: Mapping[str, Any]) -> list[Fault]:
+    """Return how the ``weights`` in ``path`` differ from ``expected`` by name and shape."""
+    lists = {
+        "keys that the model lacks": [key for key in weights if key not in expected],
+        "keys that it lacks": [key for key in expected if key not in weights],
+        "shapes that differ": [
+            f"{key} {tuple(weights[key].shape)} for {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in weights and weights[key].shape != value.shape
+        ],
+    }
+    allowed, advice = "the weights of this model", "use the config that it was trained with"
+    return [
+        Fault(
+            f"checkpoint {path}",
+            f"{len(keys)} {difference}: {', '.join(keys[:_SHOWN_KEYS])}"
+            f"{', ...' if len(keys) > _SHOWN_KEYS else ''}",
+            allowed,
+            advice,
+        )
+        for difference, keys in lists.items()
+        if keys
+    ]

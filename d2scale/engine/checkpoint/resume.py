@@ -1,4 +1,4 @@
-"""How a run of the default engine goes on from a checkpoint, on whatever hardware."""
+"""Resume a training from its last checkpoint, on whatever hardware."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from fvcore.common.config import CfgNode
 from d2scale import __version__
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.errors import CheckpointError, Fault
-from d2scale.planning.continuation import Continuation, continue_training
+from d2scale.planning.continuation import continue_training
 from d2scale.planning.plan import Plan
-from d2scale.planning.progress import FORMAT, RECORD, Progress
-from d2scale.step.ranks import same_on_all_ranks
+from d2scale.planning.progress import RECORD, Progress
+from d2scale.run_folder.contents import write_plan
+from d2scale.step.ranks import rank, same_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a training stands: the facts that a checkpoint adds to weights and optimizer.
+    """Where a training begins or goes on.
 
     Attributes:
         next_iteration: in the steps of the plan that runs now.
@@ -35,100 +36,91 @@ class Position:
     next_iteration: int
     images_seen: int
     seed: int
-    sampler: dict[str, Any] | None
+    sampler: dict[str, Any] | None = None
     same_steps: bool = True
 
 
-def record(plan: Plan, recipe: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return what every checkpoint says about its run, ``recipe`` being ``recipe_of(cfg)``."""
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "seed": seed,
-        "plan": plan.to_json(),
-        "recipe": dict(recipe),
-    }
-
-
-class Resumer:
-    """Takes a training up where its last checkpoint stands.
+def resume_training(
+    checkpointer: RunCheckpointer, cfg: CfgNode, plan: Plan, recipe: Mapping[str, Any], seed: int
+) -> Position | None:
+    """Load the last checkpoint; None if there is none.
 
     Args:
+        checkpointer: of the run.
         cfg: the config that runs, planned.
         plan: of this run.
         recipe: ``recipe_of`` the config before planning.
-        seed: for the order of images, if the checkpoint tells none.
+        seed: for the order of images, if the checkpoint has none.
+
+    Raises:
+        CheckpointError: if it is not one of this training, or not all ranks see the same one.
+    """
+    last = checkpointer.read_last()
+    stopped = None if last is None else _progress_in(last[1], recipe)
+    if not same_on_all_ranks(stopped and stopped.images_seen):
+        allowed = "a folder shared by all ranks"
+        advice = "give all machines the same files, or start from MODEL.WEIGHTS without --resume"
+        raise CheckpointError([Fault("OUTPUT_DIR", cfg.OUTPUT_DIR, allowed, advice)])
+    if last is None or stopped is None:
+        logger.info("no checkpoint to resume from in %s: starting anew", cfg.OUTPUT_DIR)
+        return None
+    continuation = continue_training(
+        stopped,
+        recipe,
+        plan.to_json(),
+        max_iter=cfg.SOLVER.MAX_ITER,
+        allow_changes=cfg.D2SCALE.ALLOW_CHANGED_RECIPE,
+    )
+    checkpointer.load(*last)
+    continuation.log(logger)
+    first, sampler = continuation.first_iteration, stopped.sampler
+    same_steps = first == stopped.iteration + 1
+    if stopped.seed is not None and sampler is not None and continuation.keeps_order:
+        return Position(first, stopped.images_seen, stopped.seed, sampler, same_steps)
+    logger.info("the order of images begins anew")
+    return Position(first, stopped.images_seen, seed, None, same_steps)
+
+
+def _progress_in(content: Mapping[str, Any], recipe: Mapping[str, Any]) -> Progress:
+    iteration = int(content["iteration"])
+    record = content.get(RECORD)
+    if record is None:
+        return Progress.without_record(iteration, recipe["SOLVER.IMS_PER_BATCH"])
+    return Progress(
+        iteration=iteration,
+        images_seen=int(content["images_seen"]),
+        recipe=record.get("recipe", {}),
+        plan=record.get("plan", {}),
+        seed=record.get("seed"),
+        sampler=content["sampler"],
+    )
+
+
+class RunRecord:
+    """Keeps in every checkpoint how its run was planned; called when micro-batches shrink.
+
+    Args:
+        checkpointer: of the run; its ``facts`` are kept up to date.
+        plan: of this run.
+        recipe: ``recipe_of`` the config before planning.
+        seed: of order and augmentation.
     """
 
     def __init__(
-        self,
-        cfg: CfgNode,
-        plan: Plan,
-        recipe: Mapping[str, Any],
-        seed: int,
+        self, checkpointer: RunCheckpointer, plan: Plan, recipe: Mapping[str, Any], seed: int
     ) -> None:
-        self._cfg = cfg
+        self._checkpointer = checkpointer
         self._plan = plan
-        self._recipe = recipe
-        self._seed = seed
+        checkpointer.facts = {
+            "version": __version__,
+            "seed": seed,
+            "plan": plan.to_json(),
+            "recipe": dict(recipe),
+        }
 
-    def resume(self, checkpointer: RunCheckpointer) -> Position | None:
-        """Load the last checkpoint; None if there is none.
-
-        Raises:
-            CheckpointError: if it is not one of this training, or not all ranks see the same one.
-        """
-        content = checkpointer.resume(self._check)
-        stopped = None if content is None else self._progress(content)
-        if not same_on_all_ranks(-1 if stopped is None else stopped.images_seen):
-            advice = (
-                "give all machines the same files, or start from MODEL.WEIGHTS without --resume"
-            )
-            folder = checkpointer.save_dir
-            fault = Fault("OUTPUT_DIR", folder, "a folder shared by all ranks", advice)
-            raise CheckpointError([fault])
-        if stopped is None:
-            logger.info("no checkpoint to resume from in %s: starting anew", checkpointer.save_dir)
-            return None
-        return self._continue(stopped)
-
-    def _progress(self, content: Mapping[str, Any]) -> Progress:
-        iteration = int(content["iteration"])
-        if RECORD not in content:
-            return Progress.without_record(iteration, self._recipe["SOLVER.IMS_PER_BATCH"])
-        found = content[RECORD]
-        return Progress(
-            iteration=iteration,
-            images_seen=int(content["images_seen"]),
-            recipe=found.get("recipe", {}),
-            plan=found.get("plan", {}),
-            seed=found.get("seed"),
-            sampler=content["sampler"],
-        )
-
-    def _check(self, content: Mapping[str, Any]) -> list[Fault]:
-        try:
-            self._continuation(self._progress(content))
-        except CheckpointError as error:
-            return list(error.faults)
-        return []
-
-    def _continuation(self, stopped: Progress) -> Continuation:
-        return continue_training(
-            stopped,
-            self._recipe,
-            self._plan.to_json(),
-            max_iter=self._cfg.SOLVER.MAX_ITER,
-            allow_changes=self._cfg.D2SCALE.ALLOW_CHANGED_RECIPE,
-        )
-
-    def _continue(self, stopped: Progress) -> Position:
-        continuation = self._continuation(stopped)
-        continuation.log(logger)
-        first = continuation.first_iteration
-        seed, sampler = stopped.seed, stopped.sampler
-        if seed is None or sampler is None or not continuation.keeps_order:
-            logger.info("the order of images begins anew")
-            seed, sampler = self._seed, None
-        same_steps = first == stopped.iteration + 1
-        return Position(first, stopped.images_seen, seed, sampler, same_steps)
+    def record_split(self, ims_per_gpu: int) -> None:
+        """Write the plan with fewer images per GPU into the folder and all later checkpoints."""
+        self._plan = self._plan.with_smaller_micro_batches(ims_per_gpu)
+        self._checkpointer.facts["plan"] = self._plan.to_json()
+        if rank() == 0:
+            write_plan(self._checkpointer.folder, self._plan)

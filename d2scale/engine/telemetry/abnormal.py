@@ -1,19 +1,19 @@
-"""What must not go on: a loss that is not finite, and a scaler that skips step after step."""
+"""End a training whose loss is not finite, or whose gradients overflow in step after step."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.amp.grad_scaler import GradScaler
 
 from d2scale.errors import D2ScaleError
 from d2scale.run_folder.contents import write_json
 from d2scale.step.micro_batches import MicroBatch
-from d2scale.step.ranks import rank, world_size
+from d2scale.step.ranks import gather_objects, rank
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,9 @@ class NotFiniteLossError(D2ScaleError):
     """
 
     def __init__(self, iteration: int, lr: float, losses: Mapping[str, float]) -> None:
-        told = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+        values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
         super().__init__(
-            f"the loss is not finite at iteration {iteration} (learning rate {lr:g}): {told}; "
+            f"the loss is not finite at iteration {iteration} (learning rate {lr:g}): {values}; "
             "lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip with "
             "SOLVER.CLIP_GRADIENTS, and use --resume to go on from the last checkpoint"
         )
@@ -55,19 +55,16 @@ def check_finite(losses: Mapping[str, float], iteration: int, lr: float) -> None
         raise NotFiniteLossError(iteration, lr, losses)
 
 
-def write_down(error: NotFiniteLossError, share: MicroBatch, folder: Path) -> None:
+def write_not_finite_step(error: NotFiniteLossError, rank_batch: MicroBatch, folder: Path) -> None:
     """Write ``not_finite_0000123.json``: iteration, rate, losses and the images of all ranks.
 
-    Every rank calls it with its share of the step.
+    Every rank calls it with its images of the step.
     """
-    mine = [
-        {"image_id": each.get("image_id"), "file_name": each.get("file_name"), "rank": rank()}
-        for each in share
+    images = [
+        {"image_id": sample.get("image_id"), "file_name": sample.get("file_name"), "rank": rank()}
+        for sample in rank_batch
     ]
-    shares = [mine]
-    if world_size() > 1:
-        shares = [[] for _ in range(world_size())]
-        dist.all_gather_object(shares, mine)
+    images_of_ranks = gather_objects(images)
     if rank() != 0:
         return
     content = {
@@ -75,7 +72,7 @@ def write_down(error: NotFiniteLossError, share: MicroBatch, folder: Path) -> No
         "lr": error.lr,
         # JSON has no word for what is not a number.
         "losses": {k: v if math.isfinite(v) else str(v) for k, v in error.losses.items()},
-        "images": [image for images in shares for image in images],
+        "images": list(chain.from_iterable(images_of_ranks)),
     }
     path = folder / f"not_finite_{error.iteration:07d}.json"
     write_json(path, content)
@@ -83,12 +80,12 @@ def write_down(error: NotFiniteLossError, share: MicroBatch, folder: Path) -> No
 
 
 class SkippedSteps:
-    """Counts the steps that a scaler leaves out because a gradient overflowed.
+    """Counts the steps that a gradient scaler skips because a gradient overflowed.
 
     Now and then that is normal: the scaler looks for the largest scale that works.
 
     Attributes:
-        total: steps left out so far.
+        total: steps skipped so far.
     """
 
     def __init__(self, scaler: GradScaler) -> None:
@@ -98,7 +95,7 @@ class SkippedSteps:
         self.total = 0
 
     def check(self, iteration: int) -> None:
-        """Look at the step before ``iteration``: the scale falls when one is left out.
+        """Check whether the step before ``iteration`` was skipped: then the scale has fallen.
 
         To be called once a step, when its losses are known: a device has nothing to wait for.
 
@@ -113,7 +110,7 @@ class SkippedSteps:
         if skipped:
             logger.info(
                 "iteration %d left the weights alone, for a gradient overflowed: the scale is "
-                "now %g, steps left out so far: %d",
+                "now %g, steps skipped so far: %d",
                 *(iteration - 1, scale, self.total),
             )
         if self._streak >= MOST_SKIPPED_STEPS:

@@ -1,32 +1,21 @@
-"""Where a run's log lines go: ``log.txt`` in its folder, and the terminal of the first rank."""
+"""Log a run to ``log.txt`` in its folder, and on the first rank to the terminal."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from d2scale.config.projects import entry_points
 from d2scale.run_folder.files import LOG_FILE
 
 # Lines of this logger repeat what a progress bar shows.
 METRICS_LOGGER = "d2scale.metrics"
-_FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
-_DATE_FORMAT = "%m/%d %H:%M:%S"
-
-
-class _TerminalHandler(logging.Handler):
-    """Writes above a progress bar instead of into it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stdout)
-        except Exception:
-            self.handleError(record)
+_FORMAT = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
 
 
 def on_terminal() -> bool:
@@ -42,36 +31,33 @@ def logging_to(folder: Path, rank: int) -> Iterator[None]:
     names them. An existing file is continued.
     """
     file_name = LOG_FILE if rank == 0 else f"{LOG_FILE}.rank{rank}"
-    handlers: list[logging.Handler] = [logging.FileHandler(folder / file_name, encoding="utf-8")]
-    if rank == 0:
-        handlers.append(_console_handler())
-    root = logging.getLogger()
-    chatty = [logging.getLogger(name) for name in _chatty_packages()]
-    levels = [each.level for each in chatty]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
-        root.addHandler(handler)
-    for each in chatty:
-        each.setLevel(logging.INFO)
-    try:
+    file = logging.FileHandler(folder / file_name, encoding="utf-8")
+    with ExitStack() as stack:
+        stack.callback(file.close)
+        _add_handler(stack, logging.getLogger(), file)
+        for name in _chatty_packages():
+            package = logging.getLogger(name)
+            stack.callback(package.setLevel, package.level)
+            package.setLevel(logging.INFO)
+        if rank == 0:
+            _add_handler(stack, logging.getLogger(), logging.StreamHandler(sys.stdout))
+            if on_terminal():
+                # Write above a progress bar instead of into it, and do not repeat what it shows.
+                stack.enter_context(logging_redirect_tqdm())
+                metrics = logging.getLogger(METRICS_LOGGER)
+                _add_handler(stack, metrics, file)
+                stack.callback(setattr, metrics, "propagate", True)
+                metrics.propagate = False
         yield
-    finally:
-        for each, level in zip(chatty, levels, strict=True):
-            each.setLevel(level)
-        for handler in handlers:
-            root.removeHandler(handler)
-            handler.close()
+
+
+def _add_handler(stack: ExitStack, logger: logging.Logger, handler: logging.Handler) -> None:
+    handler.setFormatter(_FORMAT)
+    logger.addHandler(handler)
+    stack.callback(logger.removeHandler, handler)
 
 
 def _chatty_packages() -> set[str]:
     """Return the packages whose INFO lines belong to a run; of all others only warnings do."""
     models = entry_points(group="d2scale.models")
     return {"d2scale", *(entry.module.partition(".")[0] for entry in models)}
-
-
-def _console_handler() -> logging.Handler:
-    if not on_terminal():
-        return logging.StreamHandler(sys.stdout)
-    handler = _TerminalHandler()
-    handler.addFilter(lambda record: record.name != METRICS_LOGGER)
-    return handler

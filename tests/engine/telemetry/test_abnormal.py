@@ -13,7 +13,7 @@ from d2scale.engine.telemetry.abnormal import (
     NotFiniteLossError,
     SkippedSteps,
     check_finite,
-    write_down,
+    write_not_finite_step,
 )
 from d2scale.errors import D2ScaleError
 from standins import make_samples
@@ -25,7 +25,7 @@ def test_a_loss_that_is_not_finite(value, tmp_path):
         check_finite({"loss_cls": 1.0, "loss_loc": value}, 7, 0.1)
     error = pickle.loads(pickle.dumps(caught.value))
     assert str(error) == str(caught.value)
-    write_down(error, make_samples(2), tmp_path)
+    write_not_finite_step(error, make_samples(2), tmp_path)
     (path,) = tmp_path.iterdir()
     assert path.name == "not_finite_0000007.json"
     assert json.loads(path.read_text()) == {

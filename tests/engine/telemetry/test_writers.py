@@ -4,17 +4,16 @@ import json
 import logging
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from d2scale.engine.telemetry import logs, writers
+from d2scale.engine.telemetry import logs, reporter
 from d2scale.engine.telemetry.logs import logging_to
-from d2scale.engine.telemetry.writers import (
-    JsonWriter,
-    MetricHistory,
-    Reporter,
-    StepMetrics,
-    TensorBoardWriter,
-)
+from d2scale.engine.telemetry.metrics import MetricHistory, StepMetrics
+from d2scale.engine.telemetry.reporter import Reporter
+from d2scale.engine.telemetry.writers import JsonWriter, TensorBoardWriter
+
+CPU = torch.device("cpu")
 
 
 def step(iteration, loss=1.0, seconds=0.5):
@@ -35,7 +34,7 @@ def read_lines(folder):
 def test_scalars_are_medians_over_the_window():
     history = MetricHistory(window=3, max_iter=10)
     for iteration, loss in enumerate((100.0, 1.0, 5.0, 2.0)):
-        history.put(step(iteration, loss, seconds=iteration + 1.0))
+        history.add(step(iteration, loss, seconds=iteration + 1.0))
     assert history.scalars() == {
         "total_loss": 6.0,
         "loss_cls": 2.0,
@@ -50,8 +49,8 @@ def test_scalars_are_medians_over_the_window():
 
 def test_line_looks_like_detectron2():
     history = MetricHistory(window=20, max_iter=10)
-    history.put(step(0))
-    history.put(step(1, seconds=1.5))
+    history.add(step(0))
+    history.add(step(1, seconds=1.5))
     assert history.line({"max_mem_mb": 123.4}) == (
         " eta: 0:00:08  iter: 1  total_loss: 3  loss_cls: 1  loss_loc: 2  time: 1.0000  "
         "last_time: 1.5000  data_time: 0.1000  last_data_time: 0.1000  lr: 0.01  max_mem: 123M"
@@ -116,15 +115,16 @@ def test_tensorboard_events(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("total_loss")] == [(4, 1.5)]
 
 
-def test_reporter_hands_on_what_all_ranks_agreed(tmp_path, caplog):
+def test_reports_hold_what_all_ranks_agreed_on(tmp_path, caplog, monkeypatch):
+    of_all_ranks = {"time": 9.0, "max_mem_mb": 5.0}
+    monkeypatch.setattr(reporter, "largest_over_ranks", lambda values: of_all_ranks)
     with (
         caplog.at_level(logging.INFO),
-        Reporter([JsonWriter(tmp_path)], period=2, start_iteration=0, max_iter=4) as reporter,
+        Reporter([JsonWriter(tmp_path)], CPU, period=2, start_iteration=0, max_iter=4) as report,
     ):
-        reporter.put(step(0))
-        reporter.put(step(1))
-        reporter.report(1, {"time": 9.0, "max_mem_mb": 5.0})
-        reporter.tell(1, {"bbox/AP": 3.0})
+        report(step(0))
+        report(step(1))
+        report.write(1, {"bbox/AP": 3.0})
     first, second = read_lines(tmp_path)
     assert (first["time"], first["max_mem_mb"], first["total_loss"]) == (9.0, 5.0, 3.0)
     assert (second["iteration"], second["bbox/AP"]) == (1, 3.0)
@@ -134,7 +134,7 @@ def test_reporter_hands_on_what_all_ranks_agreed(tmp_path, caplog):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    for module in (logs, writers):
+    for module in (logs, reporter):
         monkeypatch.setattr(module, "on_terminal", lambda: True)
 
 
@@ -162,12 +162,11 @@ def test_other_ranks_log_to_their_own_file(tmp_path, capsys):
 def test_terminal_shows_a_bar_instead_of_metric_lines(tmp_path, capsys, terminal):
     with (
         logging_to(tmp_path, rank=0),
-        Reporter([], period=1, start_iteration=2, max_iter=4) as reporter,
+        Reporter([], CPU, period=1, start_iteration=2, max_iter=4) as report,
     ):
         logging.getLogger("d2scale").info("told")
-        reporter.put(step(2))
-        reporter.put(step(3))
-        reporter.report(3, {})
+        report(step(2))
+        report(step(3))
     shown = capsys.readouterr()
     assert "4/4" in shown.err
     assert "loss=3" in shown.err

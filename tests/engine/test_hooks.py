@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 
-from d2scale.engine.actions import Evaluate, Report, Save
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
-from d2scale.engine.telemetry.writers import Reporter, StepMetrics
+from d2scale.engine.hooks import CheckpointHook, EvaluationHook
+from d2scale.engine.telemetry.metrics import StepMetrics
+from d2scale.engine.telemetry.reporter import Reporter
 from d2scale.errors import D2ScaleError
 from standins import StandIn
+
+CPU = torch.device("cpu")
 
 
 class Sampler:
@@ -17,7 +20,7 @@ class Sampler:
         return {"position": 7}
 
 
-class Told:
+class Remembering:
     """A writer that remembers."""
 
     def __init__(self):
@@ -36,7 +39,7 @@ def step(iteration):
 
 def saved_names(folder, period, max_iter=10, model=None):
     checkpointer = RunCheckpointer(model or StandIn(), str(folder))
-    save = Save(checkpointer, Sampler(), period=period, max_iter=max_iter)
+    save = CheckpointHook(checkpointer, Sampler(), period=period, max_iter=max_iter)
     for iteration in range(max_iter):
         save(step(iteration))
     return sorted(path.name for path in folder.glob("*.pth"))
@@ -70,42 +73,41 @@ def test_broken_weights_do_not_replace_a_good_checkpoint(tmp_path):
 
 
 def test_evaluation_comes_in_between_and_not_at_the_end():
-    told = Told()
-    reporter = Reporter([told], period=1, start_iteration=0, max_iter=8)
-    evaluate = Evaluate(lambda: {"bbox/AP": 1.0}, reporter, period=4, max_iter=8)
+    writer = Remembering()
+    reporter = Reporter([writer], CPU, period=1, start_iteration=0, max_iter=8)
+    evaluation = EvaluationHook(lambda: {"bbox/AP": 1.0}, reporter, period=4, max_iter=8)
     for iteration in range(8):
-        evaluate(step(iteration))
-    assert told.lines == [(3, {"bbox/AP": 1.0, "images_seen": 16})]
-    assert evaluate.now(7) == {"bbox/AP": 1.0}
-    assert told.lines[1:] == [(7, {"bbox/AP": 1.0, "images_seen": 32})]
+        evaluation(step(iteration))
+    assert writer.lines == [(3, {"bbox/AP": 1.0, "images_seen": 16})]
+    assert evaluation.evaluate(7) == {"bbox/AP": 1.0}
+    assert writer.lines[1:] == [(7, {"bbox/AP": 1.0, "images_seen": 32})]
 
 
 def test_no_evaluation_without_a_period_or_results():
-    told = Told()
-    reporter = Reporter([told], period=1, start_iteration=0, max_iter=8)
-    Evaluate(lambda: {"bbox/AP": 1.0}, reporter, period=0, max_iter=8)(step(3))
-    assert Evaluate(dict, reporter, period=4, max_iter=8).now(3) == {}
-    assert told.lines == []
+    writer = Remembering()
+    reporter = Reporter([writer], CPU, period=1, start_iteration=0, max_iter=8)
+    EvaluationHook(lambda: {"bbox/AP": 1.0}, reporter, period=0, max_iter=8)(step(3))
+    assert EvaluationHook(dict, reporter, period=4, max_iter=8).evaluate(3) == {}
+    assert writer.lines == []
 
 
 def test_reports_every_period_and_at_the_end():
-    told = Told()
-    reporter = Reporter([told], period=3, start_iteration=0, max_iter=8)
-    report = Report(reporter, torch.device("cpu"), period=3, max_iter=8)
+    writer = Remembering()
+    reporter = Reporter([writer], CPU, period=3, start_iteration=0, max_iter=8)
     for iteration in range(8):
-        report(step(iteration))
-    assert [iteration for iteration, _ in told.lines] == [2, 5, 7]
-    assert told.lines[0][1]["images_seen"] == 12
+        reporter(step(iteration))
+    assert [iteration for iteration, _ in writer.lines] == [2, 5, 7]
+    assert writer.lines[0][1]["images_seen"] == 12
 
 
 def test_memory_of_the_device_is_reported_and_none_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**20)
     found = []
-    for device in (torch.device("cuda", 0), torch.device("cpu")):
-        writer = Told()
-        with Reporter([writer], period=1, start_iteration=0, max_iter=1, bar=False) as reporter:
-            Report(reporter, device, period=1, max_iter=1)(step(0))
+    for device in (torch.device("cuda", 0), CPU):
+        writer = Remembering()
+        with Reporter([writer], device, period=1, start_iteration=0, max_iter=1) as reporter:
+            reporter(step(0))
         ((_, scalars),) = writer.lines
         found.append({name: value for name, value in scalars.items() if name.startswith("max_")})
     assert found == [{"max_mem_mb": 3.0, "max_reserved_mb": 5.0}, {}]

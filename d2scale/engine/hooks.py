@@ -1,0 +1,112 @@
+"""What a training does after its steps: save checkpoints and evaluate. Every rank calls a hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
+from d2scale.engine.data.loader import TrainLoader
+from d2scale.engine.telemetry.metrics import StepMetrics, is_due
+from d2scale.engine.telemetry.reporter import Reporter
+from d2scale.errors import D2ScaleError
+
+
+class CheckpointHook:
+    """Saves ``model_0004999.pth`` after every 5000th step, and ``model_final.pth`` at the end.
+
+    Args:
+        checkpointer: of the run.
+        loader: its state is kept with the weights.
+        period: steps between checkpoints; 0: only the last.
+        max_iter: steps of the whole training.
+    """
+
+    def __init__(
+        self, checkpointer: RunCheckpointer, loader: TrainLoader, *, period: int, max_iter: int
+    ) -> None:
+        self._checkpointer = checkpointer
+        self._loader = loader
+        self._period = period
+        self._max_iter = max_iter
+        self._progress: dict[str, Any] = {}
+        self._saved = True
+
+    def __call__(self, step: StepMetrics) -> None:
+        # Taken now: a step that fails will have moved the loader on.
+        self._progress = {
+            "iteration": step.iteration,
+            "images_seen": step.images_seen,
+            "sampler": self._loader.state_dict(),
+        }
+        self._saved = False
+        if is_due(step, self._period):
+            self.save()
+        if step.iteration + 1 == self._max_iter:
+            self._save("model_final")
+
+    def save(self) -> None:
+        """Save the state after the last step, unless that was done."""
+        if not self._saved:
+            self._save(f"model_{self._progress['iteration']:07d}")
+
+    def _save(self, name: str) -> None:
+        self._check_weights()
+        self._checkpointer.save(name, **self._progress)
+        self._saved = True
+
+    def _check_weights(self) -> None:
+        # Weights that are not finite must not replace a good checkpoint.
+        broken = [
+            name
+            for name, value in self._checkpointer.model.state_dict().items()
+            if value.is_floating_point() and not torch.isfinite(value).all()
+        ]
+        if broken:
+            raise D2ScaleError(
+                f"{len(broken)} weights are not finite after iteration "
+                f"{self._progress['iteration']} (the first is {broken[0]}), so they are not "
+                "saved; lower SOLVER.BASE_LR or clip with SOLVER.CLIP_GRADIENTS, and use --resume "
+                "to go on from the last checkpoint"
+            )
+
+
+class EvaluationHook:
+    """Evaluates after every ``period`` steps but the last: a run ends with an evaluation anyway.
+
+    Args:
+        evaluate: returns metrics by name on the first rank, nothing elsewhere.
+        reporter: writes the metrics.
+        period: steps between evaluations; 0: none.
+        max_iter: steps of the whole training.
+        images_before: images that earlier runs have shown.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], Mapping[str, float]],
+        reporter: Reporter,
+        *,
+        period: int,
+        max_iter: int,
+        images_before: int = 0,
+    ) -> None:
+        self._evaluate = evaluate
+        self._reporter = reporter
+        self._period = period
+        self._max_iter = max_iter
+        self._images_seen = images_before
+
+    def __call__(self, step: StepMetrics) -> None:
+        self._images_seen = step.images_seen
+        if is_due(step, self._period) and step.iteration + 1 != self._max_iter:
+            self.evaluate(step.iteration)
+
+    def evaluate(self, iteration: int) -> dict[str, float]:
+        """Evaluate, write the metrics for ``iteration`` and return them."""
+        results = dict(self._evaluate())
+        if results:
+            self._reporter.write(iteration, {**results, "images_seen": self._images_seen})
+        return results

@@ -1,0 +1,103 @@
+"""The metrics of one optimizer step, and their medians over the past steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from fvcore.common.history_buffer import HistoryBuffer
+
+# Steps whose median says how long the rest will take.
+_ETA_WINDOW = 1000
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """The metrics of one optimizer step.
+
+    Attributes:
+        iteration: number of the step, from 0.
+        losses: by name, over the whole step.
+        lr: learning rate of the step.
+        seconds: duration of the step on this rank, waiting for data included.
+        data_seconds: the part of it spent waiting for data.
+        images_seen: images since the training began, this step included.
+    """
+
+    iteration: int
+    losses: Mapping[str, float]
+    lr: float
+    seconds: float
+    data_seconds: float
+    images_seen: int
+
+
+def is_due(step: StepMetrics, period: int) -> bool:
+    """Return whether a number of steps is done that ``period`` divides; with 0 never."""
+    return period > 0 and (step.iteration + 1) % period == 0
+
+
+class MetricHistory:
+    """Medians of the metrics of past steps.
+
+    Args:
+        window: steps whose median is taken for losses and times.
+        max_iter: steps of the whole training.
+    """
+
+    def __init__(self, window: int, max_iter: int) -> None:
+        self._window = window
+        self._max_iter = max_iter
+        self._buffers: dict[str, HistoryBuffer] = {}
+        self._last: StepMetrics | None = None
+
+    def add(self, step: StepMetrics) -> None:
+        """Add a step."""
+        values = {
+            "total_loss": sum(step.losses.values()),
+            **step.losses,
+            "time": step.seconds,
+            "data_time": step.data_seconds,
+        }
+        for name, value in values.items():
+            buffer = self._buffers.setdefault(name, HistoryBuffer(_ETA_WINDOW))
+            buffer.update(value, step.iteration)
+        self._last = step
+
+    def times(self) -> dict[str, float]:
+        """Return seconds of a step, and of its wait for data: medians on this rank."""
+        return {name: self._median(name) for name in ("time", "data_time")}
+
+    def scalars(self) -> dict[str, float]:
+        """Return what ``metrics.json`` shows after the last step, under detectron2's names."""
+        assert self._last is not None
+        left = self._max_iter - self._last.iteration - 1
+        return {
+            **{name: self._median(name) for name in ("total_loss", *self._last.losses)},
+            **self.times(),
+            "lr": self._last.lr,
+            "eta_seconds": float(self._buffers["time"].median(_ETA_WINDOW)) * left,
+            "images_seen": self._last.images_seen,
+        }
+
+    def line(self, extra: Mapping[str, float]) -> str:
+        """Return detectron2's log line; ``extra`` may hold ``max_mem_mb``."""
+        assert self._last is not None
+        scalars = self.scalars()
+        parts = [
+            f"eta: {timedelta(seconds=int(scalars['eta_seconds']))}",
+            f"iter: {self._last.iteration}",
+            *(f"{name}: {scalars[name]:.4g}" for name in ("total_loss", *self._last.losses)),
+            f"time: {self._buffers['time'].global_avg():.4f}",
+            f"last_time: {self._last.seconds:.4f}",
+            f"data_time: {self._buffers['data_time'].avg(self._window):.4f}",
+            f"last_data_time: {self._last.data_seconds:.4f}",
+            f"lr: {self._last.lr:.5g}",
+        ]
+        if "max_mem_mb" in extra:
+            parts.append(f"max_mem: {extra['max_mem_mb']:.0f}M")
+        return " " + "  ".join(parts)
+
+    def _median(self, name: str) -> float:
+        return float(self._buffers[name].median(self._window))
