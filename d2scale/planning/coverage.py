@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -11,8 +13,9 @@ from fvcore.common.config import CfgNode
 
 from d2scale.config.defaults import add_project_configs, get_cfg
 from d2scale.config.loading import flatten
+from d2scale.config.projects import entry_points
 from d2scale.errors import ConfigError, Fault
-from d2scale.planning.memory_profile import MemoryProfile
+from d2scale.planning.memory_profile import MemoryProfile, load_profiles
 
 PRECISION = "precision"
 ENGINE = "engine"
@@ -71,6 +74,20 @@ def name_of_variant(covers: Mapping[str, Any]) -> str:
     """Return the precision, and activation checkpointing if it is on, in words."""
     name = "AMP" if covers.get(PRECISION) == "16 bit" else "float32"
     return f"{name}, activation checkpointing" if covers.get(CHECKPOINTING) else name
+
+
+@cache
+def shipped_profiles() -> tuple[MemoryProfile, ...]:
+    """Return the profiles that the installed projects bring with them.
+
+    The entry points ``d2scale.memory_profiles`` name packages that hold JSON files of profiles.
+    """
+    profiles: list[MemoryProfile] = []
+    for entry in entry_points(group="d2scale.memory_profiles"):
+        files = importlib.resources.files(entry.value).iterdir()
+        for path in sorted(str(file) for file in files if file.name.endswith(".json")):
+            profiles += load_profiles(path)
+    return tuple(profiles)
 
 
 def find_profile(

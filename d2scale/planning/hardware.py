@@ -17,8 +17,9 @@ from d2scale.planning.coverage import (
     find_profile,
     find_variants,
     name_of_variant,
+    shipped_profiles,
 )
-from d2scale.planning.memory_profile import GIB, MemoryProfile, load_profiles, shipped_profiles
+from d2scale.planning.memory_profile import GIB, MemoryProfile, load_profiles
 from d2scale.planning.methods import method_of
 
 # Sides of padded images are multiples of it.

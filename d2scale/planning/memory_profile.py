@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from d2scale.config.projects import entry_points
 from d2scale.errors import ConfigError, Fault
 
 FORMAT = "d2scale memory profile"
@@ -195,20 +192,6 @@ def load_profiles(path: str) -> tuple[MemoryProfile, ...]:
     if isinstance(content, list) and content:
         return tuple(MemoryProfile.from_json(entry, path) for entry in content)
     return (MemoryProfile.from_json(content, path),)
-
-
-@cache
-def shipped_profiles() -> tuple[MemoryProfile, ...]:
-    """Return the profiles that the installed projects bring with them.
-
-    The entry points ``d2scale.memory_profiles`` name packages that hold JSON files of profiles.
-    """
-    profiles: list[MemoryProfile] = []
-    for entry in entry_points(group="d2scale.memory_profiles"):
-        files = importlib.resources.files(entry.value).iterdir()
-        for path in sorted(str(file) for file in files if file.name.endswith(".json")):
-            profiles += load_profiles(path)
-    return tuple(profiles)
 
 
 def dump_profiles(profiles: Sequence[MemoryProfile]) -> str:

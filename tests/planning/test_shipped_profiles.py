@@ -8,8 +8,7 @@ import pytest
 from d2scale.cli import main
 from d2scale.config import load_cfg, load_recipe
 from d2scale.engine.memory import predict_profile
-from d2scale.planning.coverage import coverage, find_profile
-from d2scale.planning.memory_profile import shipped_profiles
+from d2scale.planning.coverage import coverage, find_profile, shipped_profiles
 
 
 @pytest.mark.parametrize("amp", ["False", "True"])
