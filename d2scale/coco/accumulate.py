@@ -1,7 +1,6 @@
 """Average precision and recall of matched detections, equal to pycocotools' to the last bit.
 
-Every image counts any number of times: once for the metric, as often as it was drawn for the
-bootstrap of a report, which passes many draws at a time.
+Every image counts once for the metric, as often as it was drawn for the bootstrap of a report.
 """
 
 from __future__ import annotations
@@ -44,8 +43,6 @@ def accumulate(
 
     Args:
         matches: of the ``max_dets`` best detections of each image and class.
-        num_classes: number of classes.
-        max_dets: the largest number of detections that recall is computed for.
         counts: how often each draw counts each image, shape (draws, images), int64.
         average: average the precision over the recall thresholds at once. Saves the memory of many
             draws, and changes the last bits of a mean over classes.
@@ -76,8 +73,8 @@ def accumulate(
 
 def _hits_of_best(matches: Matches, weights: np.ndarray, limit: int) -> np.ndarray:
     """Count the boxes that the ``limit`` best of each image hit, shape (draws, IoU thresholds)."""
-    few = matches.hits[0] & (matches.ranks < limit)
-    return np.stack([weights[:, hits].sum(axis=1) for hits in few], axis=1)
+    of_best = matches.hits[0] & (matches.ranks < limit)
+    return np.stack([weights[:, hits].sum(axis=1) for hits in of_best], axis=1)
 
 
 def _precision(
@@ -85,15 +82,12 @@ def _precision(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the best precision at or beyond each recall threshold, and how many boxes are hit.
 
-    Args:
-        matches: of one class.
-        area: number of the area.
-        weights: how often each detection counts, shape (draws, detections).
-        positives: boxes to be detected, shape (draws,).
+    Shapes (draws, IoU thresholds, recall thresholds), nan without boxes, and (draws, IoU
+    thresholds).
 
-    Returns:
-        precision: shape (draws, IoU thresholds, recall thresholds), nan without boxes.
-        hits: shape (draws, IoU thresholds).
+    Args:
+        weights: how often each detection of the class counts, shape (draws, detections).
+        positives: boxes to be detected, shape (draws,).
     """
     hits, counted = matches.hits[area], matches.hits[area] | matches.misses[area]
     kept = np.flatnonzero(counted.any(axis=0))
@@ -132,9 +126,7 @@ def _hits_needed(positives: int) -> np.ndarray:
 def summarize(curves: Curves, classes: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Return the metrics of each draw in percent, shape (draws,), nan where there are no boxes.
 
-    Args:
-        curves: precision and recall.
-        classes: name to number. Each gets a column ``AP-name``, after the published ones.
+    Each of ``classes``, name to number, gets a column ``AP-name`` after the published ones.
     """
     overall = curves.precision[:, 0]
     thresholds = IOU_THRESHOLDS.round(2).tolist()

@@ -50,12 +50,9 @@ def link_faults(file: AnnotationFile) -> Iterable[Fault]:
 def category_faults(file: AnnotationFile, wanted: Mapping[int, str]) -> Iterable[Fault]:
     """Yield a fault for classes that the file lacks, and one for those with another name.
 
-    Args:
-        file: the annotations.
-        wanted: category id to the name that it must have; empty allows any.
+    ``wanted`` gives the name that each category id must have; empty allows any.
     """
-    missing = [i for i in wanted if i not in file.categories]
-    if missing:
+    if missing := [i for i in wanted if i not in file.categories]:
         yield Fault(
             f"categories of {file.path}",
             f"without ids {examples(missing)}",
@@ -80,8 +77,7 @@ def missing_image_faults(file: AnnotationFile, image_root: Path) -> Iterable[Fau
     """Yield one fault if images of the file are not in ``image_root``."""
     names_in = cache(_names_in)
     paths = ((name, image_root / name) for name in file.file_names)
-    missing = [name for name, path in paths if path.name not in names_in(path.parent)]
-    if missing:
+    if missing := [name for name, path in paths if path.name not in names_in(path.parent)]:
         yield Fault(
             f"{len(missing)} of {len(file.file_names)} images of {file.path}",
             f"not there ({examples(missing)})",
@@ -98,19 +94,14 @@ def _names_in(folder: Path) -> frozenset[str]:
 
 
 def usable_boxes(file: AnnotationFile, faults: list[Fault]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the boxes, cut to their images, and which of them can be trained on.
-
-    Args:
-        file: the annotations.
-        faults: what is wrong with the boxes is added here.
+    """Return the boxes, cut to their images, and which of them can be trained on; add ``faults``.
 
     Returns:
         boxes: x0 y0 x1 y1 in pixels, shape (annotations, 4), float64, within the image.
         usable: shape (annotations,), bool: has a size, is no crowd, and its image is known.
     """
     judged = (file.image_numbers >= 0) & ~file.crowds
-    limits = np.stack([file.widths, file.heights], axis=1).astype(np.float64)
-    limit = limits[file.image_numbers]
+    limit = np.stack([file.widths, file.heights], axis=1)[file.image_numbers].astype(np.float64)
     corner, size = file.boxes[:, :2], file.boxes[:, 2:]
     broken = judged & ~(np.isfinite(file.boxes).all(axis=1) & (size >= 0).all(axis=1))
     judged &= ~broken
@@ -119,9 +110,9 @@ def usable_boxes(file: AnnotationFile, faults: list[Fault]) -> tuple[np.ndarray,
         far = corner + size
         beyond = judged & ~empty & ((far <= 0) | (corner >= limit)).any(axis=1)
         overhang = np.maximum(-corner, far - limit).max(axis=1)
-    reaching = judged & ~empty & ~beyond & (overhang > TOLERATED_OVERHANG)
-    clipped = judged & ~empty & ~beyond & (overhang > 0)
-
+    usable = judged & ~empty & ~beyond
+    clipped = usable & (overhang > 0)
+    reaching = usable & (overhang > TOLERATED_OVERHANG)
     faults.extend(_box_faults(file, broken | beyond, empty, reaching))
     if empty.any() or clipped.any():
         logger.info(
@@ -131,7 +122,7 @@ def usable_boxes(file: AnnotationFile, faults: list[Fault]) -> tuple[np.ndarray,
             overhang[clipped].max(initial=0),
         )
     boxes = np.concatenate([np.maximum(corner, 0), np.minimum(far, limit)], axis=1)
-    return boxes, judged & ~empty & ~beyond
+    return boxes, usable
 
 
 def _box_faults(

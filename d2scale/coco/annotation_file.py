@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +30,20 @@ _POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
 
 @dataclass(frozen=True)
 class AnnotationFile:
-    """The parts of a COCO annotation file that detection needs.
-
-    Attributes:
-        path: the file.
-        categories: category id to name, by ascending id.
-        file_names: of the images, by ascending image id.
-        image_ids, heights, widths: shape (images,), int64.
-        annotation_ids, category_ids: shape (annotations,), int64.
-        image_numbers: each annotation's image as a row of ``image_ids``, shape (annotations,);
-            -1 where no image has that id.
-        boxes: x, y, width, height as written, shape (annotations, 4), float64.
-        areas: of the objects, square pixels, shape (annotations,), float64; the box's where
-            the file does not say.
-        crowds: shape (annotations,), bool.
-    """
+    """The parts of a COCO annotation file that detection needs."""
 
     path: Path
-    categories: Mapping[int, str]
-    file_names: Sequence[str]
-    image_ids: np.ndarray
-    heights: np.ndarray
+    categories: Mapping[int, str]  # id to name, by ascending id
+    file_names: Sequence[str]  # of the images, by ascending image id
+    image_ids: np.ndarray  # shape (images,), int64
+    heights: np.ndarray  # pixels, likewise
     widths: np.ndarray
-    annotation_ids: np.ndarray
+    annotation_ids: np.ndarray  # shape (annotations,), int64
     category_ids: np.ndarray
-    image_numbers: np.ndarray
-    boxes: np.ndarray
-    areas: np.ndarray
-    crowds: np.ndarray
+    image_numbers: np.ndarray  # row of each annotation's image, -1 where no image has its id
+    boxes: np.ndarray  # x, y, width, height as written, shape (annotations, 4), float64
+    areas: np.ndarray  # of the objects or, without them, the boxes; square pixels, float64
+    crowds: np.ndarray  # shape (annotations,), bool
 
     def ground_truth(self, category_ids: np.ndarray, image_ids: np.ndarray) -> GroundTruth:
         """Return the boxes of these classes and images, numbered by ascending id."""
@@ -68,19 +55,13 @@ class AnnotationFile:
 
 
 def read_annotation_file(path: Path) -> AnnotationFile:
-    """Read ``path``.
-
-    Raises:
-        DataError: if the file cannot be read or is not in COCO's format.
-    """
+    """Read a file; a :class:`DataError` says what in it is not in COCO's format."""
     content = _load_json(path)
     faults = [fault for section in _FIELDS for fault in _section_faults(path, content, section)]
     if faults:
         raise DataError(faults)
-    images, categories = (
-        sorted(content[section], key=lambda entry: entry["id"])
-        for section in ("images", "categories")
-    )
+    images = sorted(content["images"], key=itemgetter("id"))
+    categories = sorted(content["categories"], key=itemgetter("id"))
     annotations = content["annotations"]
     rows = {image["id"]: row for row, image in enumerate(images)}
     return AnnotationFile(
@@ -145,8 +126,7 @@ def _section_faults(path: Path, content: dict[str, Any], section: str) -> Iterab
             "use an annotation file for detection",
         )
         return
-    bad = [n for n, entry in enumerate(entries) if not _has_fields(entry, fields)]
-    if bad:
+    if bad := [n for n, entry in enumerate(entries) if not _has_fields(entry, fields)]:
         yield Fault(
             f"{len(bad)} of {len(entries)} entries in {section!r} of {path}",
             f"no. {examples(bad)}",
@@ -154,8 +134,8 @@ def _section_faults(path: Path, content: dict[str, Any], section: str) -> Iterab
             "write the file in COCO's format",
         )
         return
-    repeated = [i for i, count in Counter(entry["id"] for entry in entries).items() if count > 1]
-    if repeated:
+    counts = Counter(entry["id"] for entry in entries)
+    if repeated := [i for i, count in counts.items() if count > 1]:
         yield Fault(
             f"id of entries in {section!r} of {path}",
             f"{examples(sorted(repeated))} more than once",
@@ -172,14 +152,9 @@ def _is_valid(field: str, value: Any) -> bool:
     if field in ("file_name", "name"):
         return isinstance(value, str) and value != ""
     if field == "bbox":
-        return (
-            isinstance(value, list)
-            and len(value) == 4
-            and all(isinstance(number, int | float) for number in value)
-        )
-    if field in ("height", "width"):
-        return isinstance(value, int) and value > 0
-    return isinstance(value, int)
+        is_list = isinstance(value, list) and len(value) == 4
+        return is_list and all(isinstance(number, int | float) for number in value)
+    return isinstance(value, int) and (value > 0 or field not in ("height", "width"))
 
 
 def examples(items: Collection[Any] | np.ndarray, limit: int = 3) -> str:

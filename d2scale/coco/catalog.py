@@ -22,7 +22,6 @@ class DatasetSpec:
     """Where a COCO-format dataset is, and which classes are read from it.
 
     Attributes:
-        json_file: annotation file.
         image_root: the folder that the file names in it are relative to.
         category_ids: of the classes to read, in the order of the model's class numbers;
             None reads all that the file lists, by ascending id.
@@ -35,25 +34,21 @@ class DatasetSpec:
     class_names: tuple[str, ...] | None = None
 
 
-def _builtin_datasets() -> dict[str, DatasetSpec]:
-    return {
-        name.format(part): DatasetSpec(
-            Path(f"coco/annotations/instances_{part}2017.json"),
-            Path(f"coco/{part}2017"),
-            ids,
-            tuple(classes.COCO_CLASSES[category_id] for category_id in ids),
-        )
-        for part in ("train", "val")
-        for name, ids in (
-            ("coco_2017_{}", classes.ALL_CATEGORY_IDS),
-            ("coco_pretrain_{}_base", classes.BASE_CATEGORY_IDS),
-            ("coco_pretrain_{}_novel", classes.NOVEL_CATEGORY_IDS),
-            ("coco_pretrain_{}_all", classes.ALL_CATEGORY_IDS),
-        )
-    }
-
-
-_DATASETS = _builtin_datasets()
+_DATASETS = {
+    name.format(part): DatasetSpec(
+        Path(f"coco/annotations/instances_{part}2017.json"),
+        Path(f"coco/{part}2017"),
+        ids,
+        tuple(classes.COCO_CLASSES[category_id] for category_id in ids),
+    )
+    for part in ("train", "val")
+    for name, ids in (
+        ("coco_2017_{}", classes.ALL_CATEGORY_IDS),
+        ("coco_pretrain_{}_base", classes.BASE_CATEGORY_IDS),
+        ("coco_pretrain_{}_novel", classes.NOVEL_CATEGORY_IDS),
+        ("coco_pretrain_{}_all", classes.ALL_CATEGORY_IDS),
+    )
+}
 
 
 def datasets_root() -> Path:
@@ -72,12 +67,10 @@ def register_coco_dataset(
     image_root: str | Path,
     category_ids: Sequence[int] | None = None,
 ) -> None:
-    """Register a COCO-format dataset.
+    """Register a COCO-format dataset for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
 
-    Args:
-        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        json_file, image_root: absolute, or relative to :func:`datasets_root`.
-        category_ids: see :class:`DatasetSpec`.
+    Paths are absolute or relative to :func:`datasets_root`; for ``category_ids`` see
+    :class:`DatasetSpec`.
 
     Raises:
         ValueError: if the name is taken by other files or classes.
@@ -91,12 +84,8 @@ def register_coco_dataset(
 def dataset_spec(name: str, *, key: str = "DATASETS") -> DatasetSpec:
     """Look up a name and resolve its paths.
 
-    Args:
-        name: a registered name.
-        key: the config key that held it, for the error.
-
     Raises:
-        DataError: if the name is not registered; lists those that are.
+        DataError: if the name, which ``key`` of the config held, is not registered.
     """
     if name not in _DATASETS:
         advice = "correct the name, or register it with register_coco_dataset()"

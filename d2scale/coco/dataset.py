@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +29,14 @@ logger = logging.getLogger(__name__)
 def load_dataset(name: str, *, key: str = "DATASETS") -> CocoDataset:
     """Read the images of a dataset and the boxes of its classes, without crowds.
 
-    Args:
-        name: a registered name.
-        key: the config key that held it, for the errors.
-
     Raises:
-        DataError: one line for each kind of fault in the dataset.
+        DataError: one line for each kind of fault; ``key`` of the config held the name.
     """
     spec = dataset_spec(name, key=key)
     _check_files_exist(name, key, spec.json_file, spec.image_root)
     file = read_annotation_file(spec.json_file)
     if not len(file.image_ids):
-        allowed = "a dataset with images"
-        raise DataError([Fault(key, name, allowed, f"{file.path} lists none")])
+        raise DataError([Fault(key, name, "a dataset with images", f"{file.path} lists none")])
     wanted = _wanted_classes(file, spec)
     faults = [
         *link_faults(file),
@@ -60,8 +56,7 @@ def load_dataset(name: str, *, key: str = "DATASETS") -> CocoDataset:
 
 
 def _check_files_exist(name: str, key: str, json_file: Path, image_root: Path) -> None:
-    absent = [str(path) for path in (json_file, image_root) if not path.exists()]
-    if absent:
+    if absent := [str(path) for path in (json_file, image_root) if not path.exists()]:
         advice = (
             f"{' and '.join(absent)} not found; set {ROOT_VARIABLE} to the folder that holds "
             f"coco/ (now {datasets_root().absolute()})"
@@ -117,7 +112,7 @@ def load_training_dataset(cfg: CfgNode) -> CocoDataset:
     for part in parts[1:]:
         if part.class_names != parts[0].class_names:
             raise DataError([_class_fault("DATASETS.TRAIN", part, parts[0])])
-    records = parts[0].records if len(parts) == 1 else concatenate([p.records for p in parts])
+    records = concatenate([part.records for part in parts])
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         before, records = len(records), records.with_boxes_only()
         logger.info("left out %d of %d images without boxes", before - len(records), before)
@@ -125,13 +120,8 @@ def load_training_dataset(cfg: CfgNode) -> CocoDataset:
         advice = "use another dataset, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False"
         allowed = "datasets with boxes of their classes"
         raise DataError([Fault("DATASETS.TRAIN", names, allowed, advice)])
-    return CocoDataset(
-        name=",".join(names),
-        class_names=parts[0].class_names,
-        category_ids=parts[0].category_ids,
-        records=records,
-        json_file=parts[0].json_file if len(parts) == 1 else "",
-    )
+    json_file = parts[0].json_file if len(parts) == 1 else ""
+    return replace(parts[0], name=",".join(names), records=records, json_file=json_file)
 
 
 def _class_fault(key: str, dataset: CocoDataset, trained: CocoDataset) -> Fault:
@@ -146,12 +136,7 @@ def _class_fault(key: str, dataset: CocoDataset, trained: CocoDataset) -> Fault:
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> int:
     """Read every dataset that a run will use, before any rank starts.
 
-    Args:
-        cfg: its ``DATASETS`` and ``DATALOADER``.
-        eval_only: the run does not train, so only ``DATASETS.TEST`` must be there.
-
-    Returns:
-        The number of training images; 0 if the run does not train.
+    Returns the number of training images; 0 with ``eval_only``, which needs ``DATASETS.TEST`` only.
 
     Raises:
         DataError: every fault of every dataset.

@@ -1,47 +1,31 @@
 """Which detection matches which annotated box, by COCO's rule, for all images at once.
 
-pycocotools matches image after image, class after class, threshold after threshold in Python.
-The rule only couples detections of one image and class, so here the first detections of all
-images and classes are matched together, then the second ones, and so on. The matches are the
-same; ``tests/coco/test_metric.py`` compares every number that follows from them.
+The rule only couples detections of one image and class, so the first detections of all images and
+classes are matched together, then the second ones, and so on. The matches are pycocotools'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-# Smallest and largest area in square pixels, both included.
-AREAS = {
-    "all": (0.0, 1e10),
-    "small": (0.0, 32.0**2),
-    "medium": (32.0**2, 96.0**2),
-    "large": (96.0**2, 1e10),
-}
+# All, small, medium and large: smallest and largest area in square pixels, both included.
+AREAS = np.array([(0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)])
 _NO_BOX = -1
 
 
 class GroundTruth(NamedTuple):
-    """Annotated boxes, in the order of the annotation file.
+    """Annotated boxes, in the order of the annotation file."""
 
-    Attributes:
-        ids: of the annotations, shape (m,), int64.
-        images, classes: numbers from 0, shape (m,), int64.
-        boxes: x, y, width, height in pixels, shape (m, 4), float64.
-        areas: of the objects, square pixels, shape (m,), float64.
-        crowds: shape (m,), bool.
-    """
-
-    ids: np.ndarray
-    images: np.ndarray
-    classes: np.ndarray
-    boxes: np.ndarray
-    areas: np.ndarray
-    crowds: np.ndarray
+    ids: np.ndarray  # of the annotations, shape (m,), int64
+    images: np.ndarray  # numbers from 0, shape (m,), int64
+    classes: np.ndarray  # likewise
+    boxes: np.ndarray  # x, y, width, height in pixels, shape (m, 4), float64
+    areas: np.ndarray  # of the objects, square pixels, shape (m,), float64
+    crowds: np.ndarray  # shape (m,), bool
 
     def take(self, rows: np.ndarray | slice) -> GroundTruth:
         """Return the boxes of these row numbers, in this order, or where a mask is true."""
@@ -49,17 +33,12 @@ class GroundTruth(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """Detected boxes.
-
-    Attributes:
-        images, classes, boxes: as in :class:`GroundTruth`, of n detections.
-        scores: shape (n,), float64.
-    """
+    """Detected boxes; columns as in :class:`GroundTruth`."""
 
     images: np.ndarray
     classes: np.ndarray
     boxes: np.ndarray
-    scores: np.ndarray
+    scores: np.ndarray  # shape (n,), float64
 
     def take(self, rows: np.ndarray | slice) -> Detections:
         """Return the detections of these rows, likewise."""
@@ -80,26 +59,18 @@ def numbers_of(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.where(known[places] == ids, places, -1)
 
 
-@dataclass(frozen=True)
-class Matches:
-    """What became of the detections that count.
+class Matches(NamedTuple):
+    """What became of the n detections that count, and the m boxes.
 
-    Attributes:
-        detections: n of them, by class, within a class by descending score; the order of equal
-            scores is pycocotools'.
-        ranks: place among the detections of the same image and class, shape (n,), int64.
-        hits: matches a box at (area, IoU threshold), shape (4, 10, n), bool.
-        misses: matches none, likewise. Those that are neither do not count there.
-        truth: the m boxes, by class.
-        positives: boxes that should be detected at (area), shape (4, m), bool.
+    Detections are by class and descending score, in pycocotools' order where scores are equal.
     """
 
     detections: Detections
-    ranks: np.ndarray
-    hits: np.ndarray
-    misses: np.ndarray
-    truth: GroundTruth
-    positives: np.ndarray
+    ranks: np.ndarray  # place among the detections of the same image and class, shape (n,), int64
+    hits: np.ndarray  # matches a box at (area, IoU threshold), shape (4, 10, n), bool
+    misses: np.ndarray  # matches none, likewise; those that are neither do not count there
+    truth: GroundTruth  # by class
+    positives: np.ndarray  # boxes that should be detected at (area), shape (4, m), bool
 
     def of_class(self, number: int) -> Matches:
         """Return the matches of one class."""
@@ -121,16 +92,14 @@ def match(truth: GroundTruth, detections: Detections, max_dets: int) -> Matches:
     """Match the ``max_dets`` best detections of each image and class with the boxes."""
     detections, ranks = _best(detections, max_dets)
     truth = truth.take(np.lexsort((truth.images, truth.classes)))
-    limits = np.array(list(AREAS.values()))[:, :, None]
-    ignored = _outside(truth.areas, limits) | truth.crowds
+    ignored = _outside(truth.areas) | truth.crowds
     partners = _partners(truth, detections, ignored)
     # A partner of -1 picks the last entry. pycocotools takes a match with the annotation 0 for
     # none; so does this, to be equal.
     matched = np.append(truth.ids, 0)[partners] != 0
     area = np.arange(len(AREAS))[:, None, None]
     out = np.append(ignored, np.zeros((len(AREAS), 1), dtype=bool), axis=1)[area, partners]
-    detected_areas = detections.boxes[:, 2] * detections.boxes[:, 3]
-    out |= ~matched & _outside(detected_areas, limits)[:, None]
+    out |= ~matched & _outside(detections.boxes[:, 2] * detections.boxes[:, 3])[:, None]
     order = np.lexsort((-detections.scores, detections.classes))
     return Matches(
         detections.take(order),
@@ -161,9 +130,9 @@ def _ranks(*keys: np.ndarray) -> np.ndarray:
     return np.arange(count) - np.repeat(starts, np.diff(np.append(starts, count)))
 
 
-def _outside(areas: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Return which areas lie outside each of the limits, shape (limits, n), bool."""
-    return (areas < limits[:, 0]) | (areas > limits[:, 1])
+def _outside(areas: np.ndarray) -> np.ndarray:
+    """Return which areas lie outside each of :data:`AREAS`, shape (4, n), bool."""
+    return (areas < AREAS[:, :1]) | (areas > AREAS[:, 1:])
 
 
 class _Pairs(NamedTuple):

@@ -25,15 +25,11 @@ def coco_metrics(
 
     Args:
         dataset: its annotation file is the ground truth; its classes and images count.
-        results: detections on its images, in columns or as the entries of a results file;
-            those of other classes do not count.
+        results: detections on its images, in columns or as the entries of a results file.
         max_dets: best detections of an image and class that count.
 
     Returns:
         Percent by published column, then AP of each class as ``AP-name``; nan without boxes.
-
-    Raises:
-        DataError: if the annotation file is no longer readable.
     """
     if not isinstance(results, CocoResults):
         results = CocoResults.from_entries(results)
@@ -41,10 +37,10 @@ def coco_metrics(
     truth = read_annotation_file(Path(dataset.json_file)).ground_truth(category_ids, image_ids)
     detections = results.detections(category_ids, image_ids)
     assert (detections.images >= 0).all(), "detections on images that the dataset does not have"
-    matches = match(truth, detections, max_dets)
-    once = np.ones((1, len(image_ids)), dtype=np.int64)
     # pycocotools has the classes by ascending id.
     numbers = numbers_of(category_ids, category_ids).tolist()
     classes = dict(zip(dataset.class_names, numbers, strict=True))
-    metrics = summarize(accumulate(matches, len(classes), max_dets, once), classes)
+    once = np.ones((1, len(image_ids)), dtype=np.int64)
+    curves = accumulate(match(truth, detections, max_dets), len(classes), max_dets, once)
+    metrics = summarize(curves, classes)
     return {name: float(values[0]) for name, values in metrics.items()}

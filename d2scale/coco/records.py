@@ -15,44 +15,27 @@ import numpy as np
 
 
 class Record(NamedTuple):
-    """One image and its annotated boxes.
-
-    Attributes:
-        file_name: path of the image file.
-        image_id: its id in the annotation file.
-        height, width: pixels.
-        boxes: x0 y0 x1 y1 in pixels, shape (n, 4), float32.
-        classes: contiguous class numbers, shape (n,), int64.
-    """
+    """One image and its annotated boxes."""
 
     file_name: str
     image_id: int
-    height: int
+    height: int  # pixels
     width: int
-    boxes: np.ndarray
-    classes: np.ndarray
+    boxes: np.ndarray  # x0 y0 x1 y1 in pixels, shape (n, 4), float32
+    classes: np.ndarray  # contiguous class numbers, shape (n,), int64
 
 
 @dataclass(frozen=True)
 class Records:
-    """All images of a dataset, in columns: a sequence of :class:`Record`.
+    """All images of a dataset, in columns: a sequence of :class:`Record`."""
 
-    Attributes:
-        file_names: encoded paths, shape (images,).
-        image_ids, heights, widths: shape (images,), int64.
-        box_starts: row of each image's first box, and the number of boxes, shape (images + 1,),
-            int64.
-        boxes: of all images, shape (boxes, 4), float32.
-        classes: shape (boxes,), int64.
-    """
-
-    file_names: np.ndarray
-    image_ids: np.ndarray
-    heights: np.ndarray
+    file_names: np.ndarray  # encoded paths, shape (images,)
+    image_ids: np.ndarray  # shape (images,), int64
+    heights: np.ndarray  # pixels, likewise
     widths: np.ndarray
-    box_starts: np.ndarray
-    boxes: np.ndarray
-    classes: np.ndarray
+    box_starts: np.ndarray  # row of each image's first box, then the number of boxes, int64
+    boxes: np.ndarray  # of all images, shape (boxes, 4), float32
+    classes: np.ndarray  # shape (boxes,), int64
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -79,14 +62,9 @@ class Records:
     def with_boxes_only(self) -> Records:
         """Return the images that have at least one box."""
         kept = self.box_counts > 0
-        return replace(
-            self,
-            file_names=self.file_names[kept],
-            image_ids=self.image_ids[kept],
-            heights=self.heights[kept],
-            widths=self.widths[kept],
-            box_starts=starts_from_counts(self.box_counts[kept]),
-        )
+        columns = ("file_names", "image_ids", "heights", "widths")
+        of_images = {column: getattr(self, column)[kept] for column in columns}
+        return replace(self, box_starts=starts_from_counts(self.box_counts[kept]), **of_images)
 
 
 def starts_from_counts(counts: np.ndarray) -> np.ndarray:
@@ -106,21 +84,13 @@ def concatenate(parts: Sequence[Records]) -> Records:
 
 @dataclass(frozen=True)
 class CocoDataset:
-    """A dataset, or several that are trained on as one.
+    """A dataset, or several that are trained on as one."""
 
-    Attributes:
-        name: as in ``DATASETS``; of several datasets, their names joined by commas.
-        class_names: by contiguous class number.
-        category_ids: the annotation file's category id of each class number.
-        records: the images.
-        json_file: the annotation file; empty for several datasets.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    name: str  # as in ``DATASETS``; of several datasets, their names joined by commas
+    class_names: tuple[str, ...]  # by contiguous class number
+    category_ids: tuple[int, ...]  # the annotation file's, by contiguous class number
     records: Records
-    json_file: str
+    json_file: str  # the annotation file; empty for several datasets
 
     def __len__(self) -> int:
         return len(self.records)

@@ -15,19 +15,12 @@ _ENTRY = '{"image_id": %s, "category_id": %s, "bbox": [%s, %s, %s, %s], "score":
 
 @dataclass(frozen=True)
 class CocoResults:
-    """Detections on many images.
+    """Detections on many images."""
 
-    Attributes:
-        image_ids: as in the annotation file, shape (n,), int64.
-        category_ids: as in the annotation file, shape (n,), int64.
-        boxes: x, y, width, height in pixels of the original images, shape (n, 4), float64.
-        scores: shape (n,), float64.
-    """
-
-    image_ids: np.ndarray
-    category_ids: np.ndarray
-    boxes: np.ndarray
-    scores: np.ndarray
+    image_ids: np.ndarray  # as in the annotation file, shape (n,), int64
+    category_ids: np.ndarray  # likewise
+    boxes: np.ndarray  # x, y, width, height in pixels of the original images, (n, 4), float64
+    scores: np.ndarray  # shape (n,), float64
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -35,12 +28,11 @@ class CocoResults:
     @classmethod
     def from_entries(cls, entries: Sequence[Mapping[str, Any]]) -> CocoResults:
         """Read the entries of a results file, each with image_id, category_id, bbox and score."""
-        return cls(
-            np.array([entry["image_id"] for entry in entries], dtype=np.int64),
-            np.array([entry["category_id"] for entry in entries], dtype=np.int64),
-            np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4),
-            np.array([entry["score"] for entry in entries], dtype=np.float64),
+        columns = {"image_id": np.int64, "category_id": np.int64, "bbox": float, "score": float}
+        image_ids, category_ids, boxes, scores = (
+            np.array([entry[name] for entry in entries], dtype) for name, dtype in columns.items()
         )
+        return cls(image_ids, category_ids, boxes.reshape(-1, 4), scores)
 
     def detections(self, category_ids: np.ndarray, image_ids: np.ndarray) -> Detections:
         """Return the detections of these classes, numbered like the images by ascending id.
@@ -49,8 +41,7 @@ class CocoResults:
         """
         classes = numbers_of(self.category_ids, category_ids)
         images = numbers_of(self.image_ids, image_ids)
-        detections = Detections(images, classes, self.boxes, self.scores)
-        return detections.take(classes >= 0)
+        return Detections(images, classes, self.boxes, self.scores).take(classes >= 0)
 
     def to_json(self) -> str:
         """Return the contents of a results file: what ``json.dumps`` gives, in half the time."""

@@ -1,7 +1,7 @@
 """A COCO-format dataset of drawn shapes, for machines without COCO.
 
-It has COCO's folder layout and categories. Each kind of shape stands for one of COCO's base
-classes, so recipes, class splits and metrics work on it unchanged.
+It has COCO's folder layout and categories, and each kind of shape is one of COCO's base classes, so
+recipes, class splits and metrics work on it unchanged.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ class _Kind:
     """How a class is drawn.
 
     Attributes:
-        category_id: COCO's.
-        colour: red, green, blue.
         corners: angles of the corners on the unit circle, in turns from the top.
         waist: radius of a further corner between each two: below 1 makes a star.
         hole: radius of a hole in the middle.
@@ -53,7 +51,7 @@ class _Kind:
 
 
 def _regular(corners: int, turn: float = 0.0) -> tuple[float, ...]:
-    """Return the angles of a regular polygon."""
+    """Return the angles of a regular polygon's corners."""
     return tuple(corner / corners + turn for corner in range(corners))
 
 
@@ -81,8 +79,6 @@ def write_shapes_dataset(
 
     Args:
         root: folder to set ``DETECTRON2_DATASETS`` to.
-        train_images, val_images: number of images.
-        seed: not negative.
         image_size: smallest and largest edge, pixels.
 
     Raises:
@@ -95,8 +91,7 @@ def write_shapes_dataset(
             f"need at least one image each, a seed from 0 and edges from 32 pixels, got "
             f"{train_images}, {val_images}, {seed}, {image_size}"
         )
-    root = Path(root)
-    target = root / "coco"
+    root, target = Path(root), Path(root, "coco")
     settings: dict[str, Any] = {"version": _VERSION, "train_images": train_images}
     settings |= {"val_images": val_images, "seed": seed, "image_size": [low, high]}
     if _settings_of(target) != settings:
@@ -117,8 +112,8 @@ def _settings_of(folder: Path) -> Any:
 
 
 def _refuse_foreign(target: Path) -> None:
-    ours = (target / MARKER).is_file()
-    if target.exists() and not ours and not (target.is_dir() and not any(target.iterdir())):
+    empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not empty and not (target / MARKER).is_file():
         allowed = "a folder that is empty, not there, or holds drawn shapes"
         advice = "choose another root, or move its files away"
         raise DataError([Fault("folder", str(target), allowed, advice)])
@@ -134,8 +129,7 @@ def _write_and_swap(target: Path, settings: dict[str, Any]) -> None:
             (new / f"{part}2017").mkdir()
             seeds = [(settings["seed"], stream, 1 + n) for n in range(settings[f"{part}_images"])]
             content = _write_images(new / f"{part}2017", seeds, settings["image_size"])
-            path = new / "annotations" / f"instances_{part}2017.json"
-            path.write_text(json.dumps(content))
+            (new / f"annotations/instances_{part}2017.json").write_text(json.dumps(content))
         (new / MARKER).write_text(json.dumps(settings))
         if target.exists():
             os.replace(target, old)
@@ -167,16 +161,14 @@ def _write_images(
 def _draw_picture(
     number: int, rng: np.random.Generator, image_size: tuple[int, int]
 ) -> tuple[Image.Image, list[dict[str, Any]]]:
-    low, high = image_size
-    width, height = (int(edge) for edge in rng.integers(low, high + 1, size=2))
+    width, height = rng.integers(image_size[0], image_size[1] + 1, size=2).tolist()
     picture = _background(rng, width, height)
     if number % _EMPTY_EVERY == 0:
         return picture, []
     annotations = []
     taken: list[Circle] = []
     for _ in range(int(rng.integers(1, 5))):
-        place = _free_place(rng, width, height, taken)
-        if place is not None:
+        if place := _free_place(rng, width, height, taken):
             taken.append(place)
             kind = KINDS[int(rng.integers(len(KINDS)))]
             annotations.append(_draw_shape(picture, rng, kind, place))
@@ -199,10 +191,10 @@ def _free_place(
     """Return centre and radius, in pixels, of a circle beside those taken; None if none is free."""
     short = min(width, height)
     for _ in range(20):
-        radius = float(rng.uniform(0.1, 0.3)) * short
+        radius = rng.uniform(0.1, 0.3) * short
         # A few reach over the edge.
-        x = float(rng.uniform(0.8 * radius, width - 0.8 * radius))
-        y = float(rng.uniform(0.8 * radius, height - 0.8 * radius))
+        x = rng.uniform(0.8 * radius, width - 0.8 * radius)
+        y = rng.uniform(0.8 * radius, height - 0.8 * radius)
         if all(math.hypot(x - a, y - b) > 0.9 * (radius + r) for a, b, r in taken):
             return x, y, radius
     return None
@@ -212,8 +204,7 @@ def _draw_shape(
     picture: Image.Image, rng: np.random.Generator, kind: _Kind, place: Circle
 ) -> dict[str, Any]:
     x, y, radius = place
-    stretch = float(rng.uniform(0.75, 1.0))
-    turn = float(rng.uniform(-0.04, 0.04))
+    stretch, turn = rng.uniform(0.75, 1.0), rng.uniform(-0.04, 0.04)
     colour = np.clip(np.array(kind.colour) + rng.integers(-20, 21, 3), 0, 255)
     corners = _corners(kind, place, stretch, turn)
     background = picture.getpixel((int(x), int(y)))
@@ -228,16 +219,14 @@ def _draw_shape(
 def _corners(kind: _Kind, place: Circle, stretch: float = 1.0, turn: float = 0.0) -> Corners:
     x, y, radius = place
     between = 0.5 / len(kind.corners)
-    angles = [(angle, 1.0) for angle in kind.corners]
-    if kind.waist < 1:
-        angles = [p for a, _ in angles for p in ((a, 1.0), (a + between, kind.waist))]
-    return [
-        (
-            x + radius * reach * math.sin(2 * math.pi * (angle + turn)) * stretch,
-            y - radius * reach * math.cos(2 * math.pi * (angle + turn)),
-        )
-        for angle, reach in angles
-    ]
+    corners = []
+    for angle in kind.corners:
+        waist = [(angle + between, kind.waist)] if kind.waist < 1 else []
+        for turns, reach in [(angle, 1.0), *waist]:
+            radians = 2 * math.pi * (turns + turn)
+            across = radius * reach * math.sin(radians) * stretch
+            corners.append((x + across, y - radius * reach * math.cos(radians)))
+    return corners
 
 
 def _annotation(
@@ -248,12 +237,8 @@ def _annotation(
     # A pixel's corner is its number; the outline fills the pixel it ends in.
     x1, y1 = min(max(columns) + 1, size[0]), min(max(rows) + 1, size[1])
     box = [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)]
-    return {
-        "category_id": category_id,
-        "bbox": box,
-        "area": round(box[2] * box[3], 2),
-        "iscrowd": iscrowd,
-    }
+    area = round(box[2] * box[3], 2)
+    return {"category_id": category_id, "bbox": box, "area": area, "iscrowd": iscrowd}
 
 
 def _draw_crowd(picture: Image.Image, rng: np.random.Generator) -> dict[str, Any]:
@@ -262,8 +247,7 @@ def _draw_crowd(picture: Image.Image, rng: np.random.Generator) -> dict[str, Any
     radius = min(picture.size) / 40
     all_corners: Corners = []
     for row, column in product(range(2), range(4)):
-        place = ((2.5 * column + 2) * radius, (2.5 * row + 2) * radius, radius)
-        corners = _corners(kind, place)
+        corners = _corners(kind, ((2.5 * column + 2) * radius, (2.5 * row + 2) * radius, radius))
         ImageDraw.Draw(picture).polygon(corners, fill=kind.colour)
         all_corners += corners
     return _annotation(all_corners, kind.category_id, picture.size, iscrowd=1)

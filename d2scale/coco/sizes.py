@@ -8,10 +8,8 @@ import numpy as np
 def output_size(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
     """Return the (height, width) of a resized image, with detectron2's arithmetic.
 
-    Args:
-        height, width: the image, pixels.
-        short_edge: what its shorter edge becomes; 0 leaves the image as it is.
-        max_size: unless the longer edge would exceed this.
+    Its shorter edge becomes ``short_edge`` unless the longer one would exceed ``max_size``, pixels;
+    a ``short_edge`` of 0 leaves the image as it is.
     """
     if short_edge == 0:
         return height, width
