@@ -20,21 +20,14 @@ _SAME_RESULT = 0.01
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """A run with its results and their noise.
-
-    Attributes:
-        run: the run.
-        detected: its detections; None if they or their ground truth are missing.
-        noise: of its results; None without detections.
-        results: as the run reported, else computed from its detections, percent by column.
-        class_results: AP of each class, likewise.
-    """
+    """A run with its results and their noise; both as far as they are known."""
 
     run: Run
     detected: RunDetections | None = None
     noise: Noise | None = None
+    # As the run reported, else computed from its detections, percent by column.
     results: Mapping[str, float] = field(default_factory=dict)
-    class_results: Mapping[str, float] = field(default_factory=dict)
+    class_results: Mapping[str, float] = field(default_factory=dict)  # AP of each class
 
     @property
     def classes(self) -> frozenset[str]:
@@ -48,7 +41,7 @@ class EvaluatedRun:
         return None if self.detected is None else len(self.detected.dataset)
 
     def half_width(self, name: str) -> float | None:
-        """Return half of the width of a column's noise band; None if it is not known."""
+        """Return half of the width of a column's noise band, if it is known."""
         return None if self.noise is None else self.noise.half_width(name)
 
 
@@ -62,14 +55,12 @@ def evaluate_runs(runs: Sequence[Run], notes: list[str]) -> list[EvaluatedRun]:
     read_set = cache(read_evaluation_set)
     evaluated = []
     for run in runs:
-        detected = None
-        if run.results or run.folder:
-            try:
-                detected = read_detections(run, read_set)
-            except DataError as error:
-                reason = "; ".join(str(fault) for fault in error.faults)
-                notes.append(f"{run.name}: no noise and no example detections: {reason}")
-        evaluated.append(as_reported(run) if detected is None else _evaluate(run, detected, notes))
+        try:
+            evaluated.append(_evaluate(run, read_detections(run, read_set), notes))
+        except DataError as error:
+            reason = "; ".join(str(fault) for fault in error.faults)
+            notes.append(f"{run.name}: no noise and no example detections: {reason}")
+            evaluated.append(as_reported(run))
     return evaluated
 
 
@@ -107,11 +98,10 @@ def why_not_comparable(one: EvaluatedRun, other: EvaluatedRun) -> str:
     """Return why the results of two runs cannot be compared; empty if they can."""
     if not one.results or not other.results:
         return "one of them has no results"
-    tests = (one.run.test_set, other.run.test_set)
-    if not all(tests):
+    if not one.run.test_set or not other.run.test_set:
         return "a test set is not known"
-    if tests[0] != tests[1]:
-        return f"one was tested on {tests[0]}, the other on {tests[1]}"
+    if one.run.test_set != other.run.test_set:
+        return f"one was tested on {one.run.test_set}, the other on {other.run.test_set}"
     if one.classes and other.classes and one.classes != other.classes:
         return f"one has {len(one.classes)} classes, the other {len(other.classes)} or others"
     if one.run.max_dets != other.run.max_dets:
@@ -146,17 +136,11 @@ def nearest_published(run: Run, publication: Publication) -> Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """The results of a run minus those of another.
-
-    Attributes:
-        title: what is subtracted from what.
-        values: by column, percent.
-        bands: range of the difference on other images, by column; empty without detections.
-    """
+    """The results of a run minus those of another, percent by column."""
 
     title: str
     values: Mapping[str, float]
-    bands: Mapping[str, Band]
+    bands: Mapping[str, Band]  # range of the difference on other images; without detections empty
 
     @property
     def beyond_noise(self) -> frozenset[str]:
@@ -166,9 +150,9 @@ class Difference:
 
 def difference_of_runs(run: EvaluatedRun, first: EvaluatedRun) -> Difference:
     """Return ``run`` minus ``first``, which must be comparable."""
-    bands: dict[str, Band | None] = {}
-    if run.noise is not None and first.noise is not None:
-        bands = {name: run.noise.difference(first.noise, name) for name in METRICS}
+    if run.noise is None or first.noise is None:
+        return _difference(run, first, {})
+    bands = {name: run.noise.difference(first.noise, name) for name in METRICS}
     return _difference(run, first, bands)
 
 

@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,8 +25,6 @@ _TITLES = {
     "time": "seconds a step",
     "data_time": "seconds a step waits for data",
 }
-# Known exactly: smoothing would only blur it.
-_EXACT = ("lr",)
 # The part of the axis over which a smoothed point is the mean.
 _WINDOW = 1 / 20
 _FEWEST_IN_WINDOW = 5
@@ -48,13 +46,17 @@ def draw_curves(runs: Sequence[Run]) -> tuple[Picture, ...]:
         )
         for name in curve_names(runs)
         for axis, title in AXES.items()
-        if any(len(run.history.curve(name, axis)[0]) for run in runs)
+        if _any_points(runs, name, axis)
     )
+
+
+def _any_points(runs: Sequence[Run], name: str, axis: Axis) -> bool:
+    return any(len(run.history.curve(name, axis)[0]) for run in runs)
 
 
 def draw_overview(runs: Sequence[Run]) -> Picture | None:
     """Draw all curves against images seen in one picture; None if there are none."""
-    names = [n for n in curve_names(runs) if any(len(run.history.curve(n)[0]) for run in runs)]
+    names = [name for name in curve_names(runs) if _any_points(runs, name, "images")]
     if not names:
         return None
     light, dark = (_draw(runs, names, "images", theme) for theme in (LIGHT, DARK))
@@ -75,14 +77,9 @@ def title_of(name: str) -> str:
 
 
 def smooth(places: np.ndarray, values: np.ndarray, width: float) -> np.ndarray:
-    """Return the mean of the values that lie within ``width`` around each place.
+    """Return the mean of the values within ``width`` around each place; shape (points,).
 
-    Where the places are images, runs of different batch sizes are smoothed alike.
-
-    Args:
-        places: ascending, shape (points,).
-        values: shape (points,).
-        width: in units of the places.
+    The places ascend. Where they are images, runs of different batch sizes are smoothed alike.
     """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     first = np.searchsorted(places, places - width / 2, "left")
@@ -108,43 +105,37 @@ def _draw(runs: Sequence[Run], names: Sequence[str], axis: Axis, theme: Theme) -
     figure.subplots_adjust(**margins, wspace=0.18, hspace=0.38)
     for number, name in enumerate(names, start=1):
         axes = figure.add_subplot(rows, columns, number)
-        handles = _plot(axes, runs, name, axis, theme)
-        if number == 1 and handles:
-            _add_legend(axes, handles, theme)
+        _plot(axes, runs, name, axis, theme)
+        if number == 1 and axes.lines:
+            legend = axes.legend(fontsize=11, handlelength=3, labelcolor=theme.ink)
+            legend.get_frame().set(facecolor=theme.paper, edgecolor=theme.grid)
+            legend.set_zorder(5)
     return _to_png(figure)
 
 
-def _plot(
-    axes: Axes, runs: Sequence[Run], name: str, axis: Axis, theme: Theme
-) -> list[tuple[Any, str]]:
-    """Draw the runs' lines; return each with the name of its run."""
+def _plot(axes: Axes, runs: Sequence[Run], name: str, axis: Axis, theme: Theme) -> None:
     curves = [(number, *run.history.curve(name, axis)) for number, run in enumerate(runs)]
     curves = [curve for curve in curves if len(curve[1])]
     end = max((places[-1] for _, places, _ in curves), default=0.0)
     scale, unit = _unit(axis, end)
-    width = _smoothing_width([places for _, places, _ in curves], end)
-    handles, smoothed = [], []
+    # One width for all runs, wide enough for the sparsest.
+    gaps = [float(np.median(np.diff(places))) for _, places, _ in curves if len(places) > 1]
+    width = max([end * _WINDOW, *(_FEWEST_IN_WINDOW * gap for gap in gaps)])
+    smoothed = []
     for number, places, values in curves:
         colour, dashes = line_of(theme, number)
-        style: dict[str, Any] = {"color": colour, "linestyle": dashes, "linewidth": 2.0}
         main = values
-        if name not in _EXACT and len(values) >= _FEWEST_TO_SMOOTH:
+        # The learning rate is known exactly: smoothing would only blur it.
+        if name != "lr" and len(values) >= _FEWEST_TO_SMOOTH:
             axes.plot(places / scale, values, color=colour, linewidth=0.7, alpha=0.4)
             main = smooth(places, values, width)
         marker = "o" if len(values) == 1 else None
-        (line,) = axes.plot(places / scale, main, marker=marker, **style)
-        handles.append((line, runs[number].name))
+        label, places = _plain(runs[number].name), places / scale
+        axes.plot(places, main, label=label, marker=marker, color=colour, ls=dashes, lw=2.0)
         smoothed.append(main)
     _style(axes, name, unit, theme)
     if curves:
         _limit(axes, np.concatenate([values for _, _, values in curves]), smoothed)
-    return handles
-
-
-def _smoothing_width(places: Sequence[np.ndarray], end: float) -> float:
-    """Return the width over which all runs are smoothed, wide enough for the sparsest."""
-    gaps = [float(np.median(np.diff(of_run))) for of_run in places if len(of_run) > 1]
-    return max([end * _WINDOW, *(_FEWEST_IN_WINDOW * gap for gap in gaps)])
 
 
 def _unit(axis: Axis, end: float) -> tuple[float, str]:
@@ -179,19 +170,6 @@ def _style(axes: Axes, name: str, unit: str, theme: Theme) -> None:
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_color(theme.grid)
-
-
-def _add_legend(axes: Axes, handles: list[tuple[Any, str]], theme: Theme) -> None:
-    legend = axes.legend(
-        [handle for handle, _ in handles],
-        [_plain(name) for _, name in handles],
-        fontsize=11,
-        facecolor=theme.paper,
-        edgecolor=theme.grid,
-        labelcolor=theme.ink,
-        handlelength=3,
-    )
-    legend.set_zorder(5)
 
 
 def _plain(text: str) -> str:

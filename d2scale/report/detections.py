@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,19 +22,12 @@ from d2scale.run_folder.files import INFERENCE_FOLDER, RESULTS_FILE
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A test set as annotated. Its images need not be there.
+    """A test set as annotated. Its images need not be there."""
 
-    Attributes:
-        name: as in ``DATASETS.TEST``.
-        file: the annotations.
-        image_root: folder of the images.
-        category_ids: of the evaluated classes, ascending.
-    """
-
-    name: str
+    name: str  # as in ``DATASETS.TEST``
     file: AnnotationFile
     image_root: Path
-    category_ids: tuple[int, ...]
+    category_ids: tuple[int, ...]  # of the evaluated classes, ascending
 
     def __len__(self) -> int:
         return len(self.file.image_ids)
@@ -57,19 +51,12 @@ class EvaluationSet:
         return self.image_root / self.file.file_names[image]
 
 
-@dataclass(frozen=True)
-class RunDetections:
-    """What a run detected on its test set.
-
-    Attributes:
-        dataset: the test set.
-        detections: of its classes, images and classes by number as in ``dataset.truth``.
-        max_dets: best detections of an image and class that count.
-    """
+class RunDetections(NamedTuple):
+    """What a run detected on its test set."""
 
     dataset: EvaluationSet
-    detections: Detections
-    max_dets: int
+    detections: Detections  # of its classes, images and classes by number as in ``dataset.truth``
+    max_dets: int  # best detections of an image and class that count
 
 
 def read_evaluation_set(name: str) -> EvaluationSet:
@@ -82,10 +69,8 @@ def read_evaluation_set(name: str) -> EvaluationSet:
         raise _fault(name, "a registered test set", "its ground truth is not known here")
     spec = dataset_spec(name)
     if not spec.json_file.is_file():
-        advice = (
-            f"{spec.json_file} not found; set {ROOT_VARIABLE} to the folder that the run used "
-            f"(now {datasets_root()})"
-        )
+        advice = f"set {ROOT_VARIABLE} to the folder that the run used (now {datasets_root()})"
+        advice = f"{spec.json_file} not found; {advice}"
         raise _fault(name, "a test set that is on this machine", advice)
     file = read_annotation_file(spec.json_file)
     wanted = sorted(spec.category_ids or file.categories)
@@ -100,11 +85,7 @@ def read_evaluation_set(name: str) -> EvaluationSet:
 def read_detections(
     run: Run, read_set: Callable[[str], EvaluationSet] = read_evaluation_set
 ) -> RunDetections:
-    """Read the detections of a run's last evaluation.
-
-    Args:
-        run: the run.
-        read_set: reads its test set by name.
+    """Read the detections of a run's last evaluation; ``read_set`` reads its test set by name.
 
     Raises:
         DataError: if they or the ground truth are missing, broken, or do not belong together.

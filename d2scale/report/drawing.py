@@ -1,8 +1,7 @@
 """Boxes with class names and scores, drawn on images.
 
 Not torchvision's ``draw_bounding_boxes``: it writes labels inside the boxes, where they hide small
-objects and are cut off at the edge of the image. Its older versions write them in the colour of the
-box without a background, which is hard to read on a photo.
+objects and are cut off at the edge of the image; its older versions give them no background.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ def draw_boxes(
     class_names: Sequence[str],
     scores: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw boxes with their labels on a copy of an image.
+    """Draw boxes with their labels on a copy of an image, the highest score last, on top.
 
-    The highest score is drawn last, on top. Boxes that are not finite or lie outside the image
-    are left out.
+    Boxes that are not finite or lie outside the image are left out.
 
     Args:
         image: RGB, shape (height, width, 3), uint8.
@@ -50,9 +48,6 @@ def draw_boxes(
         classes: class numbers, shape (n,).
         class_names: by class number; a class without a name is labelled by its number.
         scores: shape (n,), from 0 to 1; None draws none.
-
-    Returns:
-        The same shape, uint8.
 
     Raises:
         ValueError: if the image is no RGB image, or the arrays disagree in length.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,6 +18,7 @@ from d2scale.report.document import Picture, Section
 from d2scale.report.drawing import draw_boxes, to_jpeg
 from d2scale.report.formatting import join_names
 
+Item = TypeVar("Item")
 IMAGES = 4
 SCORE_THRESHOLD = 0.3
 # Detections to draw on each image for a run whose scores are all lower.
@@ -28,16 +31,19 @@ _FEW_BOXES = range(2, 9)
 def examples_section(group: Sequence[EvaluatedRun], notes: list[str]) -> Section | None:
     """Draw examples of runs that were tested on the same images.
 
-    Images that cannot be read are named in ``notes`` and left out.
-
-    Returns:
-        None if no run's detections are known or no image can be read.
+    Returns None if no run's detections are known or no image can be read; ``notes`` name the
+    images that cannot.
     """
     detected = {run.run.name: run.detected for run in group if run.detected is not None}
     if not detected:
         return None
     dataset = next(iter(detected.values())).dataset
-    images = _read_some(dataset, notes)
+    errors: list[tuple[Path, DataError]] = []
+    candidates = ((dataset.path_of(n), n) for n in spread_images(dataset, IMAGES))
+    images = {number: image for _, number, image in read_images(candidates, IMAGES, errors)}
+    if errors:
+        unread = ", ".join(str(path) for path, _ in errors)
+        notes.append(f"example images of {dataset.name} that cannot be read: {unread}")
     shown = {name: _to_draw(of_run.detections, images) for name, of_run in detected.items()}
     pictures = []
     for number, image in images.items():
@@ -56,21 +62,21 @@ def examples_section(group: Sequence[EvaluatedRun], notes: list[str]) -> Section
     return Section(title, texts, pictures=tuple(pictures)) if pictures else None
 
 
-def _read_some(dataset: EvaluationSet, notes: list[str]) -> dict[int, np.ndarray]:
-    """Return a few images by number; those that cannot be read are named in ``notes``."""
-    images: dict[int, np.ndarray] = {}
-    unread: list[str] = []
-    for number in spread_images(dataset, IMAGES):
-        if len(images) == IMAGES or len(unread) > IMAGES:
+def read_images(
+    candidates: Iterable[tuple[Path, Item]], wanted: int, errors: list[tuple[Path, DataError]]
+) -> Iterator[tuple[Path, Item, np.ndarray]]:
+    """Yield up to ``wanted`` images that can be read; collect the ``errors`` of the others."""
+    read = 0
+    for path, item in candidates:
+        if read == wanted or len(errors) > wanted:
             break
-        path = str(dataset.path_of(number))
         try:
-            images[number] = read_rgb(path)
-        except DataError:
-            unread.append(path)
-    if unread:
-        notes.append(f"example images of {dataset.name} that cannot be read: {', '.join(unread)}")
-    return images
+            image = read_rgb(str(path))
+        except DataError as error:
+            errors.append((path, error))
+        else:
+            read += 1
+            yield path, item, image
 
 
 def spread_images(dataset: EvaluationSet, wanted: int) -> list[int]:

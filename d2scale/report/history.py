@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,54 +25,37 @@ AXES: dict[Axis, str] = {"images": "images seen", "iterations": "iterations", "t
 _PLACES = ("iteration", "images_seen", "elapsed_seconds", "wall_time")
 
 
-@dataclass(frozen=True)
-class Row:
-    """The metrics at one moment of a training.
+class Row(NamedTuple):
+    """The metrics at one moment of a training."""
 
-    Attributes:
-        iteration: the last one done, from 0.
-        images_seen: images since the training began; nan if unknown.
-        seconds: of training until then; nan if unknown.
-        values: scalars by name; nan where the file has null or a value that is not finite.
-    """
-
-    iteration: int
-    images_seen: float
-    seconds: float
-    values: Mapping[str, float]
+    iteration: int  # the last one done, from 0
+    images_seen: float  # since the training began; nan if unknown
+    seconds: float  # of training until then; nan if unknown
+    values: Mapping[str, float]  # scalars by name; nan where the file has null or no finite value
 
 
 @dataclass(frozen=True)
 class History:
-    """Metrics over a training.
+    """Metrics over a training."""
 
-    Attributes:
-        rows: by ascending images seen.
-        notes: what is wrong with the files, or had to be computed.
-    """
-
-    rows: tuple[Row, ...] = ()
-    notes: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()  # by ascending images seen
+    notes: tuple[str, ...] = ()  # what is wrong with the files, or had to be computed
 
     def names(self) -> tuple[str, ...]:
         """Return every scalar's name, in order of appearance."""
         return tuple(dict.fromkeys(name for row in self.rows for name in row.values))
 
     def curve(self, name: str, axis: Axis = "images") -> tuple[np.ndarray, np.ndarray]:
-        """Return places on the axis and values, each shape (points,), float64.
-
-        The axis of time is in seconds. Values that are not finite are left out.
-        """
-        places: dict[Axis, Callable[[Row], float]] = {
-            "images": lambda row: row.images_seen,
-            "iterations": lambda row: row.iteration + 1,
-            "time": lambda row: row.seconds,
+        """Return places on the axis, of time in seconds, and finite values: shape (points,)."""
+        rows = [row for row in self.rows if name in row.values]
+        places = {
+            "images": [row.images_seen for row in rows],
+            "iterations": [row.iteration + 1 for row in rows],
+            "time": [row.seconds for row in rows],
         }
-        place = places[axis]
-        points = [(place(row), row.values[name]) for row in self.rows if name in row.values]
-        array = np.array(points, dtype=np.float64).reshape(-1, 2)
-        array = array[np.isfinite(array).all(axis=1)]
-        return array[:, 0], array[:, 1]
+        points = np.array([places[axis], [row.values[name] for row in rows]], dtype=np.float64)
+        finite = points[:, np.isfinite(points).all(axis=0)]
+        return finite[0], finite[1]
 
     def last(self, name: str) -> float | None:
         """Return the last value of a scalar; None without any."""
@@ -93,12 +77,7 @@ class History:
 def read_history(folder: Path, ims_per_batch: int | None) -> History:
     """Read ``metrics.json``, or TensorBoard events where there is none.
 
-    Args:
-        folder: of the run.
-        ims_per_batch: total batch, for files without the images seen.
-
-    Returns:
-        The history; without rows if the folder has neither.
+    For files without the images seen, these are computed from ``ims_per_batch``.
     """
     notes: list[str] = []
     lines = _read_json_lines(folder / METRICS_FILE, notes)
@@ -132,12 +111,12 @@ def _read_json_lines(path: Path, notes: list[str]) -> list[dict[str, float]]:
 
 
 def _scalars(content: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {
-        name: math.nan if value is None else float(value)
-        for name, value in content.items()
-        if value is None or isinstance(value, (int, float))
+    numbers = {name: math.nan if value is None else value for name, value in content.items()}
+    return {
+        name: float(value)
+        for name, value in numbers.items()
+        if isinstance(value, (int, float)) and (name not in _PLACES or math.isfinite(value))
     }
-    return {n: value for n, value in numbers.items() if n not in _PLACES or math.isfinite(value)}
 
 
 def _read_events(folder: Path, notes: list[str]) -> list[dict[str, float]]:
@@ -173,7 +152,10 @@ def _to_history(
                 row["iteration"] = min(row["iteration"], rows[-1]["iteration"])
             row["images_seen"] = (row["iteration"] + 1) * (ims_per_batch or math.nan)
         if _is_step(row):
-            repeated += _drop_repeated(rows, row)
+            # A resumed run repeats the steps after its checkpoint.
+            kept = bisect_right(rows, _key(row), key=_key)
+            repeated += len(rows) - kept
+            del rows[kept:]
         _insert(rows, row)
     if not all("images_seen" in line for line in lines):
         notes.append(
@@ -183,13 +165,11 @@ def _to_history(
         )
     if repeated:
         notes.append(f"lines of steps that a resumed run repeated are left out ({repeated})")
-    seconds = _seconds(rows, notes)
-    return History(tuple(map(_to_row, rows, seconds)), tuple(notes))
-
-
-def _to_row(row: Mapping[str, float], seconds: float) -> Row:
-    values = {name: value for name, value in row.items() if name not in _PLACES}
-    return Row(int(row["iteration"]), row["images_seen"], seconds, values)
+    history = []
+    for row, seconds in zip(rows, _seconds(rows, notes), strict=True):
+        values = {name: value for name, value in row.items() if name not in _PLACES}
+        history.append(Row(int(row["iteration"]), row["images_seen"], seconds, values))
+    return History(tuple(history), tuple(notes))
 
 
 def _key(row: Mapping[str, float]) -> float:
@@ -205,9 +185,7 @@ def _is_step(row: Mapping[str, float]) -> bool:
 
 def _insert(rows: list[dict[str, float]], row: dict[str, float]) -> None:
     """Insert a line by images seen: detectron2 writes evaluations after the steps that follow."""
-    place = len(rows)
-    while place and _key(rows[place - 1]) > _key(row):
-        place -= 1
+    place = bisect_right(rows, _key(row), key=_key)
     if place and _key(rows[place - 1]) == _key(row):
         same = rows[place - 1]
         # A step ends before it is evaluated.
@@ -215,14 +193,6 @@ def _insert(rows: list[dict[str, float]], row: dict[str, float]) -> None:
         same.update({**row, **kept})
     else:
         rows.insert(place, row)
-
-
-def _drop_repeated(rows: list[dict[str, float]], row: Mapping[str, float]) -> int:
-    """Drop the steps after ``row``, which a resumed run repeats; return how many."""
-    before = len(rows)
-    while rows and _key(rows[-1]) > _key(row):
-        rows.pop()
-    return before - len(rows)
 
 
 def _seconds(rows: list[dict[str, float]], notes: list[str]) -> list[float]:

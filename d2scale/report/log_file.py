@@ -21,25 +21,15 @@ _MEMORY = re.compile(r"\bmax_mem: (\d+)M\b")
 
 @dataclass
 class LogFacts:
-    """What a log says; of what it says several times, the last.
+    """What a log says; of what it says several times, the last."""
 
-    Attributes:
-        results: overall metrics, percent, by published column; nan as in the log.
-        class_results: AP of each class, percent.
-        total_seconds: of training, from detectron2's last lines; None without them.
-        seconds_per_iteration: likewise.
-        world_size: ranks.
-        max_memory_mib: largest ``max_mem`` of rank 0.
-        scaled: config keys as d2go scaled them, by dotted key.
-    """
-
-    results: dict[str, float] = field(default_factory=dict)
-    class_results: dict[str, float] = field(default_factory=dict)
-    total_seconds: float | None = None
+    results: dict[str, float] = field(default_factory=dict)  # percent, by published column
+    class_results: dict[str, float] = field(default_factory=dict)  # AP of each class, percent
+    total_seconds: float | None = None  # of training
     seconds_per_iteration: float | None = None
     world_size: int | None = None
-    max_memory_mib: float | None = None
-    scaled: dict[str, Any] = field(default_factory=dict)
+    max_memory_mib: float | None = None  # largest ``max_mem`` of rank 0
+    scaled: dict[str, Any] = field(default_factory=dict)  # as d2go scaled them, by dotted key
 
 
 def read_log(folder: Path) -> LogFacts:
@@ -91,9 +81,8 @@ def _read_table(table: list[list[str]], facts: LogFacts) -> None:
         facts.class_results = _numbers((name, cell) for name, cell in pairs if name)
     elif head == ["config key", "old value", "new value"]:
         # d2go prints the same table again after training.
-        facts.scaled.update(
-            {row[0]: _literal(row[2]) for row in rows if len(row) == 3 and "." in row[0]}
-        )
+        keys = [row for row in rows if len(row) == 3 and "." in row[0]]
+        facts.scaled |= {key: _literal(new) for key, _, new in keys}
 
 
 def _numbers(cells: Iterable[tuple[str, str]]) -> dict[str, float]:

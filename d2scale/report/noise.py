@@ -1,19 +1,14 @@
 """How far a result would move on other images of the same kind: a bootstrap over images.
 
-Each resample draws as many images as the test set has, with replacement. The detections are
-matched with the boxes once; a resample only counts each image as often as it was drawn. Runs on
-the same images share their draws, so the noise of a difference is much smaller than that of its
-parts: what an easy image adds, it adds to both.
-
-Only the spread of the resamples is used, around the result itself. Their centre lies above it: the
-metric takes the best precision at or beyond each recall, and the best of fewer different images
-is more often good by luck.
+Each resample draws as many images as the test set has, with replacement. Runs on the same images
+share their draws, so the noise of a difference is much smaller than that of its parts: what an easy
+image adds, it adds to both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,18 +24,11 @@ _SEED = 0
 Band = tuple[float, float]  # low and high, percent
 
 
-@dataclass(frozen=True)
-class Noise:
-    """A result, and the same of resampled images.
+class Noise(NamedTuple):
+    """Metrics in percent: published columns and ``AP-name`` of every class; nan without boxes."""
 
-    Attributes:
-        exact: metrics of all images as they are, percent: the published columns and ``AP-name``
-            of every class; nan without boxes.
-        draws: the same for each resample, shape (resamples,).
-    """
-
-    exact: Mapping[str, float]
-    draws: Mapping[str, np.ndarray]
+    exact: Mapping[str, float]  # of all images as they are
+    draws: Mapping[str, np.ndarray]  # of each resample of the images, shape (resamples,)
 
     def band(self, name: str, minus: float = 0.0) -> Band | None:
         """Return the range that holds :data:`COVERAGE` of the resamples, less ``minus``."""
@@ -61,6 +49,8 @@ class Noise:
 
 def _around(exact: float, draws: np.ndarray) -> Band | None:
     """Return the range of the draws, moved to lie around ``exact``; None without any spread."""
+    # The centre of the resamples lies above the result: the metric takes the best precision at or
+    # beyond each recall, and the best of fewer different images is more often good by luck.
     known = draws[np.isfinite(draws)]
     if len(known) < 2 or not np.isfinite(exact):
         return None
@@ -70,16 +60,10 @@ def _around(exact: float, draws: np.ndarray) -> Band | None:
 
 
 def bootstrap(detected: RunDetections, resamples: int = RESAMPLES) -> Noise:
-    """Resample the images of a test set.
-
-    Args:
-        detected: detections and ground truth.
-        resamples: how many; the same images give the same draws to every run.
-    """
+    """Resample the images of a test set; the same images give the same draws to every run."""
     images = len(detected.dataset)
-    draws = np.random.default_rng(_SEED).multinomial(
-        images, np.full(images, 1 / images), size=resamples
-    )
+    rng = np.random.default_rng(_SEED)
+    draws = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
     # The first row counts every image once: the result itself.
     metrics = weighted_metrics(detected, np.insert(draws, 0, 1, axis=0))
     return Noise(
@@ -89,14 +73,9 @@ def bootstrap(detected: RunDetections, resamples: int = RESAMPLES) -> Noise:
 
 
 def weighted_metrics(detected: RunDetections, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute the official COCO metric with each image counted several times.
+    """Compute the official COCO metric, percent, with each image counted several times.
 
-    Args:
-        detected: detections and ground truth.
-        counts: how often each image counts, shape (draws, images), int64.
-
-    Returns:
-        As :attr:`Noise.exact`, each shape (draws,).
+    ``counts`` has shape (draws, images), int64; the values by column have shape (draws,).
     """
     names, max_dets = detected.dataset.class_names, detected.max_dets
     matches = match(detected.dataset.truth, detected.detections, max_dets)

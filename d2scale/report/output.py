@@ -17,19 +17,12 @@ _MARKER = ".made-by-d2scale-report"
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """The files of a report.
-
-    Attributes:
-        html: the page.
-        markdown: tables for a pull request.
-        pictures: the pictures, each a file.
-        notes: what was skipped, missing or computed.
-    """
+    """The files of a report."""
 
     html: Path
     markdown: Path
     pictures: tuple[Path, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what was skipped, missing or computed
 
 
 def picture_folder(output: Path) -> Path:
@@ -38,11 +31,7 @@ def picture_folder(output: Path) -> Path:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a page that cannot be written, before any work is done.
-
-    Raises:
-        ConfigError: with the reason.
-    """
+    """Raise a :class:`ConfigError` for a page that cannot be written, before any work is done."""
     folder = picture_folder(output)
     if output.suffix != ".html":
         raise _fault(output, "a file that ends in .html", "name it so")

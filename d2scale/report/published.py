@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from d2scale.config.projects import entry_points
 from d2scale.errors import DataError, Fault
@@ -17,26 +16,15 @@ from d2scale.report.runs import Run
 ENTRY_POINTS = "d2scale.published"
 
 
-@dataclass(frozen=True)
-class Publication:
-    """Runs that somebody published together.
-
-    Attributes:
-        title: what they are.
-        source: where they were published.
-        machine: what they ran on.
-        test_set: the dataset that the results are on.
-        test_images: how many images it has.
-        notes: what a reader must know about the numbers.
-        runs: the runs, with ``engine`` published.
-    """
+class Publication(NamedTuple):
+    """Runs that somebody published together."""
 
     title: str
-    source: str
-    machine: str
+    source: str  # where they were published
+    machine: str  # what they ran on
     test_set: str
     test_images: int
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what a reader must know about the numbers
     runs: tuple[Run, ...]
 
 

@@ -70,9 +70,8 @@ def _difference_to(first: EvaluatedRun, run: EvaluatedRun) -> str:
     text = f", {difference.values['AP']:+.3f} against {first.run.name}"
     if "AP" not in difference.bands:
         return f"{text} (how much of it is noise is not known)"
-    if "AP" in difference.beyond_noise:
-        return f"{text} (more than the noise of the images)"
-    return f"{text} (within the noise of the images)"
+    how = "more than" if "AP" in difference.beyond_noise else "within"
+    return f"{text} ({how} the noise of the images)"
 
 
 def results_section(runs: Sequence[EvaluatedRun], publications: Sequence[Publication]) -> Section:
@@ -81,9 +80,8 @@ def results_section(runs: Sequence[EvaluatedRun], publications: Sequence[Publica
     groups = comparable_groups(runs)
     paragraphs = []
     if len(groups) > 1:
-        parts = "; ".join(
-            f"{', '.join(run.run.name for run in group)} ({_test(group[0])})" for group in groups
-        )
+        named = [(", ".join(run.run.name for run in group), _test(group[0])) for group in groups]
+        parts = "; ".join(f"{names} ({test})" for names, test in named)
         paragraphs.append(
             "These runs were not tested on the same images and classes, so they are compared "
             f"within groups only: {parts}."
@@ -97,9 +95,7 @@ def results_section(runs: Sequence[EvaluatedRun], publications: Sequence[Publica
     tables = [_results_table(runs, published)]
     tables += _difference_tables("Differences between the runs", differences, _BOLD)
     for publication in publications:
-        texts, of_publication = _to_published(runs, publication)
-        paragraphs += texts
-        tables += of_publication
+        tables += _to_published(runs, publication, paragraphs)
     tables.append(_class_table(runs, published))
     return Section("Results", tuple(paragraphs), tuple(tables))
 
@@ -115,10 +111,7 @@ def _test(run: EvaluatedRun) -> str:
 
 def _results_table(runs: Sequence[EvaluatedRun], published: Sequence[EvaluatedRun]) -> Table:
     rows = tuple(
-        (
-            Cell(run.run.name),
-            *(_value(run.results.get(name), run.half_width(name), 2) for name in METRICS),
-        )
+        (Cell(run.run.name), *(_value(run, name) for name in METRICS))
         for run in (*runs, *published)
     )
     notes = ["Percent, by the official COCO metric."]
@@ -129,8 +122,12 @@ def _results_table(runs: Sequence[EvaluatedRun], published: Sequence[EvaluatedRu
     return Table("Results in the published columns", ("", *METRICS), rows, tuple(notes))
 
 
-def _value(value: float | None, half_width: float | None, digits: int) -> Cell:
-    return Cell(show_metric(value), "" if half_width is None else f"±{half_width:.{digits}f}")
+def _value(run: EvaluatedRun, name: str) -> Cell:
+    of_class = name.startswith("AP-")
+    values = run.class_results if of_class else run.results
+    half_width, digits = run.half_width(name), 1 if of_class else 2
+    noise = "" if half_width is None else f"±{half_width:.{digits}f}"
+    return Cell(show_metric(values.get(name.removeprefix("AP-"))), noise)
 
 
 def _difference_tables(title: str, differences: Sequence[Difference], note: str) -> list[Table]:
@@ -152,39 +149,29 @@ def _difference(difference: Difference, name: str) -> Cell:
 
 
 def _to_published(
-    runs: Sequence[EvaluatedRun], publication: Publication
-) -> tuple[list[str], list[Table]]:
-    reasons = [why_not_comparable_to_published(run, publication) for run in runs]
-    not_comparable = join_names(
-        (reason, run.run.name) for reason, run in zip(reasons, runs, strict=True) if reason
-    )
-    paragraphs = [
+    runs: Sequence[EvaluatedRun], publication: Publication, paragraphs: list[str]
+) -> list[Table]:
+    """Return a table of the comparable runs; add to ``paragraphs`` why others are not."""
+    differences, reasons = [], []
+    for run in runs:
+        if reason := why_not_comparable_to_published(run, publication):
+            reasons.append((reason, run.run.name))
+        else:
+            published = nearest_published(run.run, publication)
+            differences.append(difference_to_published(run, published))
+    paragraphs += [
         f"Not comparable with the published runs: {names}: {reason}. The published "
         "numbers are shown for reference only."
-        for reason, names in not_comparable.items()
-    ]
-    differences = [
-        difference_to_published(run, nearest_published(run.run, publication))
-        for reason, run in zip(reasons, runs, strict=True)
-        if not reason
+        for reason, names in join_names(reasons).items()
     ]
     title = "Differences to the published run of the nearest batch and number of GPUs"
-    return paragraphs, _difference_tables(title, differences, _BOLD_PUBLISHED)
+    return _difference_tables(title, differences, _BOLD_PUBLISHED)
 
 
 def _class_table(runs: Sequence[EvaluatedRun], published: Sequence[EvaluatedRun]) -> Table:
     columns = (*runs, *published)
     names = dict.fromkeys(name for run in runs for name in run.class_results)
     names = names or dict.fromkeys(name for run in published for name in run.class_results)
-    rows = tuple(
-        (
-            Cell(name),
-            *(
-                _value(run.class_results.get(name), run.half_width(f"AP-{name}"), 1)
-                for run in columns
-            ),
-        )
-        for name in names
-    )
+    rows = tuple((Cell(name), *(_value(run, f"AP-{name}") for run in columns)) for name in names)
     head = ("", *(run.run.name for run in columns))
     return Table("AP of each class", head, rows, folded=True, in_markdown=False)

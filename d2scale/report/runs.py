@@ -30,41 +30,23 @@ _OFFICIAL_MAX_DETS = 100
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training; what is not known is None or empty."""
 
-    Attributes:
-        name: for tables and legends.
-        folder: of the run; None for a published one.
-        engine: d2scale, d2go, detectron2, published or unknown.
-        settings: the config as it was run, by dotted key; empty if it is not known.
-        world_size: ranks; None if it is not known.
-        plan: ``plan.json``; empty without one.
-        machine: ``machine.json``; empty without one.
-        history: metrics over the training.
-        test_set: the dataset that the results are on; empty if it is not known.
-        results: overall metrics in percent, by published column.
-        class_results: AP of each class in percent.
-        total_seconds: of training, with the evaluations in between, without the last.
-        seconds_per_iteration: mean.
-        max_memory_mib: largest memory allocated on a GPU; None without one.
-        notes: what is missing or had to be computed.
-    """
-
-    name: str
+    name: str  # for tables and legends
     folder: Path | None
-    engine: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    engine: str  # d2scale, d2go, detectron2, published or unknown
+    settings: Mapping[str, Any] = field(default_factory=dict)  # as it was run, by dotted key
     world_size: int | None = None
-    plan: Mapping[str, Any] = field(default_factory=dict)
-    machine: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)  # plan.json
+    machine: Mapping[str, Any] = field(default_factory=dict)  # machine.json
     history: History = field(default_factory=History)
-    test_set: str = ""
-    results: Mapping[str, float] = field(default_factory=dict)
-    class_results: Mapping[str, float] = field(default_factory=dict)
-    total_seconds: float | None = None
-    seconds_per_iteration: float | None = None
-    max_memory_mib: float | None = None
-    notes: tuple[str, ...] = ()
+    test_set: str = ""  # the dataset that the results are on
+    results: Mapping[str, float] = field(default_factory=dict)  # percent, by published column
+    class_results: Mapping[str, float] = field(default_factory=dict)  # AP of each class, percent
+    total_seconds: float | None = None  # with the evaluations in between, without the last
+    seconds_per_iteration: float | None = None  # mean
+    max_memory_mib: float | None = None  # largest memory allocated on a GPU
+    notes: tuple[str, ...] = ()  # what is missing or had to be computed
 
     @property
     def ims_per_batch(self) -> int | None:
@@ -105,12 +87,9 @@ def _whole_number(value: Any) -> int | None:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read a run folder. A file that is broken or missing ends up in ``notes``, not in an error.
+    """Read a run folder: ``metrics.json`` or TensorBoard events, ``log.txt``, ``config.yaml``, ...
 
-    Args:
-        folder: with any of ``metrics.json``, TensorBoard events, ``log.txt``, ``config.yaml``,
-            ``plan.json`` and ``machine.json``.
-        name: what to call the run.
+    A file that is broken or missing ends up in ``notes``, not in an error.
     """
     notes: list[str] = []
     log = read_log(folder)
@@ -198,7 +177,7 @@ def _results(
 
     d2go writes the very last evaluation to the log alone.
     """
-    rows = [row for row in history.rows if any(_RESULT.match(name) for name in row.values)]
+    rows = [row for row in history.rows if any(map(_RESULT.match, row.values))]
     at_end = bool(rows) and rows[-1] is history.rows[-1]
     if log.results and not at_end:
         return log.results, log.class_results, ""

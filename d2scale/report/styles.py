@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
+Dashes = str | tuple[int, tuple[int, ...]]
+DASHES: tuple[Dashes, ...] = (
     "-",
-    (0, (6, 2)),
-    (0, (1, 1)),
-    (0, (6, 2, 1, 2)),
-    (0, (3, 1, 1, 1, 1, 1)),
+    *((0, lengths) for lengths in ((6, 2), (1, 1), (6, 2, 1, 2), (3, 1, 1, 1, 1, 1))),
 )
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a picture.
-
-    Attributes:
-        paper, ink, grid: background, text, lines of the grid.
-        lines: of the runs, in order; distinct for colour-blind people too.
-    """
+class Theme(NamedTuple):
+    """Colours of a picture."""
 
     paper: str
     ink: str
     grid: str
-    lines: tuple[str, ...]
+    lines: tuple[str, ...]  # of the runs, in order; distinct for colour-blind people too
 
 
 # After M. Okabe and K. Ito, "Color universal design" (2008), darkened and lightened in pairs so
 # that a line stands out from its paper.
-LIGHT = Theme(
-    "#ffffff",
-    "#1f2328",
-    "#d8dee4",
-    ("#0072b2", "#d55e00", "#007a5a", "#b0508a", "#7a6400", "#56606b"),
-)
-DARK = Theme(
-    "#161b22",
-    "#e6edf3",
-    "#30363d",
-    ("#56b4e9", "#ff9350", "#2fd3a2", "#f0a3d0", "#f0e442", "#b6bec8"),
-)
+_ON_LIGHT = ("#0072b2", "#d55e00", "#007a5a", "#b0508a", "#7a6400", "#56606b")
+_ON_DARK = ("#56b4e9", "#ff9350", "#2fd3a2", "#f0a3d0", "#f0e442", "#b6bec8")
+LIGHT = Theme(paper="#ffffff", ink="#1f2328", grid="#d8dee4", lines=_ON_LIGHT)
+DARK = Theme(paper="#161b22", ink="#e6edf3", grid="#30363d", lines=_ON_DARK)
 
 
-def line_of(theme: Theme, number: int) -> tuple[str, str | tuple[int, tuple[int, ...]]]:
+def line_of(theme: Theme, number: int) -> tuple[str, Dashes]:
     """Return colour and line style of a run by its number: no two of the first thirty agree."""
     colours = len(theme.lines)
     return theme.lines[number % colours], DASHES[(number + number // colours) % len(DASHES)]

@@ -7,13 +7,7 @@ from functools import partial
 from typing import Any
 
 from d2scale.report.document import Cell, Section, Table
-from d2scale.report.formatting import (
-    NOTHING,
-    show_count,
-    show_duration,
-    show_memory,
-    show_number,
-)
+from d2scale.report.formatting import NOTHING, show_count, show_duration, show_memory, show_number
 from d2scale.report.published import Publication
 from d2scale.report.runs import Run
 
@@ -61,17 +55,9 @@ def settings_section(runs: Sequence[Run], publications: Sequence[Publication]) -
 def _by_run(title: str, rows: Rows, runs: Sequence[Run], notes: Sequence[str] = ()) -> Table:
     """Return a table with one column a run, without rows that are empty for all runs."""
     values = {name: [show(run) for run in runs] for name, show in rows.items()}
-    return Table(
-        title,
-        ("", *(run.name for run in runs)),
-        tuple(
-            (Cell(name), *map(Cell, row))
-            for name, row in values.items()
-            if any(value != NOTHING for value in row)
-        ),
-        tuple(notes),
-        wraps=True,
-    )
+    filled = {name: row for name, row in values.items() if set(row) != {NOTHING}}
+    cells = tuple((Cell(name), *map(Cell, row)) for name, row in filled.items())
+    return Table(title, ("", *(run.name for run in runs)), cells, tuple(notes), wraps=True)
 
 
 def _setting(run: Run, key: str) -> str:
@@ -81,24 +67,25 @@ def _setting(run: Run, key: str) -> str:
 
 
 def _images_per_gpu(run: Run) -> str:
-    planned = run.plan.get("ims_per_gpu")
-    if planned is not None or not run.ims_per_batch or not run.world_size:
-        return show_number(planned)
-    return show_number(run.ims_per_batch / run.world_size)
+    images = run.plan.get("ims_per_gpu")
+    if images is None and run.ims_per_batch and run.world_size:
+        images = run.ims_per_batch / run.world_size
+    return show_number(images)
 
 
 def throughput_section(runs: Sequence[Run], publications: Sequence[Publication]) -> Section:
     """Return speed and memory, and what was planned against what was measured."""
-    pairs = [(run, runs[0]) for run in runs]
-    pairs += [(run, source.runs[0]) for source in publications for run in source.runs]
-    saved = {id(run): _saved(run, first) for run, first in pairs}
+    groups = [runs, *(publication.runs for publication in publications)]
+    saved = {id(run): _saved(run, group[0]) for group in groups for run in group}
     rows: Rows = {
         "total time": lambda run: show_duration(run.total_seconds),
         "time saved against the first": lambda run: saved[id(run)],
         "seconds an iteration": lambda run: show_number(run.seconds_per_iteration),
         "images a second": lambda run: show_number(run.images_per_second),
         "GPU memory allocated, fullest GPU": lambda run: show_memory(run.max_memory_mib),
-        "GPU memory reserved, fullest GPU": lambda run: show_memory(_reserved(run)),
+        "GPU memory reserved, fullest GPU": lambda run: show_memory(
+            run.history.largest("max_reserved_mb")
+        ),
         "GPU memory there is": lambda run: show_memory(_positive(run.machine, "device_memory_mb")),
         "share reserved": _share_reserved,
     }
@@ -108,7 +95,7 @@ def throughput_section(runs: Sequence[Run], publications: Sequence[Publication])
     first_gpu = [run.name for run in runs if run.max_memory_mib and run.engine != "d2scale"]
     if first_gpu:
         notes.append(f"Memory of the first GPU, which alone is logged: {', '.join(first_gpu)}.")
-    tables = [_by_run("Time and memory", rows, [run for run, _ in pairs], notes)]
+    tables = [_by_run("Time and memory", rows, [run for group in groups for run in group], notes)]
     if planned := [run for run in runs if run.plan]:
         tables.append(_by_run("The plan and what was measured", _PLAN_ROWS, planned))
     return Section("Throughput", tables=tuple(tables))
@@ -140,12 +127,9 @@ def _positive(facts: Mapping[str, Any], name: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and value > 0 else None
 
 
-def _reserved(run: Run) -> float | None:
-    return run.history.largest("max_reserved_mb")
-
-
 def _share_reserved(run: Run) -> str:
-    reserved, available = _reserved(run), _positive(run.machine, "device_memory_mb")
+    reserved = run.history.largest("max_reserved_mb")
+    available = _positive(run.machine, "device_memory_mb")
     return f"{reserved / available:.1%}" if reserved and available else NOTHING
 
 
@@ -156,10 +140,6 @@ def _images_a_step(run: Run) -> str:
         return NOTHING
     images = rows[-1].images_seen - rows[0].images_seen
     return show_number(images / (rows[-1].iteration - rows[0].iteration))
-
-
-def _iterations(run: Run) -> str:
-    return show_count(run.history.rows[-1].iteration + 1 if run.history.rows else None)
 
 
 def _predicted(run: Run) -> str:
@@ -178,7 +158,9 @@ _PLAN_ROWS: Rows = {
     "images a step, planned": lambda run: show_number(run.plan.get("ims_per_batch")),
     "images a step, measured": _images_a_step,
     "iterations, planned": partial(_setting, key="SOLVER.MAX_ITER"),
-    "iterations, done": _iterations,
+    "iterations, done": lambda run: show_count(
+        run.history.rows[-1].iteration + 1 if run.history.rows else None
+    ),
     "images, planned": lambda run: show_count(run.planned_images),
     "images, seen": lambda run: show_count(run.images_seen),
     "peak memory, predicted": _predicted,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
 from itertools import chain, count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from d2scale.coco.catalog import dataset_names, dataset_spec
-from d2scale.coco.images import read_rgb
 from d2scale.coco.matching import GroundTruth, corners_of
 from d2scale.config import load_cfg
 from d2scale.engine.checkpoint.files import last_whole_checkpoint
@@ -25,7 +23,7 @@ from d2scale.engine.models import build_model, device_of, load_initial_weights
 from d2scale.errors import CheckpointError, ConfigError, DataError, Fault
 from d2scale.report.detections import read_evaluation_set
 from d2scale.report.drawing import draw_boxes, to_jpeg
-from d2scale.report.examples import spread_images
+from d2scale.report.examples import read_images, spread_images
 from d2scale.run_folder.files import CONFIG_FILE, folder_fault, make_folder, write_atomically
 
 DEFAULT_IMAGES = 8
@@ -35,21 +33,16 @@ _JPEG_QUALITY = 90
 _MANY_FAULTS = 20
 _GAP = 8  # pixels between ground truth and detections
 
-# An image to draw on, and the boxes to draw beside it.
-Task = tuple[Path, GroundTruth | None]
+# Boxes, x0 y0 x1 y1 in pixels of the image, shape (n, 4), classes and scores, both shape (n,).
+Detected = tuple[np.ndarray, np.ndarray, np.ndarray]
+Task = tuple[Path, GroundTruth | None]  # an image to draw on, and the boxes to draw beside it
 
 
-@dataclass(frozen=True)
-class Visualization:
-    """The pictures of a call.
-
-    Attributes:
-        files: the pictures.
-        notes: images that could not be read.
-    """
+class Visualization(NamedTuple):
+    """The pictures of a call."""
 
     files: tuple[Path, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # images that could not be read
 
 
 def visualize(
@@ -61,16 +54,12 @@ def visualize(
     opts: Sequence[str] = (),
     score_threshold: float = 0.3,
 ) -> Visualization:
-    """Draw the detections of a checkpoint.
+    """Draw the detections of a checkpoint file, or of the last checkpoint of a run's folder.
 
     Args:
-        target: a run's folder, whose last checkpoint is taken, or a checkpoint file.
-        output: folder of the pictures; made if it is not there.
-        inputs: images, and folders of images; by default a few of ``DATASETS.TEST``, with the
+        inputs: images and folders of images; by default a few of ``DATASETS.TEST``, with the
             ground truth on the left.
-        config_file: of the model; by default ``config.yaml`` beside the checkpoint.
-        opts: ``KEY VALUE`` pairs that win over the config.
-        score_threshold: detections below are not drawn.
+        config_file: by default ``config.yaml`` beside the checkpoint.
 
     Raises:
         ConfigError: for a config that cannot be used, or a folder that cannot be written.
@@ -85,30 +74,34 @@ def visualize(
     model = build_model(cfg).eval()
     load_initial_weights(model, str(checkpoint))
     make_folder(output, key="--output")
-    notes: list[str] = []
+    errors: list[tuple[Path, DataError]] = []
     files: list[Path] = []
-    for path, image, truth in _readable(tasks, wanted, notes):
+    for path, truth, image in read_images(tasks, wanted, errors):
         picture = _draw(cfg, image, truth, _detect(cfg, model, image, score_threshold))
         files.append(_free_name(output, path.stem, files))
-        write_atomically(files[-1], to_jpeg(picture, _JPEG_QUALITY), partial(_error, output))
-    return Visualization(tuple(files), tuple(notes))
+        _write(files[-1], to_jpeg(picture, _JPEG_QUALITY))
+    notes = tuple(f"skipped: {error}" for _, error in errors)
+    if not files:
+        allowed = "at least one image that can be read"
+        raise DataError([Fault("images", 0, allowed, "; ".join(notes) or "there are none")])
+    return Visualization(tuple(files), notes)
+
+
+def _write(path: Path, content: bytes) -> None:
+    def error_of(reason: str) -> ConfigError:
+        return ConfigError([folder_fault(path.parent, reason, key="--output")])
+
+    write_atomically(path, content, error_of)
 
 
 def _find_checkpoint(target: Path, config_file: str | None) -> tuple[str, Path]:
-    """Return the config and the checkpoint.
-
-    Raises:
-        CheckpointError: if there is no checkpoint.
-        ConfigError: if there is no config.
-    """
+    """Return the config and the checkpoint; an error if either is missing."""
+    folder, checkpoint, advice = target.parent, target, "check the path"
     if target.is_dir():
         last = last_whole_checkpoint(target)
-        folder, checkpoint = target, last[0] if last else None
+        folder, checkpoint = target, last[0] if last else target
         advice = "train longer, or name a checkpoint file"
-    else:
-        folder, checkpoint = target.parent, target if target.is_file() else None
-        advice = "check the path"
-    if checkpoint is None:
+    if not checkpoint.is_file():
         allowed = "the folder of a run with a checkpoint, or a checkpoint file"
         raise CheckpointError([Fault("RUN", str(target), allowed, advice)])
     if config_file is None and not (folder / CONFIG_FILE).is_file():
@@ -123,10 +116,8 @@ def _load_cfg(path: str, opts: Sequence[str]) -> CfgNode:
     except ConfigError as error:
         if len(error.faults) <= _MANY_FAULTS:
             raise
-        advice = (
-            f"{len(error.faults)} keys are not; draw it with the engine that trained it, or give "
-            "its model's --config-file"
-        )
+        advice = "draw it with the engine that trained it, or give its model's --config-file"
+        advice = f"{len(error.faults)} keys are not; {advice}"
         fault = Fault("config file", path, "a config of the default engine", advice)
         raise ConfigError([fault]) from error
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
@@ -139,8 +130,7 @@ def _tasks(cfg: CfgNode, inputs: Sequence[Path]) -> tuple[Iterable[Task], int]:
     if inputs:
         tasks: list[Task] = [(path, None) for named in inputs for path in _images_in(named)]
         if not tasks:
-            allowed = f"images ({' '.join(_SUFFIXES)})"
-            names = ", ".join(map(str, inputs))
+            names, allowed = ", ".join(map(str, inputs)), f"images ({' '.join(_SUFFIXES)})"
             raise DataError([Fault("--input", names, allowed, "name others")])
         return tasks, len(tasks)
     if not cfg.DATASETS.TEST:
@@ -161,35 +151,8 @@ def _images_in(path: Path) -> list[Path]:
         raise DataError([Fault("--input", str(path), "a readable folder", advice)]) from error
 
 
-def _readable(
-    tasks: Iterable[Task], wanted: int, notes: list[str]
-) -> Iterator[tuple[Path, np.ndarray, GroundTruth | None]]:
-    """Yield up to ``wanted`` images; those that cannot be read are named in ``notes``.
-
-    Raises:
-        DataError: if none can be read.
-    """
-    read = 0
-    for path, truth in tasks:
-        if read == wanted or len(notes) > max(wanted, DEFAULT_IMAGES):
-            break
-        try:
-            image = read_rgb(str(path))
-        except DataError as error:
-            notes.append(f"skipped: {error}")
-            continue
-        read += 1
-        yield path, image, truth
-    if not read:
-        allowed = "at least one image that can be read"
-        raise DataError([Fault("images", 0, allowed, "; ".join(notes) or "there are none")])
-
-
 @torch.no_grad()
-def _detect(
-    cfg: CfgNode, model: nn.Module, image: np.ndarray, threshold: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return boxes, x0 y0 x1 y1 in pixels of the image, classes and scores."""
+def _detect(cfg: CfgNode, model: nn.Module, image: np.ndarray, threshold: float) -> Detected:
     height, width = image.shape[:2]
     resizing = ResizeAndFlip.for_testing(cfg).draw(0, Draw(0, 0), height, width)
     pixels = torch.from_numpy(image).permute(2, 0, 1)
@@ -203,14 +166,13 @@ def _detect(
 
 
 def _draw(
-    cfg: CfgNode,
-    image: np.ndarray,
-    truth: GroundTruth | None,
-    detections: tuple[np.ndarray, np.ndarray, np.ndarray],
+    cfg: CfgNode, image: np.ndarray, truth: GroundTruth | None, detected: Detected
 ) -> np.ndarray:
     """Return the picture, RGB, shape (height, width, 3): ground truth left, detections right."""
-    names = _class_names(cfg)
-    boxes, classes, scores = detections
+    # The names that the config's datasets have for the model's classes, if they do.
+    known = [n for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if n in dataset_names()]
+    names = next(filter(None, (dataset_spec(name).class_names for name in known)), ())
+    boxes, classes, scores = detected
     right = draw_boxes(image, boxes, classes, names, scores)
     if truth is None:
         return right
@@ -219,17 +181,7 @@ def _draw(
     return np.concatenate([left, gap, right], axis=1)
 
 
-def _class_names(cfg: CfgNode) -> tuple[str, ...]:
-    """Return the names that the config's datasets have for the model's classes, if they do."""
-    known = [n for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if n in dataset_names()]
-    return next(filter(None, (dataset_spec(name).class_names for name in known)), ())
-
-
 def _free_name(output: Path, stem: str, taken: Sequence[Path]) -> Path:
     """Return a name that no other picture of this call has; older ones are replaced."""
     names = chain([stem], (f"{stem}-{number}" for number in count(2)))
     return next(path for name in names if (path := output / f"{name}.jpg") not in taken)
-
-
-def _error(output: Path, reason: str) -> ConfigError:
-    return ConfigError([folder_fault(output, reason, key="--output")])

@@ -34,7 +34,6 @@ def write_report(
     Args:
         run_folders: of d2scale, detectron2 or d2go. The others are compared with the first.
         output: the page, ``*.html``. ``*.md`` and the folder ``*_files`` come beside it.
-        published: compare with the published runs that installed projects bring.
 
     Raises:
         DataError: if a folder is not there, no run has metrics or results, or published runs are
@@ -62,13 +61,12 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
         raise DataError([Fault("RUN", str(path), allowed, "check the path") for path in absent])
     folders = list({folder.resolve(): folder for folder in folders}.values())
     runs, notes = [], []
-    for folder, name in zip(folders, _names(folders), strict=True):
-        run = read_run(folder, name)
+    for run in map(read_run, folders, _names(folders)):
         if run.history.rows or run.results:
             runs.append(run)
-            notes += [f"{name}: {note}" for note in run.notes]
+            notes += [f"{run.name}: {note}" for note in run.notes]
         else:
-            notes.append(f"{folder} is skipped: it has neither metrics nor results")
+            notes.append(f"{run.folder} is skipped: it has neither metrics nor results")
     if not runs:
         allowed = "a folder with metrics.json, TensorBoard events or results in log.txt"
         advice = "check that it is a run's folder, and that the run has begun to report"
