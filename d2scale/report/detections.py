@@ -60,11 +60,7 @@ class RunDetections(NamedTuple):
 
 
 def read_evaluation_set(name: str) -> EvaluationSet:
-    """Read the annotations of a registered dataset.
-
-    Raises:
-        DataError: if it is not registered, not on this machine, or lacks classes.
-    """
+    """Read a registered dataset's annotations; a DataError if it is not here or lacks classes."""
     if name not in dataset_names():
         raise _fault(name, "a registered test set", "its ground truth is not known here")
     spec = dataset_spec(name)

@@ -48,11 +48,7 @@ def check_output(output: Path) -> None:
 def write_files(
     output: Path, html: str, markdown: str, pictures: Mapping[str, bytes]
 ) -> ReportFiles:
-    """Write a page, its Markdown and its pictures.
-
-    Raises:
-        ConfigError: if that cannot be done; then an older report is still there, whole.
-    """
+    """Write a page, its Markdown and pictures; a ConfigError leaves an older report whole."""
     check_output(output)
     folder, text = picture_folder(output), output.with_suffix(".md")
     try:

@@ -29,11 +29,7 @@ class Publication(NamedTuple):
 
 
 def read_published() -> tuple[Publication, ...]:
-    """Read the publications of all installed projects.
-
-    Raises:
-        DataError: if there is none, or a file is broken.
-    """
+    """Read the publications of all installed projects; a DataError for none, or a broken one."""
     publications: list[Publication] = []
     faults: list[Fault] = []
     for entry in entry_points(group=ENTRY_POINTS):
@@ -73,11 +69,7 @@ def _error(value: str, allowed: str, reason: object) -> DataError:
 
 
 def parse_publication(content: Mapping[str, Any]) -> Publication:
-    """Turn the content of a file into a publication.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: if it has another form.
-    """
+    """Turn a file's content into a publication; KeyError and the like for another form."""
     settings, test_set = dict(content["settings"]), str(content["test_set"])
     return Publication(
         title=str(content["title"]),

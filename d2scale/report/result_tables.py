@@ -53,8 +53,7 @@ def summary_lines(runs: Sequence[EvaluatedRun]) -> tuple[str, ...]:
         if half_width := run.half_width("AP"):
             text += f" ± {half_width:.2f}"
         text += _difference_to(first_of[name], run) if first_of[name] is not run else ""
-        saved = time_saved(run.run, runs[0].run)
-        if saved is not None:
+        if (saved := time_saved(run.run, runs[0].run)) is not None:
             less = "less" if saved > 0 else "more"
             text += f"; {abs(saved):.0%} {less} time than {runs[0].run.name}"
         lines.append(f"{text}.")
@@ -86,12 +85,8 @@ def results_section(runs: Sequence[EvaluatedRun], publications: Sequence[Publica
             "These runs were not tested on the same images and classes, so they are compared "
             f"within groups only: {parts}."
         )
-    differences = [
-        difference_of_runs(run, group[0])
-        for group in groups
-        if group[0].results
-        for run in group[1:]
-    ]
+    pairs = [(run, group[0]) for group in groups if group[0].results for run in group[1:]]
+    differences = [difference_of_runs(run, first) for run, first in pairs]
     tables = [_results_table(runs, published)]
     tables += _difference_tables("Differences between the runs", differences, _BOLD)
     for publication in publications:

@@ -76,9 +76,8 @@ class Run:
     @property
     def images_per_second(self) -> float | None:
         """Images of the total batch by the mean seconds of an iteration."""
-        if not self.ims_per_batch or not self.seconds_per_iteration:
-            return None
-        return self.ims_per_batch / self.seconds_per_iteration
+        images, seconds = self.ims_per_batch, self.seconds_per_iteration
+        return images / seconds if images and seconds else None
 
 
 def _whole_number(value: Any) -> int | None:
@@ -173,12 +172,10 @@ def _first_test_set(settings: Mapping[str, Any]) -> str:
 def _results(
     history: History, log: LogFacts, notes: list[str]
 ) -> tuple[dict[str, float], dict[str, float], str]:
-    """Return overall and class results of the last evaluation, and its dataset if it is named.
-
-    d2go writes the very last evaluation to the log alone.
-    """
+    """Return overall and class results of the last evaluation, and its dataset if it is named."""
     rows = [row for row in history.rows if any(map(_RESULT.match, row.values))]
     at_end = bool(rows) and rows[-1] is history.rows[-1]
+    # d2go writes the very last evaluation to the log alone.
     if log.results and not at_end:
         return log.results, log.class_results, ""
     if not rows:

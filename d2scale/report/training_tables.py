@@ -92,8 +92,7 @@ def throughput_section(runs: Sequence[Run], publications: Sequence[Publication])
     notes = ["Total time is that of training with the evaluations in between, not the last one."]
     if not any(run.max_memory_mib for run in runs):
         notes.append("No run reports GPU memory: none of them used a GPU, or recorded it.")
-    first_gpu = [run.name for run in runs if run.max_memory_mib and run.engine != "d2scale"]
-    if first_gpu:
+    if first_gpu := [r.name for r in runs if r.max_memory_mib and r.engine != "d2scale"]:
         notes.append(f"Memory of the first GPU, which alone is logged: {', '.join(first_gpu)}.")
     tables = [_by_run("Time and memory", rows, [run for group in groups for run in group], notes)]
     if planned := [run for run in runs if run.plan]:
@@ -117,9 +116,8 @@ def _saved(run: Run, first: Run) -> str:
     saved = time_saved(run, first)
     if saved is not None:
         return f"{saved:.1%}" if saved >= 0 else f"none, {-saved:.1%} more"
-    if run is first or run.total_seconds is None or not first.total_seconds:
-        return NOTHING
-    return f"{NOTHING} (fewer images seen)"
+    unknown = run is first or run.total_seconds is None or not first.total_seconds
+    return NOTHING if unknown else f"{NOTHING} (fewer images seen)"
 
 
 def _positive(facts: Mapping[str, Any], name: str) -> float | None:
@@ -144,14 +142,12 @@ def _images_a_step(run: Run) -> str:
 
 def _predicted(run: Run) -> str:
     predicted = _positive(run.plan, "predicted_peak_gib")
-    return "not predicted" if predicted is None else f"{predicted:.2f} GiB"
+    return f"{predicted:.2f} GiB" if predicted else "not predicted"
 
 
 def _prediction_error(run: Run) -> str:
-    predicted = _positive(run.plan, "predicted_peak_gib")
-    if predicted is None or not run.max_memory_mib:
-        return NOTHING
-    return f"{predicted * 1024 / run.max_memory_mib - 1:+.1%}"
+    predicted, allocated = _positive(run.plan, "predicted_peak_gib"), run.max_memory_mib
+    return f"{predicted * 1024 / allocated - 1:+.1%}" if predicted and allocated else NOTHING
 
 
 _PLAN_ROWS: Rows = {

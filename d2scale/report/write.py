@@ -51,11 +51,7 @@ def write_report(
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """Read the runs that have metrics or results, under unique names, and note the others.
-
-    Raises:
-        DataError: if a folder is not there, or no run is left.
-    """
+    """Read the runs with metrics or results, under unique names; a DataError if there is none."""
     if absent := [folder for folder in folders if not folder.is_dir()]:
         allowed = "the folder of a run"
         raise DataError([Fault("RUN", str(path), allowed, "check the path") for path in absent])
