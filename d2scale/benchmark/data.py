@@ -37,11 +37,8 @@ def open_batches(
 ) -> Iterator[Batches]:
     """Within the context, give batches of the training or first test dataset, or random ones.
 
-    Args:
-        cfg: its ``DATASETS``, ``INPUT``, ``DATALOADER`` and ``MODEL``.
-        data: "real", "random", or "auto" for real if the dataset is on this machine.
-        training: draw the training augmentation and add boxes.
-        ims_per_batch: images in a training batch; a test batch has one.
+    ``data`` is "real", "random", or "auto" for real if the dataset is on this machine. A training
+    batch has ``ims_per_batch`` augmented images with boxes, a test batch has one image.
 
     Raises:
         DataError: for "real", if the dataset is not there or is broken.
@@ -50,8 +47,7 @@ def open_batches(
     if dataset is None:
         height, width = _USUAL_IMAGE
         source = f"random images of {width}x{height}, resized as INPUT says"
-        batches = _random_batches(cfg, training, ims_per_batch)
-        yield Batches(source, itertools.cycle(batches))
+        yield Batches(source, itertools.cycle(_random_batches(cfg, training, ims_per_batch)))
     elif training:
         with build_train_loader(
             cfg,

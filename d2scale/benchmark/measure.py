@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,36 +33,22 @@ PARTS = ("inference", "training")
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What to measure.
-
-    Attributes:
-        parts: of :data:`PARTS`.
-        data: "auto", "real" or "random"; auto takes the config's datasets if they are here.
-        images: images to detect on, after ``warmup`` that do not count.
-        steps: training steps, after ``warmup_steps`` that do not count.
-        ims_per_gpu: images in a training step; 0: those of one rank of the recipe.
-    """
+    """What to measure."""
 
     parts: tuple[str, ...] = PARTS
-    data: str = "auto"
-    images: int = 200
+    data: str = "auto"  # real, random, or auto: the config's datasets if they are here
+    images: int = 200  # to detect on, after those of the warm-up, which do not count
     warmup: int = 20
-    steps: int = 20
+    steps: int = 20  # of training, likewise
     warmup_steps: int = 3
-    ims_per_gpu: int = 0
+    ims_per_gpu: int = 0  # images in a training step; 0: those of one rank of the recipe
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What was measured.
+    """What was measured: figures by name, none where not asked for."""
 
-    Attributes:
-        facts: what decides the figures: device, weights, precision, versions.
-        inference: figures by name; empty if not asked for.
-        training: likewise.
-    """
-
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # what decides the figures: device, weights, precision, versions
     inference: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -79,8 +64,8 @@ def benchmark(cfg: CfgNode, options: BenchmarkOptions) -> BenchmarkResult:
         ConfigError: with every fault of the options and the config.
         DataError: if real data is asked for and not there, or broken.
     """
-    faults = [*_option_faults(options), *_device_faults(cfg)]
-    faults += [*value_faults(cfg), *input_faults(cfg)]
+    faults = [*_option_faults(options), *_device_faults(cfg), *value_faults(cfg)]
+    faults += input_faults(cfg)
     with collecting(faults):
         check_model(cfg)
     if faults:
@@ -93,27 +78,21 @@ def benchmark(cfg: CfgNode, options: BenchmarkOptions) -> BenchmarkResult:
         with open_batches(cfg, options.data, training=False) as batches:
             result.inference.update(measure_inference(model, batches, options))
     if "training" in options.parts:
-        count = options.ims_per_gpu or _recipe_ims_per_gpu(cfg)
+        ranks = max(1, cfg.SOLVER.REFERENCE_WORLD_SIZE)
+        of_recipe = int(cfg.D2SCALE.IMS_PER_GPU or cfg.SOLVER.IMS_PER_BATCH // ranks)
+        count = options.ims_per_gpu or max(1, of_recipe)
         with open_batches(cfg, options.data, training=True, ims_per_batch=count) as batches:
             step = build_step(cfg, model.train(), ims_per_gpu=count)
             result.training.update(measure_training(step, batches, options))
     return result
 
 
-def _recipe_ims_per_gpu(cfg: CfgNode) -> int:
-    ranks = max(1, cfg.SOLVER.REFERENCE_WORLD_SIZE)
-    return max(1, int(cfg.D2SCALE.IMS_PER_GPU or cfg.SOLVER.IMS_PER_BATCH // ranks))
-
-
 def _option_faults(options: BenchmarkOptions) -> Iterator[Fault]:
-    for option, value, least in (
-        ("--images", options.images, 1),
-        ("--warmup", options.warmup, 0),
-        ("--steps", options.steps, 1),
-        ("--ims-per-gpu", options.ims_per_gpu, 0),
-    ):
+    for option, least in (("images", 1), ("warmup", 0), ("steps", 1), ("ims_per_gpu", 0)):
+        value = getattr(options, option)
         if value < least:
-            yield Fault(option, value, f"a whole number from {least}", "correct it")
+            key = "--" + option.replace("_", "-")
+            yield Fault(key, value, f"a whole number from {least}", "correct it")
 
 
 def _device_faults(cfg: CfgNode) -> Iterator[Fault]:
@@ -139,13 +118,11 @@ def _load_weights(cfg: CfgNode, model: nn.Module) -> str:
 
 
 def _facts(cfg: CfgNode, weights: str) -> dict[str, Any]:
-    device = device_of(cfg)
-    amp = cfg.SOLVER.AMP
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    device, amp = device_of(cfg), cfg.SOLVER.AMP
     return {
         "model": cfg.MODEL.META_ARCHITECTURE,
         "weights": weights,
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "training precision": amp.PRECISION if amp.ENABLED else "float32",
         "torch": torch.__version__,
@@ -199,7 +176,6 @@ def measure_training(
     taken = [trainer.take_step() for _ in range(options.steps)]
     _wait_for(device)
     seconds = time.perf_counter() - start
-    peak = _peak_gib(device) or _counted_gib(step, trainer)
     images = taken[-1].images_seen // (options.warmup_steps + options.steps)
     return {
         "steps": len(taken),
@@ -208,7 +184,7 @@ def measure_training(
         "images a second": images * len(taken) / seconds,
         "seconds a step": statistics.median(metrics.seconds for metrics in taken),
         "data seconds a step": statistics.median(metrics.data_seconds for metrics in taken),
-        "peak GiB": peak,
+        "peak GiB": _peak_gib(device) or _counted_gib(step, trainer),
     }
 
 
@@ -238,11 +214,6 @@ def _counted_gib(step: OptimizerStep, trainer: Trainer) -> float:
         tracker.count(*step.held_tensors())
         trainer.take_step()
     return tracker.peak_bytes / 2**30
-
-
-def to_json(result: BenchmarkResult) -> str:
-    """Return the result as JSON text."""
-    return json.dumps(asdict(result), indent=1)
 
 
 def to_table(result: BenchmarkResult) -> str:

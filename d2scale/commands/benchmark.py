@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 
 from d2scale.commands.common import Commands, add_command, add_recipe, emit
 
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale benchmark``."""
     import torch
 
-    from d2scale.benchmark.measure import PARTS, BenchmarkOptions, benchmark, to_json, to_table
+    from d2scale.benchmark.measure import PARTS, BenchmarkOptions, benchmark, to_table
     from d2scale.config import load_cfg
 
     cfg = load_cfg(arguments.config, arguments.opts)
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         ims_per_gpu=arguments.ims_per_gpu,
     )
     result = benchmark(cfg, options)
-    text = to_json(result)
+    text = json.dumps(asdict(result), indent=1)
     if arguments.output is not None:
         emit(text + "\n", arguments.output)
     print(text if arguments.format == "json" else to_table(result))

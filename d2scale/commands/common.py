@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import TypeAlias
 
 from d2scale.errors import ConfigError, Fault
@@ -27,11 +26,8 @@ def add_command(
     """Add the parser of one command, and return it.
 
     Args:
-        commands: of the whole command line.
-        name: what the user types.
         text: one line for the list of commands, without a full stop.
         run: does the work and returns the exit status.
-        epilog: an example.
         takes_opts: whether KEY VALUE pairs may follow; they are in ``arguments.opts``.
     """
     description = text[0].upper() + text[1:] + "."
@@ -61,9 +57,9 @@ def emit(text: str, path: str | None = None) -> None:
     """
     if path is None:
         sys.stdout.write(text)
-    else:
-        write_atomically(path, text, partial(_output_error, path))
+        return
 
+    def error_of(reason: str) -> ConfigError:
+        return ConfigError([Fault("--output", path, "a file that can be written", reason)])
 
-def _output_error(path: str, reason: str) -> ConfigError:
-    return ConfigError([Fault("--output", path, "a file that can be written", reason)])
+    write_atomically(path, text, error_of)

@@ -23,7 +23,7 @@ def add_parser(commands: Commands) -> None:
     add_command(commands, "doctor", "show versions, devices, and what can run here", run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(_: argparse.Namespace) -> int:
     """Run ``d2scale doctor``."""
     print(diagnose())
     return 0

@@ -20,12 +20,8 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "memory", text, run, epilog=_EPILOG, takes_opts=True)
     add_recipe(parser)
     add = parser.add_argument
-    add(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cpu",
-        help="cpu: predict for a GPU that need not be there; cuda: measure (cpu)",
-    )
+    help_text = "cpu: predict for a GPU that need not be there; cuda: measure (cpu)"
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=help_text)
     help_text = "with cpu: also AMP, activation checkpointing and both"
     add("--explore", action="store_true", help=help_text)
     add("-o", "--output", metavar="FILE", help="write the memory profile there")

@@ -20,24 +20,16 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(commands, "train", text, run, epilog=_EPILOG, takes_opts=True)
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE")
-    add(
-        *("--num-gpus", "--num-processes"),
-        dest="num_processes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes on this machine, one to a GPU (1)",
-    )
+    names = ("--num-gpus", "--num-processes")
+    help_text = "processes on this machine, one to a GPU (1)"
+    add(*names, dest="num_processes", type=int, default=1, metavar="N", help=help_text)
     add("--num-machines", type=int, default=1, metavar="N")
     add("--machine-rank", type=int, default=0, metavar="N")
     add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
     add("--method", help="per_gpu, keep_total or max_memory")
     add("--resume", action="store_true", help="go on from the last checkpoint")
-    add(
-        "--allow-changed-recipe",
-        action="store_true",
-        help="resume with another recipe than the training was started with",
-    )
+    help_text = "resume with another recipe than the training was started with"
+    add("--allow-changed-recipe", action="store_true", help=help_text)
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
 
 
@@ -55,17 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.allow_changed_recipe:
         cfg.D2SCALE.ALLOW_CHANGED_RECIPE = True
-    topology = Topology(
-        arguments.num_processes,
-        arguments.num_machines,
-        arguments.machine_rank,
-        arguments.dist_url,
-    )
-    train(
-        cfg,
-        topology,
-        resume=arguments.resume,
-        eval_only=arguments.eval_only,
-        method=arguments.method,
-    )
+    machines = (arguments.num_machines, arguments.machine_rank, arguments.dist_url)
+    topology = Topology(arguments.num_processes, *machines)
+    resume, eval_only = arguments.resume, arguments.eval_only
+    train(cfg, topology, resume=resume, eval_only=eval_only, method=arguments.method)
     return 0

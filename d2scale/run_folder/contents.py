@@ -1,4 +1,7 @@
-"""Writing and reading the config, plan and machine facts of a run's folder."""
+"""Writing and reading the config, plan and machine facts of a run's folder.
+
+Each function that writes raises ConfigError if the file cannot be written.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2scale.errors import ConfigError, Fault
-from d2scale.run_folder.files import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    LAST_CHECKPOINT,
-    MACHINE_FILE,
-    PLAN_FILE,
-    write_atomically,
-)
+from d2scale.run_folder import files
 
 if TYPE_CHECKING:
     from d2scale.planning.plan import Plan
 
 
 def write_config(folder: Path, cfg: Any) -> None:
-    """Write the config that a run uses to ``config.yaml``.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    write_atomically(folder / CONFIG_FILE, cfg.dump())
+    """Write the config that a run uses to ``config.yaml``."""
+    files.write_atomically(folder / files.CONFIG_FILE, cfg.dump())
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    """Write ``plan.json``.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    write_json(folder / PLAN_FILE, plan.to_json())
+    """Write ``plan.json``."""
+    write_json(folder / files.PLAN_FILE, plan.to_json())
 
 
 def write_machine(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write ``machine.json``: the devices, processor and versions of a run.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    write_json(folder / MACHINE_FILE, facts)
+    """Write ``machine.json``: the devices, processor and versions of a run."""
+    write_json(folder / files.MACHINE_FILE, facts)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, to end in a line feed.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    """Write a JSON object, indented, to end in a line feed."""
+    files.write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,18 +45,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise _broken(path) from error
-    if not isinstance(content, dict):
-        raise _broken(path)
-    return content
-
-
-def _broken(path: Path) -> ConfigError:
+    except (OSError, ValueError, RecursionError):
+        pass
     allowed = "a file that holds a JSON object"
-    return ConfigError([Fault("file", str(path), allowed, "restore it, or remove it")])
+    raise ConfigError([Fault("file", str(path), allowed, "restore it, or remove it")])
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -85,7 +61,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     The checkpoint itself may be missing or broken.
     """
     try:
-        name = (folder / LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
+        name = (folder / files.LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return folder / name if name else None
@@ -93,4 +69,4 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def holds_run(folder: Path) -> bool:
     """Return whether ``folder`` holds the checkpoints of a run."""
-    return (folder / LAST_CHECKPOINT).exists() or any(folder.glob(CHECKPOINTS))
+    return (folder / files.LAST_CHECKPOINT).exists() or any(folder.glob(files.CHECKPOINTS))

@@ -48,8 +48,7 @@ def write_atomically(path: str | Path, content: Content, error_of: ErrorOf | Non
     """
     path = Path(path)
     try:
-        stream = _open_in_place(path)
-        if stream is not None:
+        if stream := _open_in_place(path):
             with stream:
                 _write(stream, content)
         else:
@@ -97,7 +96,12 @@ def _replace(path: Path, content: Content) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
-    _sync_folder(path.parent)
+    with suppress(OSError):  # flush the rename to the disk, where the system can
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _write(file: IO[bytes], content: Content) -> None:
@@ -105,16 +109,6 @@ def _write(file: IO[bytes], content: Content) -> None:
         content(file)
     else:
         file.write(content.encode() if isinstance(content, str) else content)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a rename to the disk, where the system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def remove_partial_checkpoints(folder: Path) -> None:
@@ -129,10 +123,7 @@ def folder_faults(
 ) -> list[Fault]:
     """Return why files cannot be written in ``folder``, which need not exist. Writes nothing.
 
-    Args:
-        folder: to check.
-        key: the config key or option that names it.
-        allowed: what that key may name.
+    ``key`` is the config key or option that names it, ``allowed`` what that key may name.
     """
     try:
         with suppress(FileNotFoundError, NotADirectoryError):

@@ -29,10 +29,6 @@ def run_lock(folder: Path, *, key: str = "OUTPUT_DIR") -> Iterator[None]:
     The system releases the lock when the process ends, even by a kill. On a file system
     without locks, as some network file systems are, the run goes on unlocked.
 
-    Args:
-        folder: must exist.
-        key: the config key or option that names it.
-
     Raises:
         ConfigError: if another run holds the lock, in this process or elsewhere.
     """
@@ -55,11 +51,7 @@ def run_lock(folder: Path, *, key: str = "OUTPUT_DIR") -> Iterator[None]:
 
 
 def refuse_locked(folder: Path, *, key: str = "OUTPUT_DIR") -> None:
-    """Raise if another run is writing to ``folder``. Writes nothing.
-
-    Raises:
-        ConfigError: if so.
-    """
+    """Raise a ConfigError if another run is writing to ``folder``. Writes nothing."""
     path = folder / LOCK_FILE
     with _HELD_GUARD:
         if path.exists():

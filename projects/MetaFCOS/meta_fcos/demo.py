@@ -29,9 +29,8 @@ _OPTION = "--output-dir"
 def run_demo(output_dir: str) -> Iterator[str]:
     """Plan, train, compare and report, yielding each piece of text to print when it is known.
 
-    Args:
-        output_dir: gets the marker of a demo, and in ``runs`` what ``d2scale reproduce`` writes.
-            The runs of an earlier demo are removed.
+    ``output_dir`` gets the marker of a demo, and in ``runs`` what ``d2scale reproduce`` writes.
+    The runs of an earlier demo are removed.
 
     Raises:
         ConfigError: if the folder holds other files, another demo is writing to it, or it
@@ -73,14 +72,11 @@ def _plan_of_the_recipe() -> str:
 
     gpus = max(1, torch.cuda.device_count())
     cfg, _ = load_recipe(RECIPE)
-    plans = [
-        (
-            "The 64-GPU recipe as d2go scales it: the images per GPU stay, the steps explode.",
-            make_plan(cfg, Hardware(gpus), method="per_gpu"),
-        ),
-        (
-            "The same recipe with its total batch kept, eight images at a time.",
-            make_plan(cfg, Hardware(gpus, ims_per_gpu=8), method="keep_total"),
-        ),
-    ]
-    return "\n".join(f"\n{title}\n\n{plan_table(plan)}" for title, plan in plans)
+    per_gpu = make_plan(cfg, Hardware(gpus), method="per_gpu")
+    keep_total = make_plan(cfg, Hardware(gpus, ims_per_gpu=8), method="keep_total")
+    return (
+        "\nThe 64-GPU recipe as d2go scales it: the images per GPU stay, the steps explode.\n\n"
+        f"{plan_table(per_gpu)}\n"
+        "\nThe same recipe with its total batch kept, eight images at a time.\n\n"
+        f"{plan_table(keep_total)}"
+    )

@@ -32,14 +32,8 @@ class OneStageDetector(nn.Module):
     A sample is a dict of one image: ``image``, uint8 (3, h, w) in the channel order of the pixel
     mean; ``height`` and ``width`` of the original, in pixels; in training ``boxes``, float32
     (k, 4), x0 y0 x1 y1 in pixels of ``image``, and ``classes``, int64 (k,); optionally
-    ``pad_to``, (h, w), the least size of the padded batch.
-
-    Args:
-        backbone: maps images (n, 3, h, w) to levels by name, from fine to coarse.
-        proposal_generator: reads the levels ``in_features``.
-        in_features: names of levels.
-        pixel_mean: subtracted from the pixels, by channel.
-        pixel_std: divides them then, by channel.
+    ``pad_to``, (h, w), the least size of the padded batch. The backbone maps images (n, 3, h, w)
+    to levels by name, from fine to coarse, of which the proposal generator reads ``in_features``.
     """
 
     pixel_mean: Tensor
@@ -70,6 +64,18 @@ class OneStageDetector(nn.Module):
             ConfigError: with all faults of the keys that the model reads.
         """
         check_config(cfg)
+        backbone, proposal_generator = cls.build_parts(cfg)
+        return cls(
+            backbone,
+            proposal_generator,
+            in_features=cfg.MODEL.FCOS.IN_FEATURES,
+            pixel_mean=cfg.MODEL.PIXEL_MEAN,
+            pixel_std=cfg.MODEL.PIXEL_STD,
+        )
+
+    @staticmethod
+    def build_parts(cfg: Any) -> tuple[nn.Module, MetaFCOS]:
+        """Return the backbone and the proposal generator that ``cfg`` describes."""
         resnets, fpn = cfg.MODEL.RESNETS, cfg.MODEL.FPN
         bottom_up = ResNet(
             resnets.DEPTH,
@@ -89,13 +95,7 @@ class OneStageDetector(nn.Module):
             fuse=fpn.FUSE_TYPE,
             top_levels=cfg.MODEL.FCOS.TOP_LEVELS,
         )
-        return cls(
-            backbone,
-            MetaFCOS.from_config(cfg),
-            in_features=cfg.MODEL.FCOS.IN_FEATURES,
-            pixel_mean=cfg.MODEL.PIXEL_MEAN,
-            pixel_std=cfg.MODEL.PIXEL_STD,
-        )
+        return backbone, MetaFCOS.from_config(cfg)
 
     @property
     def num_classes(self) -> int:
@@ -107,15 +107,10 @@ class OneStageDetector(nn.Module):
     ) -> dict[str, Tensor] | list[Detections]:
         """Return the losses in training mode, the detections otherwise.
 
-        Args:
-            samples: the batch, at least one.
-            normalizers: of the whole optimizer step, from `finish_normalizers`; None: the losses
-                are divided by this batch's own sums.
-
-        Returns:
-            In training, loss_fcos_cls, loss_fcos_loc and loss_fcos_ctr, scalars. Otherwise one
-            dict a sample, best first: boxes (k, 4), x0 y0 x1 y1 in pixels of the original image,
-            clipped; scores (k,); classes (k,), int64.
+        The losses are scalars, divided by the ``normalizers`` of the whole optimizer step or, if
+        there are none, by this batch's own sums. Detections are one dict a sample, best first:
+        boxes (k, 4), x0 y0 x1 y1 in pixels of the original image, clipped; scores (k,); classes
+        (k,), int64.
         """
         levels = self.backbone(self._batch(samples))
         features = [levels[name] for name in self.in_features]
@@ -129,11 +124,7 @@ class OneStageDetector(nn.Module):
         ]
 
     def load_weights(self, path: Path) -> None:
-        """Load published weights in place; see `meta_fcos.weights.load_weights`.
-
-        Raises:
-            CheckpointError: if the file cannot be read or is of another model.
-        """
+        """Load published weights in place; see `meta_fcos.weights.load_weights`."""
         load_weights(self, path)
 
     def loss_normalizers(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -141,9 +132,6 @@ class OneStageDetector(nn.Module):
 
         They are added over the micro-batches and ranks of an optimizer step; the total goes
         through `finish_normalizers` into every forward of the step.
-
-        Returns:
-            num_positives and centerness_sum, float64 scalars on the model's device.
         """
         with torch.no_grad():
             boxes, classes = self._truth(samples)
@@ -192,11 +180,7 @@ def padded_size(samples: Sequence[Sample]) -> tuple[int, int]:
 
 
 def build_detector(cfg: Any) -> OneStageDetector:
-    """Build the model of a config whose MODEL.META_ARCHITECTURE is MetaOneStageDetector.
-
-    Raises:
-        ConfigError: with all faults of the keys that the model reads.
-    """
+    """Build the model of a config whose MODEL.META_ARCHITECTURE is MetaOneStageDetector."""
     model = OneStageDetector.from_config(cfg)
     if cfg.MODEL.DEVICE == "cpu":
         # As the images in `_batch`: else every convolution rearranges its weights twice a step.

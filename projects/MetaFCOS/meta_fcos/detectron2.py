@@ -7,7 +7,7 @@ Needs detectron2. :func:`register` makes the names of the published recipes know
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,28 +22,16 @@ from d2scale.errors import ConfigError, Fault
 from d2scale.step import ranks
 from meta_fcos.detector import OneStageDetector, Sample
 from meta_fcos.proposals import MetaFCOS
-from meta_fcos.validate import check_config
 
 
 class MetaOneStageDetector(OneStageDetector):
     """The detector with detectron2's inputs and outputs."""
 
-    @classmethod
-    def from_config(cls, cfg: Any) -> MetaOneStageDetector:
-        """Build it on the backbone and proposal generator that detectron2's registries name.
-
-        Raises:
-            ConfigError: with all faults of the keys that the model reads.
-        """
-        check_config(cfg)
+    @staticmethod
+    def build_parts(cfg: Any) -> tuple[nn.Module, MetaFCOS]:
+        """Return the backbone and proposal generator that detectron2's registries name."""
         backbone = build_backbone(cfg)
-        return cls(
-            backbone,
-            build_proposal_generator(cfg, backbone.output_shape()),
-            in_features=cfg.MODEL.FCOS.IN_FEATURES,
-            pixel_mean=cfg.MODEL.PIXEL_MEAN,
-            pixel_std=cfg.MODEL.PIXEL_STD,
-        )
+        return backbone, build_proposal_generator(cfg, backbone.output_shape())
 
     @property
     def device(self) -> torch.device:
@@ -54,10 +42,7 @@ class MetaOneStageDetector(OneStageDetector):
     ) -> Any:
         """Return losses in training mode, otherwise a dict with ``instances`` for each image.
 
-        Args:
-            batched_inputs: detectron2's dicts with ``image``, ``height``, ``width`` and, in
-                training, ``instances``.
-            normalizers: see :class:`OneStageDetector`; None: of the images of all ranks.
+        Without ``normalizers`` the losses are divided by the sums over the images of all ranks.
         """
         samples = [_to_sample(entry) for entry in batched_inputs]
         if self.training:
@@ -79,10 +64,9 @@ class MetaOneStageDetector(OneStageDetector):
 def _to_sample(entry: Mapping[str, Any]) -> dict[str, Any]:
     height, width = entry["image"].shape[1:]
     sample = {"height": height, "width": width, **entry}
-    instances = sample.pop("instances", None)
-    if instances is not None:
-        sample["boxes"] = instances.gt_boxes.tensor
-        sample["classes"] = instances.gt_classes
+    if "instances" in sample:
+        instances = sample.pop("instances")
+        sample.update(boxes=instances.gt_boxes.tensor, classes=instances.gt_classes)
     return sample
 
 
@@ -100,8 +84,7 @@ def build_fcos_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
     Raises:
         ConfigError: for what detectron2 cannot build, though the default engine can.
     """
-    faults = _upstream_faults(cfg)
-    if faults:
+    if faults := list(_upstream_faults(cfg)):
         raise ConfigError(faults)
     channels = cfg.MODEL.FPN.OUT_CHANNELS
     return FPN(
@@ -114,30 +97,23 @@ def build_fcos_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
     )
 
 
-def _upstream_faults(cfg: Any) -> list[Fault]:
-    fcos, resnets = cfg.MODEL.FCOS, cfg.MODEL.RESNETS
-    faults = []
-    if fcos.TOP_LEVELS != 2 or cfg.MODEL.FPN.IN_FEATURES[-1] != "res5":
+def _upstream_faults(cfg: Any) -> Iterator[Fault]:
+    levels, channels = cfg.MODEL.FCOS.TOP_LEVELS, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS
+    if levels != 2 or cfg.MODEL.FPN.IN_FEATURES[-1] != "res5":
         allowed = "2 in detectron2, on a pyramid that ends with res5"
-        advice = "set it to 2, or use d2scale train"
-        faults.append(Fault("MODEL.FCOS.TOP_LEVELS", fcos.TOP_LEVELS, allowed, advice))
-    if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS != 64:
+        yield Fault("MODEL.FCOS.TOP_LEVELS", levels, allowed, "set it to 2, or use d2scale train")
+    if cfg.MODEL.RESNETS.DEPTH in (18, 34) and channels != 64:
         allowed = "64 in detectron2 with DEPTH 18 and 34"
         advice = "set it to 64, or use d2scale train"
-        key = "MODEL.RESNETS.RES2_OUT_CHANNELS"
-        faults.append(Fault(key, resnets.RES2_OUT_CHANNELS, allowed, advice))
-    return faults
-
-
-def _build_meta_fcos(cfg: Any, input_shape: Any) -> MetaFCOS:
-    return MetaFCOS.from_config(cfg)
+        yield Fault("MODEL.RESNETS.RES2_OUT_CHANNELS", channels, allowed, advice)
 
 
 def register() -> None:
     """Register the published names with detectron2 and, if it is installed, d2go."""
     name = "build_fcos_resnet_fpn_backbone"
     _register_once(BACKBONE_REGISTRY, name, build_fcos_resnet_fpn_backbone)
-    _register_once(PROPOSAL_GENERATOR_REGISTRY, "MetaFCOS", _build_meta_fcos)
+    build = MetaFCOS.from_config
+    _register_once(PROPOSAL_GENERATOR_REGISTRY, "MetaFCOS", lambda cfg, input_shape: build(cfg))
     registries = [META_ARCH_REGISTRY]
     if importlib.util.find_spec("d2go") is not None:
         from d2go.registry.builtin import META_ARCH_REGISTRY as D2GO_META_ARCH_REGISTRY
@@ -148,11 +124,9 @@ def register() -> None:
 
 
 def _register_once(registry: Any, name: str, build: Callable[..., nn.Module]) -> None:
-    if name in registry:
-        return
-
     def builder(*arguments: Any) -> nn.Module:
         return build(*arguments)
 
     builder.__name__ = name  # the registries take it as the key
-    registry.register()(builder)  # the call that both kinds of registry have
+    if name not in registry:
+        registry.register()(builder)  # the call that both kinds of registry have

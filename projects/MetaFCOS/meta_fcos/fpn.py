@@ -34,9 +34,7 @@ class FPN(nn.Module):
     """A bottom-up network and the pyramid on it.
 
     Args:
-        bottom_up: gives the stages ``in_features``.
         in_features: neighbouring stages of ``bottom_up``, from fine to coarse.
-        channels: of every level.
         norm: after the convolutions of the FPN; empty: none.
         fuse: "sum" or "avg", how a coarser level joins a finer one.
         top_levels: levels beyond the last stage's (2: p6 and p7 after res5).
@@ -57,23 +55,25 @@ class FPN(nn.Module):
         self.in_features = tuple(in_features)
         self.average = fuse == "avg"
         self.numbers = tuple(STAGES.index(name) + 2 for name in in_features)
+        conv = partial(ConvNorm, bias=norm == "", norm=norm)
         for name, number in zip(in_features, self.numbers, strict=True):
-            conv = partial(ConvNorm, bias=norm == "", norm=norm)
             lateral = conv(bottom_up.out_channels[name], channels, 1)
             self.add_module(f"fpn_lateral{number}", lateral)
             self.add_module(f"fpn_output{number}", conv(channels, channels, 3))
         last = self.numbers[-1]
         self.top_block = TopBlock(channels, [f"p{last + 1 + i}" for i in range(top_levels)])
         self.out_names = (*(f"p{number}" for number in self.numbers), *self.top_block.names)
-        for child_name, child in self.named_children():
-            if child_name != "bottom_up":
-                _initialize(child)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith("bottom_up."):
+                # a=1 is the uniform filling that caffe2 calls Xavier.
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map normalized images (n, 3, h, w), h and w multiples of 32, to the pyramid's levels.
 
-        Returns:
-            By name, from fine to coarse: (n, channels, h / s, w / s), rounded up, s the stride.
+        By name, from fine to coarse: (n, channels, h / s, w / s), rounded up, s the stride.
         """
         stages = self.bottom_up(images)
         levels: list[Tensor] = []
@@ -87,12 +87,3 @@ class FPN(nn.Module):
             levels.insert(0, getattr(self, f"fpn_output{number}")(fused))
         levels += self.top_block(levels[-1])
         return dict(zip(self.out_names, levels, strict=True))
-
-
-def _initialize(module: nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            # a=1 is the uniform filling that caffe2 calls Xavier.
-            nn.init.kaiming_uniform_(part.weight, a=1)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)

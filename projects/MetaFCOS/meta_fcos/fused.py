@@ -19,14 +19,9 @@ Pair = tuple[int, ...]
 def frozen_conv2d(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: Pair) -> Tensor:
     """Convolve, then scale and shift every channel by constants, in one convolution.
 
-    For the backward pass only ``x`` is kept; the scaled weight is computed again there.
-
-    Args:
-        x: (n, c, h, w).
-        weight: (d, c, k, k), k odd; beside ``x`` the only operand that gets a gradient.
-        scale: (d,).
-        shift: (d,).
-        stride: along h and w; zeros around ``x`` keep the size up to it.
+    For the backward pass only ``x`` is kept; the scaled weight is computed again there. ``x`` is
+    (n, c, h, w), ``weight`` (d, c, k, k) with odd k, ``scale`` and ``shift`` are (d,) and get no
+    gradient. Zeros around ``x`` keep its size, up to the stride.
     """
     x = _autocast(x)
     convolve = _FrozenConv2d.apply if _fuse() else _frozen_conv2d
@@ -37,13 +32,8 @@ def norm_relu_conv2d(x: Tensor, norm: nn.GroupNorm, weight: Tensor, bias: Tensor
     """Normalize, apply ReLU and convolve, with stride 1 and zeros around that keep the size.
 
     For the backward pass only ``x`` is kept: the convolution's input is computed again there,
-    which halves the memory of a tower of such layers at a few per cent of its time.
-
-    Args:
-        x: (n, c, h, w), not yet normalized.
-        norm: with scale and shift.
-        weight: (d, c, k, k), k odd.
-        bias: (d,).
+    which halves the memory of a tower of such layers at a few per cent of its time. ``x`` is
+    (n, c, h, w), not yet normalized, ``weight`` (d, c, k, k) with odd k, ``bias`` (d,).
     """
     x = _autocast(x)
     convolve = _NormReluConv2d.apply if _fuse() else _norm_relu_conv2d
@@ -56,34 +46,25 @@ def _frozen_conv2d(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stri
 
 class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: Pair
-    ) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        x, weight, scale, _, ctx.stride = operands
         ctx.save_for_backward(x, weight, scale)
-        ctx.stride = stride
-        return _frozen_conv2d(x, weight, scale, shift, stride)
+        return _frozen_conv2d(*operands)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         wanted = (*ctx.needs_input_grad[:2], False)
-        grad_x, grad_weight, _ = _conv2d_gradients(
-            grad, x, _scaled(weight, scale, x), ctx.stride, wanted
-        )
+        scaled = _scaled(weight, scale, x)
+        grad_x, grad_weight, _ = _conv2d_gradients(grad, x, scaled, ctx.stride, wanted)
         if wanted[1]:
             grad_weight = grad_weight.to(weight.dtype).mul_(scale.view(-1, 1, 1, 1))
         return grad_x, grad_weight, None, None, None
 
 
 def _norm_relu_conv2d(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> Tensor:
     x = _norm_relu(x, scale, shift, groups, eps)
     return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=_padding(weight))
@@ -91,19 +72,10 @@ def _norm_relu_conv2d(
 
 class _NormReluConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        groups: int,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        x, scale, shift, weight, _, ctx.groups, ctx.eps = operands
         ctx.save_for_backward(x, scale, shift, weight)
-        ctx.groups, ctx.eps = groups, eps
-        return _norm_relu_conv2d(x, scale, shift, weight, bias, groups, eps)
+        return _norm_relu_conv2d(*operands)
 
     @staticmethod
     @once_differentiable

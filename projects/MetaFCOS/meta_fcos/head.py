@@ -16,18 +16,13 @@ from meta_fcos.layers import GROUPS
 
 
 class HeadOutputs(NamedTuple):
-    """The outputs of the head, one tensor a level, from fine to coarse.
+    """The outputs of the head, one tensor a level, from fine to coarse."""
 
-    Attributes:
-        logits: (n, classes, h, w), of the class scores.
-        distances: (n, 4, h, w), from a location to the left, top, right and bottom side of its
-            box, in strides of the level, not negative.
-        centerness: (n, 1, h, w), logits.
-    """
-
-    logits: list[Tensor]
+    logits: list[Tensor]  # (n, classes, h, w), of the class scores
+    # (n, 4, h, w), from a location to the left, top, right and bottom side of its box, in strides
+    # of the level, not negative.
     distances: list[Tensor]
-    centerness: list[Tensor]
+    centerness: list[Tensor]  # (n, 1, h, w), logits
 
 
 class Scale(nn.Module):
@@ -43,8 +38,6 @@ class FCOSHead(nn.Module):
 
     Args:
         in_channels: of every level, a multiple of 32.
-        num_classes: foreground classes.
-        num_levels: levels that the head is given.
         num_cls_convs: 3x3 convolutions in the class tower.
         num_box_convs: 3x3 convolutions in the box tower.
         cls_logits_kernel: kernel of the class tower's last convolution, odd.
@@ -65,7 +58,6 @@ class FCOSHead(nn.Module):
         prior_prob: float = 0.01,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         # Activation checkpointing: keep the input of a tower, compute the rest again.
         self.recompute_towers = False
         self.cls_tower = _tower(in_channels, num_cls_convs)
@@ -84,15 +76,13 @@ class FCOSHead(nn.Module):
         """Map the levels' features, (n, in_channels, h, w) each, from fine to coarse."""
         classes = (self.cls_logits.weight, cast("Tensor", self.cls_logits.bias))
         # One convolution for both outputs of the box tower reads it once.
-        box = (
-            torch.cat((self.bbox_pred.weight, self.ctrness.weight)),
-            torch.cat((cast("Tensor", self.bbox_pred.bias), cast("Tensor", self.ctrness.bias))),
-        )
+        weight = torch.cat((self.bbox_pred.weight, self.ctrness.weight))
+        bias = torch.cat([cast("Tensor", conv.bias) for conv in (self.bbox_pred, self.ctrness)])
         run = _run_again if self.recompute_towers and torch.is_grad_enabled() else _run
         outputs = HeadOutputs([], [], [])
         for level, feature in enumerate(features):
             outputs.logits.append(run(self.cls_tower, feature, *classes))
-            distances, centerness = run(self.bbox_tower, feature, *box).split((4, 1), dim=1)
+            distances, centerness = run(self.bbox_tower, feature, weight, bias).split((4, 1), dim=1)
             if self.scales:
                 distances = distances * cast("Scale", self.scales[level]).scale
             outputs.distances.append(F.relu(distances))
@@ -117,11 +107,8 @@ def _tower(channels: int, convs: int) -> nn.Sequential:
 
 
 def _run(tower: nn.Sequential, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply a tower and a last convolution.
-
-    Each norm and ReLU run together with the convolution after them, so the tower's own modules
-    hold the parameters and are not called.
-    """
+    """Apply a tower and a last convolution, each convolution with the norm and ReLU before it."""
+    # The tower's own modules hold the parameters and are not called.
     convs = [(layer.weight, layer.bias) for layer in tower if isinstance(layer, nn.Conv2d)]
     norms = [layer for layer in tower if isinstance(layer, nn.GroupNorm)]
     (first_weight, first_bias), *rest = [*convs, (weight, bias)]

@@ -17,16 +17,7 @@ Detections = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class InferenceRule:
-    """How detections are chosen.
-
-    Attributes:
-        strides: of the levels, in pixels, from fine to coarse.
-        score_threshold: scores at or below it are dropped.
-        threshold_with_centerness: score times centre-ness, not the score alone, has to pass it.
-        per_level: detections kept on each level before suppression.
-        nms_iou: overlap above which the weaker detection of a class is dropped.
-        per_image: detections kept in an image.
-    """
+    """How detections are chosen; :mod:`meta_fcos.config` describes the settings."""
 
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
     score_threshold: float = 0.05
@@ -84,10 +75,8 @@ def rescale(
 ) -> Detections:
     """Return detections in pixels of the original image, clipped to it, without empty boxes.
 
-    Args:
-        detections: boxes in pixels of the image that the model saw.
-        size: height and width of that image, without padding.
-        original_size: height and width, in pixels, of the original.
+    The given ones are in pixels of the image that the model saw, whose height and width without
+    padding is ``size``.
     """
     height, width = original_size
     factors = (width / size[1], height / size[0])

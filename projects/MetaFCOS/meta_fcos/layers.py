@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -68,7 +67,5 @@ def freeze(module: nn.Module) -> None:
     for child in list(module.modules()):
         if isinstance(child, ConvNorm) and isinstance(child.norm, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.norm.num_features, eps=child.norm.eps)
-            with torch.no_grad():
-                for name, value in frozen.named_buffers():
-                    value.copy_(getattr(child.norm, name))
+            frozen.load_state_dict(child.norm.state_dict())
             child.norm = frozen

@@ -25,11 +25,6 @@ def finish_normalizers(totals: Mapping[str, Tensor], world_size: int) -> dict[st
     gradients is then the gradient of the one big batch, for any number of ranks, even in a step
     with fewer positives than ranks. (Published FCOS code clamps after the division; the two
     differ in such a step only.)
-
-    Args:
-        totals: ``num_positives`` and ``centerness_sum``, scalars, over all ranks and
-            micro-batches.
-        world_size: ranks whose gradients are averaged.
     """
     return {
         name: totals[name].clamp(min=minimum) / world_size
@@ -39,21 +34,11 @@ def finish_normalizers(totals: Mapping[str, Tensor], world_size: int) -> dict[st
 
 @dataclass(frozen=True)
 class LossRule:
-    """The settings of the losses.
+    """The settings of the losses."""
 
-    Attributes:
-        focal_alpha: weight of the positives in the focal loss; negatives have the rest to 1.
-        focal_gamma: focusing exponent.
-        box_loss: giou, linear_iou or iou.
-    """
-
-    focal_alpha: float = 0.25
+    focal_alpha: float = 0.25  # weight of the positives; negatives have the rest to 1
     focal_gamma: float = 2.0
-    box_loss: str = "giou"
-
-    def __post_init__(self) -> None:
-        if self.box_loss not in BOX_LOSSES:
-            raise ValueError(f"box loss {self.box_loss!r}; allowed: {', '.join(BOX_LOSSES)}")
+    box_loss: str = "giou"  # a key of BOX_LOSSES
 
     def __call__(
         self, outputs: HeadOutputs, targets: Targets, normalizers: Mapping[str, Tensor]
@@ -61,21 +46,15 @@ class LossRule:
         """Return the three losses, scalars in the targets' precision.
 
         Without positives the last two are 0, and so are their gradients.
-
-        Args:
-            outputs: of the head.
-            targets: for the same images and levels.
-            normalizers: the finished divisors.
         """
         dtype = targets.distances.dtype
         logits, distances, quality = (
             torch.cat([level.flatten(2) for level in levels], dim=2).to(dtype) for levels in outputs
         )
         positives = normalizers["num_positives"].to(dtype)
-        weight = targets.centerness
         # Infinite predictions for background would make the masked sum nan.
         distances = torch.where(targets.positive[:, None], distances, 1)
-        box = (BOX_LOSSES[self.box_loss](distances, targets.distances) * weight).sum()
+        box = (BOX_LOSSES[self.box_loss](distances, targets.distances) * targets.centerness).sum()
         quality_loss = F.binary_cross_entropy_with_logits(
             quality[:, 0], targets.centerness, weight=targets.positive.to(dtype), reduction="sum"
         )
@@ -91,12 +70,7 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Te
     """Sigmoid focal loss (arXiv 1708.02002, equation 5), summed over everything.
 
     It keeps one tensor of the logits' size for the backward pass, and no one-hot targets.
-
-    Args:
-        logits: (n, classes, l).
-        labels: (n, l), int64: the class, or -1 for background.
-        alpha: weight of the positives; negatives have 1 - alpha.
-        gamma: focusing exponent.
+    ``logits`` are (n, classes, l), ``labels`` (n, l), int64: the class, or -1 for background.
     """
     return _FocalLoss.apply(logits, labels, alpha, gamma)
 
@@ -156,17 +130,9 @@ def _giou(predicted: Tensor, target: Tensor) -> Tensor:
     return 1 - iou + (hull - union) / hull
 
 
-def _linear_iou(predicted: Tensor, target: Tensor) -> Tensor:
-    return 1 - _overlap(predicted, target)[0]
-
-
-def _iou(predicted: Tensor, target: Tensor) -> Tensor:
-    return -_overlap(predicted, target)[0].log()
-
-
 # From distances (n, 4, l) in strides, of which the target's are positive, to losses (n, l).
 BOX_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "giou": _giou,
-    "linear_iou": _linear_iou,
-    "iou": _iou,
+    "linear_iou": lambda predicted, target: 1 - _overlap(predicted, target)[0],
+    "iou": lambda predicted, target: -_overlap(predicted, target)[0].log(),
 }

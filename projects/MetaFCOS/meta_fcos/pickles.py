@@ -30,23 +30,18 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _allowed() -> dict[tuple[str, str], Any]:
-    allowed: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("_codecs", "encode"): _encode,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-    for core in ("numpy.core", "numpy._core"):
-        allowed[f"{core}.multiarray", "_reconstruct"] = _REBUILD_ARRAY
-        allowed[f"{core}.multiarray", "scalar"] = _SCALAR
-        allowed[f"{core}.numeric", "_frombuffer"] = _FROM_BUFFER
-    for module in ("builtins", "__builtin__"):
-        allowed.update({(module, name): getattr(builtins, name) for name in _PLAIN})
-    return allowed
-
-
-_ALLOWED = _allowed()
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _encode,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+for _core in ("numpy.core", "numpy._core"):
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _REBUILD_ARRAY
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = _SCALAR
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _FROM_BUFFER
+for _module in ("builtins", "__builtin__"):
+    _ALLOWED.update({(_module, name): getattr(builtins, name) for name in _PLAIN})
 
 
 class _Unpickler(pickle.Unpickler):

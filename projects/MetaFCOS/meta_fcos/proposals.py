@@ -18,12 +18,6 @@ class MetaFCOS(nn.Module):
     """The head with its targets, losses and post-processing.
 
     Any backbone can feed it: the locations follow from the shapes of the levels.
-
-    Args:
-        head: the layers.
-        target_rule: how boxes are assigned to locations.
-        loss_rule: the settings of the losses.
-        inference_rule: how detections are chosen.
     """
 
     def __init__(
@@ -84,10 +78,6 @@ class MetaFCOS(nn.Module):
                 device of the features.
             classes: one image each: (k,), int64.
             normalizers: finished divisors of the losses; None: of this batch alone.
-
-        Returns:
-            loss_fcos_cls, loss_fcos_loc and loss_fcos_ctr, scalars; or one dict an image, see
-            `InferenceRule`.
         """
         outputs = self.fcos_head(features)
         if boxes is None or classes is None:
@@ -106,15 +96,9 @@ class MetaFCOS(nn.Module):
     def loss_normalizers(
         self, boxes: Sequence[Tensor], classes: Sequence[Tensor], size: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """Return sums over these images that the losses are divided by, from the ground truth.
+        """Return sums over the ground truth of these images that the losses are divided by.
 
-        Args:
-            boxes: one image each: (k, 4), x0 y0 x1 y1 in pixels of the padded image.
-            classes: one image each: (k,), int64.
-            size: height and width of the padded images.
-
-        Returns:
-            num_positives and centerness_sum, float64 scalars.
+        ``size`` is the height and width of the padded images; see :meth:`forward`.
         """
         shapes = level_shapes(size, self.target_rule.strides)
         return self.target_rule.assign(boxes, classes, shapes, self.target_dtype).sums()

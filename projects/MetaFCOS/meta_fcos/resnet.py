@@ -15,9 +15,7 @@ from meta_fcos.layers import ConvNorm, freeze
 
 # Blocks in res2, res3, res4 and res5.
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-BASIC_DEPTHS = (18, 34)
 STAGES = ("res2", "res3", "res4", "res5")
-STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
 
 class Stem(nn.Module):
@@ -67,7 +65,6 @@ class BasicBlock(ResidualBlock):
         self.conv2 = ConvNorm(out_channels, out_channels, 3, norm=norm)
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return the convolutions' output, to be added to the shortcut's."""
         return self.conv2(F.relu_(self.conv1(x)))
 
 
@@ -91,7 +88,6 @@ class Bottleneck(ResidualBlock):
         self.conv3 = ConvNorm(width, out_channels, 1, norm=norm)
 
     def branch(self, x: Tensor) -> Tensor:
-        """Return the convolutions' output, to be added to the shortcut's."""
         return self.conv3(F.relu_(self.conv2(F.relu_(self.conv1(x)))))
 
 
@@ -102,7 +98,6 @@ class ResNet(nn.Module):
         depth: 18, 34, 50 or 101.
         out_features: the stages to return, of res2 to res5; later stages are not built.
         norm: FrozenBN, BN or GN.
-        stem_channels: channels of the stem.
         res2_channels: channels of res2; every further stage doubles them.
         width: channels of a bottleneck's 3x3 convolution in res2 (depths 50 and 101).
         stride_in_1x1: a bottleneck's stride sits in its first convolution, not in its second.
@@ -129,7 +124,7 @@ class ResNet(nn.Module):
         channels = stem_channels
         for index, name in enumerate(self.stage_names):
             block: Any = BasicBlock
-            if depth not in BASIC_DEPTHS:
+            if depth not in (18, 34):
                 block = partial(Bottleneck, width=width << index, stride_in_1x1=stride_in_1x1)
             out = res2_channels << index
             blocks = [block(channels, out, 2 if index else 1, norm)]

@@ -18,32 +18,21 @@ BACKGROUND = -1
 
 
 class Locations(NamedTuple):
-    """The locations of all levels, level after level, each row by row.
+    """The locations of all levels, level after level, each row by row."""
 
-    Attributes:
-        x: (l,), pixels of the padded image.
-        y: (l,), likewise.
-        stride: (l,), pixels between neighbours on the location's level.
-    """
-
-    x: Tensor
-    y: Tensor
-    stride: Tensor
+    x: Tensor  # (l,), pixels of the padded image
+    y: Tensor  # (l,), likewise
+    stride: Tensor  # (l,), pixels between neighbours on the location's level
 
 
 class Targets(NamedTuple):
-    """What the head should predict at every location of n images.
+    """What the head should predict at every location of n images."""
 
-    Attributes:
-        labels: (n, l), int64: the class, or -1 for background.
-        distances: (n, 4, l): to the left, top, right and bottom side of the location's box, in
-            strides of its level; 1 at background.
-        centerness: (n, l), in [0, 1]; 0 at background.
-    """
-
-    labels: Tensor
+    labels: Tensor  # (n, l), int64: the class, or -1 for background
+    # (n, 4, l): to the left, top, right and bottom side of the location's box, in strides of its
+    # level; 1 at background.
     distances: Tensor
-    centerness: Tensor
+    centerness: Tensor  # (n, l), in [0, 1]; 0 at background
 
     @property
     def positive(self) -> Tensor:
@@ -85,24 +74,13 @@ def _per_location(
     values: Sequence[float], shapes: Sequence[tuple[int, int]], like: Tensor
 ) -> Tensor:
     """Return one value a level, repeated for each of its locations: (l,)."""
-    parts = [
-        like.new_full((height * width,), value)
-        for value, (height, width) in zip(values, shapes, strict=True)
-    ]
-    return torch.cat(parts)
+    levels = zip(values, shapes, strict=True)
+    return torch.cat([like.new_full((height * width,), value) for value, (height, width) in levels])
 
 
 @dataclass(frozen=True)
 class TargetRule:
-    """How boxes are assigned to locations.
-
-    Attributes:
-        strides: of the levels, in pixels, from fine to coarse.
-        sizes_of_interest: borders between neighbouring levels: the largest distance to a side
-            of the box, in pixels, on the finer one.
-        center_sample: only locations near the box's centre are candidates.
-        radius: how near, in strides along each axis.
-    """
+    """How boxes are assigned to locations; :mod:`meta_fcos.config` describes the settings."""
 
     strides: tuple[int, ...] = (8, 16, 32, 64, 128)
     sizes_of_interest: tuple[float, ...] = (64, 128, 256, 512)
@@ -123,13 +101,10 @@ class TargetRule:
         shapes: Sequence[tuple[int, int]],
         dtype: torch.dtype,
     ) -> Targets:
-        """Return the targets of n images.
+        """Return the targets of n images, float32 or float64, on levels of these shapes.
 
-        Args:
-            boxes: one image each: (k, 4), x0 y0 x1 y1 in pixels of the padded image.
-            classes: one image each: (k,), int64.
-            shapes: height and width of the levels.
-            dtype: of the targets; float32 or float64.
+        Of each image there are boxes (k, 4), x0 y0 x1 y1 in pixels of the padded image, and
+        classes (k,), int64.
         """
         locations = locate(shapes, self.strides, dtype=dtype, device=boxes[0].device)
         sizes = self.sizes_of_interest

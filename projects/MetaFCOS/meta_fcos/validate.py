@@ -7,16 +7,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from d2scale.config.value_rules import (
-    Rule,
-    is_number,
-    is_whole,
-    judge,
-    names,
-    number,
-    one_of,
-    whole,
-)
+from d2scale.config import value_rules
+from d2scale.config.value_rules import Rule, is_number, is_whole, names, number, one_of, whole
 from d2scale.errors import ConfigError, Fault
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -30,7 +22,7 @@ def check_config(cfg: Any) -> None:
         ConfigError: with all faults.
     """
     # Rules over several keys make sense only where each is right by itself.
-    if faults := judge(cfg, RULES) or list(_joint_faults(cfg)):
+    if faults := value_rules.judge(cfg, RULES) or list(_joint_faults(cfg)):
         raise ConfigError(faults)
 
 
@@ -41,6 +33,18 @@ def _are_neighbours(stages: Sequence[str]) -> bool:
 
 def _are_three(numbers: Sequence[float]) -> bool:
     return len(numbers) == 3 and all(map(is_number, numbers))
+
+
+def _are_three_above_0(numbers: Sequence[float]) -> bool:
+    return _are_three(numbers) and min(numbers) > 0
+
+
+def _is_multiple_of_32(channels: int) -> bool:
+    return is_whole(channels) and channels > 0 and channels % 32 == 0
+
+
+def _is_odd(size: int) -> bool:
+    return is_whole(size) and size > 0 and size % 2 == 1
 
 
 PRETRAINING = "this project covers the pretraining stage only"
@@ -68,21 +72,11 @@ MODEL_RULES = (
         _are_neighbours,
         "[res3, res4, res5] is usual",
     ),
-    Rule(
-        "MODEL.FPN.OUT_CHANNELS",
-        "a multiple of 32",
-        lambda channels: is_whole(channels) and channels > 0 and channels % 32 == 0,
-        GN_ADVICE,
-    ),
+    Rule("MODEL.FPN.OUT_CHANNELS", "a multiple of 32", _is_multiple_of_32, GN_ADVICE),
     one_of("MODEL.FPN.NORM", ("", "FrozenBN", "BN", "GN")),
     one_of("MODEL.FPN.FUSE_TYPE", ("sum", "avg")),
     Rule("MODEL.PIXEL_MEAN", "three numbers", _are_three, PER_CHANNEL),
-    Rule(
-        "MODEL.PIXEL_STD",
-        "three numbers above 0",
-        lambda std: _are_three(std) and min(std) > 0,
-        PER_CHANNEL,
-    ),
+    Rule("MODEL.PIXEL_STD", "three numbers above 0", _are_three_above_0, PER_CHANNEL),
     one_of("MODEL.META_LEARN.EPISODIC_LEARNING", (False,), PRETRAINING),
 )
 FCOS_RULES = (
@@ -92,12 +86,7 @@ FCOS_RULES = (
     one_of("TOP_LEVELS", (0, 1, 2), "2 gives p6 and p7"),
     names("IN_FEATURES", "names of levels"),
     one_of("NORM", ("GN",), "published heads use it"),
-    Rule(
-        "CLS_LOGITS_KERNEL_SIZE",
-        "an odd number",
-        lambda size: is_whole(size) and size > 0 and size % 2 == 1,
-        "1 in Sylph, 3 in AdelaiDet",
-    ),
+    Rule("CLS_LOGITS_KERNEL_SIZE", "an odd number", _is_odd, "1 in Sylph, 3 in AdelaiDet"),
     one_of("USE_SCALE", FLAG),
     Rule(
         "BOX_QUALITY",
@@ -130,18 +119,16 @@ def _joint_faults(cfg: Any) -> Iterator[Fault]:
     model, fcos = cfg.MODEL, cfg.MODEL.FCOS
     lacking = [name for name in model.FPN.IN_FEATURES if name not in model.RESNETS.OUT_FEATURES]
     if lacking:
-        yield Fault(
-            "MODEL.RESNETS.OUT_FEATURES", model.RESNETS.OUT_FEATURES,
-            f"all of MODEL.FPN.IN_FEATURES {model.FPN.IN_FEATURES}", f"add {', '.join(lacking)}",
-        )  # fmt: skip
+        allowed = f"all of MODEL.FPN.IN_FEATURES {model.FPN.IN_FEATURES}"
+        held = model.RESNETS.OUT_FEATURES
+        yield Fault("MODEL.RESNETS.OUT_FEATURES", held, allowed, f"add {', '.join(lacking)}")
     yield from _level_faults(cfg)
     yield from _width_faults(cfg)
-    if len(fcos.SIZES_OF_INTEREST) != len(fcos.IN_FEATURES) - 1:
-        yield Fault(
-            "MODEL.FCOS.SIZES_OF_INTEREST", fcos.SIZES_OF_INTEREST,
-            f"{len(fcos.IN_FEATURES) - 1} numbers, one fewer than MODEL.FCOS.IN_FEATURES",
-            "give the borders between neighbouring levels",
-        )  # fmt: skip
+    borders = len(fcos.IN_FEATURES) - 1
+    if len(fcos.SIZES_OF_INTEREST) != borders:
+        allowed = f"{borders} numbers, one fewer than MODEL.FCOS.IN_FEATURES"
+        advice = "give the borders between neighbouring levels"
+        yield Fault("MODEL.FCOS.SIZES_OF_INTEREST", fcos.SIZES_OF_INTEREST, allowed, advice)
 
 
 def _level_faults(cfg: Any) -> Iterator[Fault]:
@@ -150,28 +137,24 @@ def _level_faults(cfg: Any) -> Iterator[Fault]:
     levels = [f"p{number}" for number in range(first, last + 1 + fcos.TOP_LEVELS)]
     read = list(fcos.IN_FEATURES)
     if not read or [name for name in levels if name in read] != read:
-        yield Fault(
-            "MODEL.FCOS.IN_FEATURES", fcos.IN_FEATURES, f"levels of {levels}, in this order",
-            "name levels that MODEL.FPN.IN_FEATURES and MODEL.FCOS.TOP_LEVELS give",
-        )  # fmt: skip
+        allowed = f"levels of {levels}, in this order"
+        advice = "name levels that MODEL.FPN.IN_FEATURES and MODEL.FCOS.TOP_LEVELS give"
+        yield Fault("MODEL.FCOS.IN_FEATURES", fcos.IN_FEATURES, allowed, advice)
         return
     strides = [2 ** int(name[1:]) for name in read]
     if list(fcos.FPN_STRIDES) != strides:
-        yield Fault(
-            "MODEL.FCOS.FPN_STRIDES", fcos.FPN_STRIDES, f"{strides}",
-            f"it has to fit MODEL.FCOS.IN_FEATURES {read}",
-        )  # fmt: skip
+        advice = f"it has to fit MODEL.FCOS.IN_FEATURES {read}"
+        yield Fault("MODEL.FCOS.FPN_STRIDES", fcos.FPN_STRIDES, f"{strides}", advice)
 
 
 def _width_faults(cfg: Any) -> Iterator[Fault]:
     resnets = cfg.MODEL.RESNETS
-    if resnets.DEPTH in (18, 34) and resnets.RES2_OUT_CHANNELS > 64:
-        yield Fault(
-            "MODEL.RESNETS.RES2_OUT_CHANNELS", resnets.RES2_OUT_CHANNELS,
-            f"64 or fewer where DEPTH is {resnets.DEPTH}", "set it to 64",
-        )  # fmt: skip
     widths = ["STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS"]
-    widths += ["WIDTH_PER_GROUP"] if resnets.DEPTH not in (18, 34) else []
-    for key in widths if resnets.NORM == "GN" else ():
-        if resnets[key] % 32:
+    if resnets.DEPTH not in (18, 34):
+        widths.append("WIDTH_PER_GROUP")
+    elif (channels := resnets.RES2_OUT_CHANNELS) > 64:
+        allowed = f"64 or fewer where DEPTH is {resnets.DEPTH}"
+        yield Fault("MODEL.RESNETS.RES2_OUT_CHANNELS", channels, allowed, "set it to 64")
+    for key in widths:
+        if resnets.NORM == "GN" and resnets[key] % 32:
             yield Fault(f"MODEL.RESNETS.{key}", resnets[key], "a multiple of 32", GN_ADVICE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,11 @@ _SHOWN_KEYS = 8
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names that a file and a model do not share.
+    """Names that a file and a model do not share."""
 
-    Attributes:
-        missing: names in the model that the file lacks; they keep their values.
-        unexpected: names in the file that the model lacks.
-        ignored: names in the file that are known to have no place in the model.
-    """
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    ignored: tuple[str, ...]
+    missing: tuple[str, ...]  # in the model, not in the file; they keep their values
+    unexpected: tuple[str, ...]  # in the file, not in the model
+    ignored: tuple[str, ...]  # in the file, known to have no place in the model
 
 
 def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
@@ -58,16 +52,14 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
 
     Raises:
         CheckpointError: if the file cannot be read, asks for objects other than tensors and
-            plain values, holds a shape that differs from the model's, has statistics of batch
-            norms that the model lacks, or has no name in common with the model.
+            plain values, or does not fit the model: its shapes, norms, or none of its names.
     """
     path = Path(path)
     state = model.state_dict()
     placed, others = _place(read_state(path), state)
     unexpected = tuple(name for name in others if not _ignored(name))
     _fill_frozen_norms(model, placed)
-    faults = _faults(path, placed, state, unexpected)
-    if faults:
+    if faults := list(_faults(path, placed, state, unexpected)):
         raise CheckpointError(faults)
     model.load_state_dict(placed, strict=False)
     report = LoadReport(
@@ -96,8 +88,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         # caffe2 keeps the weights of a detector under "blobs", those of a classifier bare.
         content = content.get("blobs" if caffe2 else "model", content)
     if not isinstance(content, Mapping):
-        fault = Fault(str(path), type(content).__name__, "tensors by name", "use weights")
-        raise CheckpointError([fault])
+        held = type(content).__name__
+        raise CheckpointError([Fault(str(path), held, "tensors by name", "use weights")])
     state = {
         str(name): _tensor(path, name, value)
         for name, value in content.items()
@@ -201,25 +193,21 @@ def _faults(
     path: Path,
     placed: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
-    unexpected: Iterable[str],
-) -> list[Fault]:
+    unexpected: Sequence[str],
+) -> Iterator[Fault]:
     if not placed:
         advice = "use weights that were trained with this architecture"
-        return [Fault(str(path), "without any name of this model", "its weights", advice)]
+        yield Fault(str(path), "without any name of this model", "its weights", advice)
+        return
     advice = "use the config that it was trained with, or remove it from the file"
-    faults = []
     for name, value in placed.items():
         shape, expected = tuple(value.shape), tuple(state[name].shape)
         if shape != expected:
-            allowed = f"{expected}, the model's shape"
-            faults.append(Fault(f"{name} in {path}", shape, allowed, advice))
-    statistics = [name for name in unexpected if name.endswith("norm.running_mean")]
-    if statistics:
+            yield Fault(f"{name} in {path}", shape, f"{expected}, the model's shape", advice)
+    if statistics := [name for name in unexpected if name.endswith("norm.running_mean")]:
         held = f"with statistics of batch norms ({_some(statistics)})"
         allowed = "weights of the norm that MODEL.RESNETS.NORM names"
-        advice = "set MODEL.RESNETS.NORM to FrozenBN or BN"
-        faults.append(Fault(str(path), held, allowed, advice))
-    return faults
+        yield Fault(str(path), held, allowed, "set MODEL.RESNETS.NORM to FrozenBN or BN")
 
 
 def _log(path: Path, loaded: int, report: LoadReport) -> None:
@@ -234,7 +222,6 @@ def _log(path: Path, loaded: int, report: LoadReport) -> None:
         logger.warning("In the file, not in the model: %s", _some(report.unexpected))
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
+def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
     return ", ".join(names[:_SHOWN_KEYS]) + more

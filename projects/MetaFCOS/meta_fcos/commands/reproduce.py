@@ -25,28 +25,18 @@ def add_parser(commands: Commands) -> None:
     add("--form", choices=("full", "small"), help=help_text)
     help_text = "cut each training to N images, its schedule in proportion (the recipe's length)"
     add("--images-seen", type=int, metavar="N", help=help_text)
-    add(
-        *("--num-gpus", "--num-processes"),
-        dest="num_gpus",
-        type=int,
-        metavar="N",
-        help="for experiments 1 and 3, published on two; one runs them too (two, if there are)",
-    )
+    help_text = "for experiments 1 and 3, published on two; one runs them too (two, if there are)"
+    names = ("--num-gpus", "--num-processes")
+    add(*names, dest="num_gpus", type=int, metavar="N", help=help_text)
     add("--only", metavar="1,3", help="numbers of experiments (all)")
-    add(
-        "--method3",
-        choices=("published", "exact"),
-        default="published",
-        help="experiment 3 as published, rate and length as if the batch had doubled, or by its "
-        "ratio of 30/16 (published); small doubles",
+    help_text = (
+        "experiment 3 as published, rate and length as if the batch had doubled, or by its "
+        "ratio of 30/16 (published); small doubles"
     )
+    add("--method3", choices=("published", "exact"), default="published", help=help_text)
     add("--plan-only", action="store_true", help="show the plan and stop")
-    add(
-        "--output-dir",
-        default="output/reproduction",
-        metavar="DIR",
-        help="run folders and report (output/reproduction)",
-    )
+    help_text = "run folders and report (output/reproduction)"
+    add("--output-dir", default="output/reproduction", metavar="DIR", help=help_text)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -19,9 +19,7 @@ from d2scale.errors import DataError, Fault, collecting
 from d2scale.run_folder.files import write_atomically
 
 PARTS = ("train2017", "val2017")
-# Of the small form.
-TRAIN_IMAGES = 512
-VAL_IMAGES = 64
+SMALL_IMAGES = (512, 64)  # of training and validation in the small form
 SHAPES = "drawn shapes"
 _ZIPS = "http://images.cocodataset.org/"
 _ANNOTATIONS_ZIP = f"{_ZIPS}annotations/annotations_trainval2017.zip (241 MB)"
@@ -35,21 +33,13 @@ _SOURCES = {
 
 @dataclass(frozen=True)
 class Data:
-    """What the experiments train on.
+    """What the experiments train on."""
 
-    Attributes:
-        root: the value of ``DETECTRON2_DATASETS`` for them.
-        name: kept in the folder of the reproduction, which must not change its data.
-        text: what to print about it.
-        images: of training and validation, in a subset or drawn; None: the whole of COCO.
-        coco: where a subset is cut from; None for drawn shapes.
-    """
-
-    root: Path
-    name: str
-    text: str
-    images: tuple[int, int] | None = None
-    coco: Path | None = None
+    root: Path  # the value of DETECTRON2_DATASETS for them
+    name: str  # kept in the folder of the reproduction, which must not change its data
+    text: str  # what to print about it
+    images: tuple[int, int] | None = None  # of training and validation; None: the whole of COCO
+    coco: Path | None = None  # where a subset is cut from; None for drawn shapes
 
 
 def whole_coco() -> Data:
@@ -63,12 +53,8 @@ def whole_coco() -> Data:
     return Data(coco.parent, f"COCO in {coco}", f"COCO 2017 in {coco}")
 
 
-def small_data(folder: Path, images: tuple[int, int] = (TRAIN_IMAGES, VAL_IMAGES)) -> Data:
-    """Return a few images of COCO if there is any of it, drawn shapes otherwise.
-
-    Args:
-        folder: where :func:`make` may put them.
-        images: of training and validation.
+def small_data(folder: Path, images: tuple[int, int]) -> Data:
+    """Return a few images of COCO if there is any of it, drawn shapes otherwise, for ``folder``.
 
     Raises:
         DataError: if a part of COCO is missing.
@@ -117,9 +103,7 @@ def datasets_under(root: Path) -> Iterator[None]:
 
 
 def read_subset(data: Data) -> dict[str, dict[str, Any]]:
-    """Return the annotations of the first images of COCO, by the names of ``PARTS``.
-
-    Empty if ``data`` is not cut from COCO.
+    """Return the annotations of COCO's first images by ``PARTS``; empty for other data.
 
     Raises:
         DataError: with every fault of the annotation files, and images that are missing.
@@ -172,11 +156,7 @@ def _missing_images(folder: Path, content: dict[str, Any]) -> list[Fault]:
 
 
 def make(data: Data, contents: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write drawn shapes, or annotations of COCO's first images beside links to all of them.
-
-    Args:
-        data: where to.
-        contents: what :func:`read_subset` returned.
+    """Write drawn shapes, or what ``read_subset`` returned beside links to COCO's images.
 
     Raises:
         DataError: if the folder cannot be written.

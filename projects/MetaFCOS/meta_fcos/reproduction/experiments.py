@@ -10,8 +10,6 @@ from typing import Any
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
 
-FORMS = ("full", "small")
-THIRD_METHODS = ("published", "exact")
 # Checkpoints of a training: enough to lose little to a kill, few enough to keep.
 _CHECKPOINTS = 15
 # Least rows of a training in metrics.json: the noise of its loss is estimated from them.
@@ -20,23 +18,14 @@ _REPORTS = 60
 
 @dataclass(frozen=True)
 class Experiment:
-    """A published experiment.
-
-    Attributes:
-        number: as published.
-        name: in words.
-        gpus: Quadro RTX 5000 that it was published on.
-        time: that it took there.
-        full: name of its recipe.
-        small: name of its recipe for a CPU.
-    """
+    """A published experiment."""
 
     number: int
     name: str
-    gpus: int
-    time: str
-    full: str
-    small: str
+    gpus: int  # Quadro RTX 5000 that it was published on
+    time: str  # that it took there
+    full: str  # name of its recipe
+    small: str  # name of its recipe for a CPU
 
     @property
     def title(self) -> str:
@@ -49,13 +38,10 @@ class Experiment:
         return "experiment-" + self.title.replace(" ", "-")
 
     def recipe(self, form: str, third_method: str) -> str:
-        """Return the address of its recipe.
+        """Return the address of its recipe in the form "full" or "small".
 
-        Args:
-            form: one of ``FORMS``.
-            third_method: one of ``THIRD_METHODS``: experiment 3 in full as it was published, its
-                rate and length set as if the batch had doubled, or by its true ratio of 30/16. In
-                small the batch doubles, so both are the same.
+        Experiment 3 in full is as "published", its rate and length set as if the batch had
+        doubled, or "exact", by its true ratio of 30/16. In small the batch doubles.
         """
         name = self.full if form == "full" else self.small
         if self.number == 3 and form == "full" and third_method == "exact":
@@ -97,12 +83,8 @@ def length_settings(cfg: Any, images_seen: int | None) -> dict[str, Any]:
         SOLVER: {IMS_PER_BATCH: 16, MAX_ITER: 10000, STEPS: [6667, 8333], WARMUP_ITERS: 333}
 
     Warm-up and learning-rate drops keep their fraction of the training, so a cut training sees
-    every learning rate; it is evaluated at its end only.
-
-    Args:
-        cfg: the recipe; it is not changed.
-        images_seen: images that the whole training shows, rounded up to a whole step; None: the
-            recipe's own.
+    every learning rate; it is evaluated at its end only. ``images_seen`` is rounded up to a
+    whole step; None keeps the recipe's length.
     """
     solver, settings = cfg.SOLVER, {}
     max_iter = solver.MAX_ITER

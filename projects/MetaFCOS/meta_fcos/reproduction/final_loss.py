@@ -16,17 +16,11 @@ _FEWEST = 3
 
 @dataclass(frozen=True)
 class FinalLoss:
-    """The loss at the end of a training.
-
-    Attributes:
-        mean: of ``points`` values, over the last sixth of the images.
-        error: standard error of the mean; nan for too few points.
-        points: rows of ``metrics.json``.
-    """
+    """The mean loss over the last sixth of a training's images."""
 
     mean: float
-    error: float
-    points: int
+    error: float  # standard error of the mean; nan for too few points
+    points: int  # rows of metrics.json
 
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + ("" if math.isnan(self.error) else f" ± {self.error:.4f}")
@@ -36,14 +30,8 @@ def final_loss(images_seen: Sequence[float], losses: Sequence[float]) -> FinalLo
     """Return the mean of the losses over the last sixth of the images, and its standard error.
 
     The rate is constant there, so the values scatter about one level: their standard deviation
-    over the root of their number is the noise that the choice of images leaves in the mean.
-
-    Args:
-        images_seen: ascending, at each value.
-        losses: as many, each of its own steps.
-
-    Returns:
-        None without any value.
+    over the root of their number is the noise that the choice of images leaves in the mean. None
+    without losses; ``images_seen`` is ascending, one for each of them.
     """
     if not losses:
         return None

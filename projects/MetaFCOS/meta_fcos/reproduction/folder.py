@@ -17,12 +17,9 @@ _ALLOWED = "a new or empty folder, or one of d2scale reproduce"
 
 
 def folder_faults(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> list[Fault]:
-    """Return why a reproduction with ``settings`` may not use ``folder``. Writes nothing.
+    """Return why a reproduction with ``settings``, by option, may not use ``folder``.
 
-    Args:
-        folder: need not exist.
-        settings: by the option that chooses them, plain values.
-        begun: whether an experiment in it has started; only then do its settings bind.
+    Its settings bind only once an experiment in it has ``begun``. Writes nothing.
     """
     if faults := files.folder_faults(folder, key=_OPTION, allowed=_ALLOWED):
         return faults
@@ -32,13 +29,9 @@ def folder_faults(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> 
     if record is None:
         return [files.folder_fault(folder, "it holds other files", key=_OPTION, allowed=_ALLOWED)]
     before = record["settings"] if begun else {}
+    advice = "repeat that, or choose another --output-dir"
     return [
-        Fault(
-            option,
-            value,
-            f"{before[option]!r}, as {folder} was begun with",
-            "repeat that, or choose another --output-dir",
-        )
+        Fault(option, value, f"{before[option]!r}, as {folder} was begun with", advice)
         for option, value in settings.items()
         if option in before and before[option] != value
     ]

@@ -27,27 +27,18 @@ _SEED = 1
 
 @dataclass(frozen=True)
 class Machine:
-    """What the experiments run on.
+    """What the experiments run on."""
 
-    Attributes:
-        device: ``cuda`` or ``cpu``.
-        ranks: processes of the experiments that were published on two GPUs, one to a GPU.
-        name: of the device.
-        gib: memory of one GPU, None for a CPU.
-    """
-
-    device: str
-    ranks: int
+    device: str  # cuda or cpu
+    ranks: int  # of the experiments that were published on two GPUs, one to a GPU
     name: str
-    gib: float | None = None
+    gib: float | None = None  # memory of one GPU, None for a CPU
 
     @classmethod
     def at_hand(cls, form: str, num_gpus: int | None) -> Machine:
-        """Return this machine. The small form runs on a CPU everywhere.
+        """Return this machine, with ``num_gpus`` ranks or at most the publication's two.
 
-        Args:
-            form: of the experiments.
-            num_gpus: ranks asked for; None: the two of the publication, if there are two GPUs.
+        The small form runs on a CPU everywhere.
 
         Raises:
             ConfigError: for more ranks than the machine has GPUs, on a CPU cores.
@@ -72,21 +63,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class PlannedExperiment:
-    """One experiment as it runs on this machine.
-
-    Attributes:
-        experiment: the published one.
-        recipe: address of its recipe.
-        settings: what is set beyond the recipe, by config key.
-        cfg: recipe and settings.
-        plan: how it runs on this machine.
-        machine: this one.
-    """
+    """One experiment as it runs on this machine."""
 
     experiment: Experiment
-    recipe: str
-    settings: Mapping[str, Any]
-    cfg: Any
+    recipe: str  # its address
+    settings: Mapping[str, Any]  # what is set beyond the recipe, by config key
+    cfg: Any  # recipe and settings
     plan: Plan
     machine: Machine
 
@@ -98,10 +80,9 @@ class PlannedExperiment:
     @property
     def arguments(self) -> list[str]:
         """What follows ``d2scale`` on the command line that starts or resumes it."""
-        pairs = [text for key, value in self.settings.items() for text in (key, str(value))]
         ranks = ["--num-gpus", str(self.plan.world_size)]
         options = ["--config-file", self.recipe, *ranks, "--method", self.plan.method, "--resume"]
-        return ["train", *options, *pairs]
+        return ["train", *options, *(str(part) for pair in self.settings.items() for part in pair)]
 
     @property
     def on_fewer_gpus(self) -> bool:
@@ -116,13 +97,6 @@ def plan_experiment(
 
     On fewer GPUs than it was published on, a step runs in micro-batches no larger than one of
     those GPUs had, and so with the same result: ``D2SCALE.EXACT``.
-
-    Args:
-        experiment: the published one.
-        recipe: address of its recipe.
-        folder: of the reproduction.
-        machine: see :class:`Machine`.
-        images_seen: see :func:`~meta_fcos.reproduction.experiments.length_settings`.
 
     Raises:
         ConfigError: if it cannot run here.
@@ -139,7 +113,12 @@ def plan_experiment(
     def planned() -> PlannedExperiment:
         changed = cfg.clone()
         changed.merge_from_list([part for pair in settings.items() for part in pair])
-        plan = _make_plan(changed, 1 if experiment.gpus == 1 else machine.ranks, machine)
+        ranks = 1 if experiment.gpus == 1 else machine.ranks
+        hardware = Hardware.from_cfg(changed, ranks, device_gib=machine.gib)
+        if machine.gib is None:
+            # The profiles are of GPUs.
+            hardware = replace(hardware, profile=None, variants=())
+        plan = make_plan(changed, hardware, method="keep_total")
         return PlannedExperiment(experiment, recipe, dict(settings), changed, plan, machine)
 
     here = planned()
@@ -148,14 +127,6 @@ def plan_experiment(
         settings["D2SCALE.IMS_PER_GPU"] = published_ims_per_gpu
         here = planned()
     return here
-
-
-def _make_plan(cfg: Any, ranks: int, machine: Machine) -> Plan:
-    hardware = Hardware.from_cfg(cfg, ranks, device_gib=machine.gib)
-    if machine.gib is None:
-        # The profiles are of GPUs.
-        hardware = replace(hardware, profile=None, variants=())
-    return make_plan(cfg, hardware, method="keep_total")
 
 
 def is_finished(folder: Path) -> bool:
@@ -187,12 +158,9 @@ def recipe_faults(planned: PlannedExperiment) -> list[Fault]:
         return []  # It ended before its first step.
     recipe = recipe_of(begun, changes)
     stopped = Progress(iteration=0, images_seen=0, recipe=recipe, plan={})
+    title = planned.experiment.title
+    advice = "go on with the version that began it, or choose another --output-dir"
     return [
-        Fault(
-            f"{key} of experiment {planned.experiment.title}",
-            new,
-            f"{old!r}, as in {planned.folder}",
-            "go on with the version that began it, or choose another --output-dir",
-        )
+        Fault(f"{key} of experiment {title}", new, f"{old!r}, as in {planned.folder}", advice)
         for key, (old, new) in recipe_changes(stopped, recipe_of(planned.cfg)).items()
     ]

@@ -18,14 +18,7 @@ from d2scale.engine.launch import under_torchrun
 from d2scale.engine.models import load_initial_weights, new_model
 from d2scale.errors import ConfigError, D2ScaleError, Fault, collecting
 from d2scale.run_folder.lock import refuse_locked
-from meta_fcos.reproduction.data import (
-    TRAIN_IMAGES,
-    VAL_IMAGES,
-    Data,
-    read_subset,
-    small_data,
-    whole_coco,
-)
+from meta_fcos.reproduction.data import SMALL_IMAGES, Data, read_subset, small_data, whole_coco
 from meta_fcos.reproduction.experiments import EXPERIMENTS, Experiment, chosen, length_faults
 from meta_fcos.reproduction.folder import folder_faults
 from meta_fcos.reproduction.planned_experiment import (
@@ -39,62 +32,30 @@ from meta_fcos.reproduction.planned_experiment import (
 
 @dataclass(frozen=True)
 class ReproductionOptions:
-    """What the user asks for.
+    """What the user asks for."""
 
-    Attributes:
-        output_dir: gets a run folder for each experiment, and the report.
-        form: ``full``, ``small``, or None: full on a machine with a GPU.
-        images_seen: images that each training shows; None: its recipe's.
-        num_gpus: see :meth:`~meta_fcos.reproduction.planned_experiment.Machine.at_hand`.
-        only: numbers of experiments, such as ``1,3``; None: all.
-        third_method: ``published`` or ``exact``, see
-            :meth:`~meta_fcos.reproduction.experiments.Experiment.recipe`.
-        images: of training and validation in the small form.
-    """
-
-    output_dir: str
-    form: str | None = None
-    images_seen: int | None = None
-    num_gpus: int | None = None
-    only: str | None = None
-    third_method: str = "published"
-    images: tuple[int, int] = (TRAIN_IMAGES, VAL_IMAGES)
+    output_dir: str  # gets a run folder for each experiment, and the report
+    form: str | None = None  # full, small, or None: full on a machine with a GPU
+    images_seen: int | None = None  # images that each training shows; None: its recipe's
+    num_gpus: int | None = None  # see Machine.at_hand
+    only: str | None = None  # numbers of experiments, such as 1,3; None: all
+    third_method: str = "published"  # or exact, see Experiment.recipe
+    images: tuple[int, int] = SMALL_IMAGES
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """Options that passed every check, and what follows from them.
-
-    Attributes:
-        folder: of everything that is written.
-        form: ``full`` or ``small``.
-        settings: what must stay until the end, by the option that chooses it.
-        machine: this one.
-        data: what is trained on.
-        subset: its annotations, where COCO is cut.
-        training_images: that have boxes; 0 where it was not counted.
-        experiments: those that are asked for or finished, in the published order.
-        asked: those to train.
-    """
+    """Options that passed every check, and what follows from them."""
 
     folder: Path
     form: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # what must stay until the end, by the option that chooses it
     machine: Machine
     data: Data
-    subset: Mapping[str, Mapping[str, Any]]
-    training_images: int
-    experiments: tuple[PlannedExperiment, ...]
-    asked: tuple[Experiment, ...]
-
-    def to_train(self) -> list[PlannedExperiment]:
-        """Return the experiments that are asked for and not finished."""
-        asked = (planned for planned in self.experiments if planned.experiment in self.asked)
-        return [planned for planned in asked if not is_finished(planned.folder)]
-
-    def finished(self) -> list[PlannedExperiment]:
-        """Return the experiments that a report can show."""
-        return [planned for planned in self.experiments if is_finished(planned.folder)]
+    subset: Mapping[str, Mapping[str, Any]]  # annotations of the data, where COCO is cut
+    training_images: int  # that have boxes; 0 where it was not counted
+    experiments: tuple[PlannedExperiment, ...]  # asked for or finished, in the published order
+    finished: tuple[Experiment, ...]
 
 
 def prepare(options: ReproductionOptions) -> Reproduction:
@@ -112,7 +73,7 @@ def prepare(options: ReproductionOptions) -> Reproduction:
     asked, machine, data = EXPERIMENTS, None, None
     with collecting(faults):
         asked = chosen(options.only)
-    finished = [one for one in EXPERIMENTS if is_finished(folder / one.folder)]
+    finished = tuple(one for one in EXPERIMENTS if is_finished(folder / one.folder))
     shown = [one for one in EXPERIMENTS if one in asked or one in finished]
     recipes = {experiment: experiment.recipe(form, options.third_method) for experiment in shown}
     cfgs = {experiment: load_cfg(recipe) for experiment, recipe in recipes.items()}
@@ -135,7 +96,7 @@ def prepare(options: ReproductionOptions) -> Reproduction:
     if faults := [fault for one in planned for fault in recipe_faults(one)]:
         raise ConfigError(faults)
     return Reproduction(
-        folder, form, settings, machine, data, subset, training_images, planned, asked
+        folder, form, settings, machine, data, subset, training_images, planned, finished
     )
 
 
@@ -163,21 +124,17 @@ def _check_inputs(
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Read the weights and data of the recipes that are left to train: all have the same.
 
-    Returns:
-        The annotations of a subset, and the number of training images of whole datasets.
+    Return the annotations of a subset, and the number of training images of whole datasets.
     """
-    subset: dict[str, dict[str, Any]] = {}
-    training_images = 0
     if recipes:
         with collecting(faults):
             _load_weights(recipes[0])
     if recipes and data is not None:
         with collecting(faults):
             if data.images is None:
-                training_images = check_datasets(recipes[0])
-            else:
-                subset = read_subset(data)
-    return subset, training_images
+                return {}, check_datasets(recipes[0])
+            return read_subset(data), 0
+    return {}, 0
 
 
 def _load_weights(cfg: Any) -> None:

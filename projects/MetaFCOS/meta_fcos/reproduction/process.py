@@ -19,13 +19,9 @@ from d2scale.errors import EXIT_STATUS_USER_ERROR, D2ScaleError
 
 
 def run_command(arguments: Sequence[str], datasets: Path) -> None:
-    """Run ``d2scale`` with ``arguments`` and wait for its end.
+    """Run ``d2scale`` with ``arguments``, on the data in ``datasets``, and wait for its end.
 
     Ctrl-C interrupts it and waits for it, a second Ctrl-C kills it.
-
-    Args:
-        arguments: the command and its options.
-        datasets: the value of ``DETECTRON2_DATASETS``.
 
     Raises:
         D2ScaleError: if it fails; it has printed the reason.

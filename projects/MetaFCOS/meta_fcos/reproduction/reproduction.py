@@ -24,11 +24,7 @@ def reproduce(options: ReproductionOptions, *, only_plan: bool = False) -> Itera
     """Check, plan, train and report, yielding each piece of text to print when it is known.
 
     Experiments that are finished in the folder are not run again; one that was stopped goes on
-    from its last checkpoint.
-
-    Args:
-        options: what the user asks for.
-        only_plan: end with the plan, with nothing written.
+    from its last checkpoint. ``only_plan`` ends with the plan, with nothing written.
 
     Raises:
         ConfigError: with every fault of options, folder, data and weights, before anything is
@@ -45,21 +41,21 @@ def reproduce(options: ReproductionOptions, *, only_plan: bool = False) -> Itera
     claim(reproduction.folder, reproduction.settings)
     with run_lock(reproduction.folder, key="--output-dir"):
         make(reproduction.data, reproduction.subset)
-        for planned in reproduction.to_train():
-            command = shlex.join(["d2scale", *planned.arguments])
-            yield f"\nExperiment {planned.experiment.title}\n$ {command}"
-            _train(planned, reproduction.data.root)
+        for planned in reproduction.experiments:
+            if planned.experiment not in reproduction.finished:
+                command = shlex.join(["d2scale", *planned.arguments])
+                yield f"\nExperiment {planned.experiment.title}\n$ {command}"
+                _train(planned, reproduction.data.root)
         yield from _results(reproduction)
 
 
 def describe(reproduction: Reproduction) -> str:
     """Return the plan of a reproduction as text."""
-    forms = {"full": "as published", "small": "in the small form for a CPU"}
+    form = "as published" if reproduction.form == "full" else "in the small form for a CPU"
     counted = reproduction.training_images
     images = f", {counted} training images with boxes" if counted else ""
-    form, machine = forms[reproduction.form], reproduction.machine
     lines = [
-        f"The published experiments {form}; this machine: {machine.name}",
+        f"The published experiments {form}; this machine: {reproduction.machine.name}",
         f"Folder: {reproduction.folder.absolute()}",
         f"Data: {reproduction.data.text}{images}",
         *_notes(reproduction),
@@ -89,21 +85,19 @@ def _train(planned: PlannedExperiment, datasets: Path) -> None:
     try:
         run_command(planned.arguments, datasets)
     except D2ScaleError as error:
-        title = planned.experiment.title
-        raise D2ScaleError(
-            f"experiment {title}: {error}; the same command goes on where it stopped"
-        ) from error
+        text = f"experiment {planned.experiment.title}: {error}"
+        raise D2ScaleError(f"{text}; the same command goes on where it stopped") from error
     if not is_finished(planned.folder):
         raise D2ScaleError(f"{planned.folder} holds no result of the training that has just ended")
 
 
 def _results(reproduction: Reproduction) -> Iterator[str]:
-    finished = reproduction.finished()
-    yield f"\nThe experiments side by side\n\n{result_table(finished)}"
-    if verdicts := loss_verdicts(finished):
+    experiments = reproduction.experiments
+    yield f"\nThe experiments side by side\n\n{result_table(experiments)}"
+    if verdicts := loss_verdicts(experiments):
         yield f"\n{verdicts}"
     # The report shows detections on images of the validation data.
     with datasets_under(reproduction.data.root):
-        folders = [planned.folder for planned in finished]
+        folders = [planned.folder for planned in experiments]
         files = write_report(folders, reproduction.folder / REPORT, published=True)
     yield f"\nReport: {Path(files.html).absolute()}"
