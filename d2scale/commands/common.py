@@ -50,11 +50,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def emit(text: str, path: str | None = None) -> None:
-    """Print ``text``, or write it to the file ``path``.
-
-    Raises:
-        ConfigError: if the file cannot be written.
-    """
+    """Print ``text``, or write it to the file ``path``; ConfigError if that cannot be written."""
     if path is None:
         sys.stdout.write(text)
         return

@@ -5,12 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import TYPE_CHECKING, Any
 
 from d2scale.commands.common import Commands, add_command, add_recipe, emit
-
-if TYPE_CHECKING:
-    from d2scale.planning.hardware import Hardware
 
 _EPILOG = """\
 example:
@@ -56,7 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
         settings=settings,
     )
     if arguments.explore:
-        return _explore(arguments, cfg, hardware)
+        from d2scale.planning.explore import choices_json, choices_table, explore
+
+        choices = explore(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
+        text = choices_json(choices) if arguments.format == "json" else choices_table(choices)
+        emit(text + "\n", arguments.output)
+        return 0
     plan = make_plan(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
     if arguments.format == "yaml":
         folder = os.path.dirname(os.path.abspath(arguments.output or "plan.yaml"))
@@ -67,13 +68,4 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         text = plan_table(plan)
     emit(text.rstrip("\n") + "\n", arguments.output)
-    return 0
-
-
-def _explore(arguments: argparse.Namespace, cfg: Any, hardware: Hardware) -> int:
-    from d2scale.planning.explore import choices_json, choices_table, explore
-
-    choices = explore(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
-    text = choices_json(choices) if arguments.format == "json" else choices_table(choices)
-    emit(text + "\n", arguments.output)
     return 0

@@ -145,11 +145,7 @@ def folder_fault(
 
 
 def make_folder(folder: Path, *, key: str = "OUTPUT_DIR", allowed: str = WRITABLE_FOLDER) -> None:
-    """Make a folder and its parents, if it is not there.
-
-    Raises:
-        ConfigError: if the system refuses.
-    """
+    """Make a folder and its parents, if it is not there; ConfigError if the system refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

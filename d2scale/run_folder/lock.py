@@ -67,7 +67,13 @@ def _open_and_lock(path: Path, mode: str, key: str) -> IO[str]:
     except OSError as error:
         raise ConfigError([folder_fault(path.parent, reason_of(error), key=key)]) from error
     try:
-        _lock(file)
+        import fcntl
+
+        # A POSIX lock, not flock: a forked loader worker that outlives a killed run must not keep
+        # the lock.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
     except (BlockingIOError, PermissionError) as error:
         with file:
             file.seek(0)
@@ -81,16 +87,6 @@ def _open_and_lock(path: Path, mode: str, key: str) -> IO[str]:
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
-
-
-def _lock(file: IO[str]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    # A POSIX lock, not flock: a forked loader worker that outlives a killed run must not keep
-    # the lock.
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _locked(folder: Path, key: str, holder: str) -> ConfigError:

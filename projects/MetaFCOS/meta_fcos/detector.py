@@ -58,11 +58,7 @@ class OneStageDetector(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: Any) -> OneStageDetector:
-        """Build the detector that ``cfg`` describes.
-
-        Raises:
-            ConfigError: with all faults of the keys that the model reads.
-        """
+        """Build the detector that ``cfg`` describes; ConfigError with all faults of its keys."""
         check_config(cfg)
         backbone, proposal_generator = cls.build_parts(cfg)
         return cls(

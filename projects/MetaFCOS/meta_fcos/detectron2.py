@@ -81,8 +81,7 @@ def _to_instances(detections: Any, sample: Sample) -> Instances:
 def build_fcos_resnet_fpn_backbone(cfg: Any, input_shape: Any) -> FPN:
     """Build detectron2's ResNet and FPN, with p6 made from p5.
 
-    Raises:
-        ConfigError: for what detectron2 cannot build, though the default engine can.
+    A ConfigError names what detectron2 cannot build, though the default engine can.
     """
     if faults := list(_upstream_faults(cfg)):
         raise ConfigError(faults)

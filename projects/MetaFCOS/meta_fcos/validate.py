@@ -16,11 +16,7 @@ GN_ADVICE = "GroupNorm has 32 groups"
 
 
 def check_config(cfg: Any) -> None:
-    """Check every key that the model reads.
-
-    Raises:
-        ConfigError: with all faults.
-    """
+    """Raise a ConfigError with the faults of all keys that the model reads, if there are any."""
     # Rules over several keys make sense only where each is right by itself.
     if faults := value_rules.judge(cfg, RULES) or list(_joint_faults(cfg)):
         raise ConfigError(faults)

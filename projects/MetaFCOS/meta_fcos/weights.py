@@ -72,11 +72,7 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, under detectron2's names.
-
-    Raises:
-        CheckpointError: if the file cannot be read, or asks for other objects.
-    """
+    """Return the tensors of a checkpoint, under detectron2's names."""
     if not path.is_file():
         fault = Fault("weights", str(path), "a file", "check the path, or download it")
         raise CheckpointError([fault])

@@ -43,11 +43,7 @@ class Data:
 
 
 def whole_coco() -> Data:
-    """Return COCO in ``DETECTRON2_DATASETS``.
-
-    Raises:
-        DataError: a line for each part that is missing, with where to get it.
-    """
+    """Return COCO in ``DETECTRON2_DATASETS``; DataError names missing parts and their sources."""
     coco = _coco_folder()
     _refuse_missing(coco)
     return Data(coco.parent, f"COCO in {coco}", f"COCO 2017 in {coco}")
@@ -56,8 +52,7 @@ def whole_coco() -> Data:
 def small_data(folder: Path, images: tuple[int, int]) -> Data:
     """Return a few images of COCO if there is any of it, drawn shapes otherwise, for ``folder``.
 
-    Raises:
-        DataError: if a part of COCO is missing.
+    A part of COCO alone is a DataError.
     """
     coco = _coco_folder()
     most = "{} training and {} validation images".format(*images)
@@ -156,11 +151,7 @@ def _missing_images(folder: Path, content: dict[str, Any]) -> list[Fault]:
 
 
 def make(data: Data, contents: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write drawn shapes, or what ``read_subset`` returned beside links to COCO's images.
-
-    Raises:
-        DataError: if the folder cannot be written.
-    """
+    """Write drawn shapes, or what ``read_subset`` returned beside links to COCO's images."""
     if data.images is not None and data.coco is None:
         write_shapes_dataset(data.root, *data.images)
     target = data.root / "coco"

@@ -105,11 +105,7 @@ def length_settings(cfg: Any, images_seen: int | None) -> dict[str, Any]:
 
 
 def chosen(numbers: str | None) -> tuple[Experiment, ...]:
-    """Return the experiments of a list such as ``1,3``, in the published order; all for None.
-
-    Raises:
-        ConfigError: if there is no such experiment.
-    """
+    """Return the experiments of a list such as ``1,3``, in the published order; all for None."""
     if numbers is None:
         return EXPERIMENTS
     words = [word.strip() for word in numbers.split(",")]

@@ -47,10 +47,6 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder, and record the settings in it.
-
-    Raises:
-        ConfigError: if the system refuses.
-    """
+    """Make the folder, and record the settings in it; ConfigError if the system refuses."""
     files.make_folder(folder, key=_OPTION, allowed=_ALLOWED)
     write_json(folder / RECORD, {"format": _FORMAT, "settings": dict(settings)})

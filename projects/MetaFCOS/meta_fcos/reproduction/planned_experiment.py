@@ -97,9 +97,6 @@ def plan_experiment(
 
     On fewer GPUs than it was published on, a step runs in micro-batches no larger than one of
     those GPUs had, and so with the same result: ``D2SCALE.EXACT``.
-
-    Raises:
-        ConfigError: if it cannot run here.
     """
     cfg = load_cfg(recipe)
     settings: dict[str, Any] = {
