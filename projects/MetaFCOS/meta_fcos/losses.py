@@ -40,6 +40,10 @@ class LossRule:
     focal_gamma: float = 2.0
     box_loss: str = "giou"  # a key of BOX_LOSSES
 
+    def __post_init__(self) -> None:
+        if self.box_loss not in BOX_LOSSES:
+            raise ValueError(f"box loss {self.box_loss!r}; allowed: {', '.join(BOX_LOSSES)}")
+
     def __call__(
         self, outputs: HeadOutputs, targets: Targets, normalizers: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
