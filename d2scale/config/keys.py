@@ -16,6 +16,16 @@ def get_key(cfg: Any, key: str, default: Any = None) -> Any:
     return node
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return both values of the keys that ``old`` and ``new`` have and in which they differ."""
+    return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
+
+
+def as_json(value: Any) -> Any:
+    """Return a config's ``value`` as JSON would bring it back: tuples are lists."""
+    return [as_json(entry) for entry in value] if isinstance(value, tuple | list) else value
+
+
 def set_key(cfg: Any, key: str, value: Any) -> None:
     """Set a dotted ``key`` that exists in ``cfg``, in place."""
     *parents, last = key.split(".")

@@ -54,41 +54,30 @@ def resolve_config_path(path: str) -> str:
             or an address on the network.
     """
     if path.startswith(SHIPPED_PREFIX):
-        return str(_shipped_config(path))
+        known = shipped_configs()
+        name = path.removeprefix(SHIPPED_PREFIX)
+        if name not in known:
+            raise _path_fault(path, SHIPPED_PREFIX + "{" + ", ".join(known) + "}")
+        return str(known[name])
     for prefix, (package, folder) in _UPSTREAM_PREFIXES.items():
         if path.startswith(prefix):
             # find_spec of a top-level package locates it without importing it.
             spec = importlib.util.find_spec(package)
             if spec is None or not spec.submodule_search_locations:
                 raise _path_fault(path, f"a path, while {package} is not installed")
-            return os.path.join(
-                spec.submodule_search_locations[0], folder, path.removeprefix(prefix)
-            )
+            root = spec.submodule_search_locations[0]
+            return os.path.join(root, folder, path.removeprefix(prefix))
     if "://" in path:
         raise _path_fault(path, f"a file, or {SHIPPED_PREFIX}NAME.yaml")
     return os.path.expanduser(path)
 
 
-def _shipped_config(path: str) -> Path:
-    known = shipped_configs()
-    name = path.removeprefix(SHIPPED_PREFIX)
-    if name not in known:
-        raise _path_fault(path, SHIPPED_PREFIX + "{" + ", ".join(known) + "}")
-    return known[name]
-
-
-def _path_fault(path: str, allowed: str) -> ConfigError:
-    return ConfigError([Fault("config file", path, allowed, "check the name")])
+def _path_fault(path: str, allowed: str, advice: str = "check the name") -> ConfigError:
+    return ConfigError([Fault("config file", path, allowed, advice)])
 
 
 def load_yaml(path: str) -> dict[str, Any]:
-    """Read a config and everything its ``_BASE_`` keys name, later files winning.
-
-    Args:
-        path: a file, or ``d2scale://NAME.yaml``.
-
-    Returns:
-        The merged settings, nested, without ``_BASE_``.
+    """Read a config and everything its ``_BASE_`` keys name, later files winning, nested.
 
     Raises:
         ConfigError: for a missing or unreadable file, YAML that is broken or asks for Python
@@ -109,12 +98,10 @@ def _load_chain(path: str, above: tuple[str, ...]) -> dict[str, Any]:
         raise ConfigError([Fault(BASE_KEY, chain, "a chain that ends", "remove one of the links")])
     content = _read_yaml(path)
     bases = content.pop(BASE_KEY, [])
-    if isinstance(bases, str):
-        bases = [bases]
+    bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(
-            [Fault(f"{BASE_KEY} in {path}", bases, "a file name, or a list of them", "correct it")]
-        )
+        allowed = "a file name, or a list of them"
+        raise ConfigError([Fault(f"{BASE_KEY} in {path}", bases, allowed, "correct it")])
     merged: dict[str, Any] = {}
     for base in bases:
         resolved = os.path.join(os.path.dirname(path), resolve_config_path(base))
@@ -129,18 +116,16 @@ def _read_yaml(path: str) -> dict[str, Any]:
             content = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        fault = Fault("config file", path, "a readable YAML file", f"check the path ({reason})")
+        raise _path_fault(path, "a readable YAML file", f"check the path ({reason})") from None
     # The parser lets a date or a number that cannot be raise a plain ValueError.
     except (yaml.YAMLError, ValueError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = path if line is None else f"{path}, line {line + 1}"
         problem = getattr(error, "problem", None) or f"it cannot be parsed ({error})"
-        fault = Fault("config file", where, "plain YAML without Python tags", f"mend it: {problem}")
-    else:
-        if content is None or isinstance(content, dict):
-            return content or {}
-        fault = Fault("config file", path, "YAML of the form KEY: value", "check the file")
-    raise ConfigError([fault])
+        raise _path_fault(where, "plain YAML without Python tags", f"mend it: {problem}") from None
+    if content is not None and not isinstance(content, dict):
+        raise _path_fault(path, "YAML of the form KEY: value", "check the file")
+    return content or {}
 
 
 def _merge_mapping(target: dict[str, Any], source: Mapping[str, Any]) -> None:
@@ -163,9 +148,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def load_cfg(path: str, opts: Sequence[str] = ()) -> CfgNode:
     """Load a config for the default engine: every key must be one that it knows.
 
-    Args:
-        path: a file, or ``d2scale://NAME.yaml``.
-        opts: ``KEY VALUE`` pairs that win over the file.
+    ``opts`` are ``KEY VALUE`` pairs that win over the file.
 
     Raises:
         ConfigError: with all faults of the config.
@@ -181,24 +164,15 @@ def load_recipe(path: str, opts: Sequence[str] = ()) -> tuple[CfgNode, dict[str,
 
     Keys that say nothing about batch, learning rate and iterations are passed over, for other
     runners bring their own; a key that looks like a misspelling of one that does is a fault.
-
-    Returns:
-        The config with d2go's defaults filled in, and the settings that the recipe itself makes,
-        by dotted key.
-
-    Raises:
-        ConfigError: with all faults of the recipe.
+    Returned are the config with d2go's defaults filled in, and the settings that the recipe itself
+    makes, by dotted key. All faults are raised together, as a ConfigError.
     """
     cfg = get_cfg()
     settings = dict(flatten(load_yaml(path)))
     overrides = parse_opts(opts)
     known = dict(flatten(cfg))
-    faults = [
-        unknown_key_fault(key, value, known)
-        for key, value in overrides
-        if key not in known and key not in settings
-    ]
-    if faults:
+    unknown = [pair for pair in overrides if pair[0] not in {**known, **settings}]
+    if faults := [unknown_key_fault(key, value, known) for key, value in unknown]:
         raise ConfigError(faults)
     settings.update(overrides)
     _merge(cfg, settings.items(), _faults_of_misspelt_key)
@@ -206,11 +180,7 @@ def load_recipe(path: str, opts: Sequence[str] = ()) -> tuple[CfgNode, dict[str,
 
 
 def parse_opts(opts: Sequence[str]) -> list[tuple[str, Any]]:
-    """Turn ``[KEY, VALUE, KEY, VALUE]`` into pairs.
-
-    Raises:
-        ConfigError: if a key has no value.
-    """
+    """Turn ``[KEY, VALUE, KEY, VALUE]`` into pairs; a missing value is a ConfigError."""
     if len(opts) % 2:
         raise ConfigError([Fault("KEY VALUE", " ".join(opts), "pairs", f"give {opts[-1]} a value")])
     return list(zip(opts[::2], opts[1::2], strict=True))
@@ -237,9 +207,8 @@ def _merge(
 
 
 def _set_checked(cfg: CfgNode, key: str, value: Any, default: Any) -> list[Fault]:
-    rule = type_of_default(key, default)
-    if key in NUMBERS_OR_NONE:
-        rule = or_none(type_of_default(key, 0.0))
+    may_be_none = key in NUMBERS_OR_NONE
+    rule = or_none(type_of_default(key, 0.0)) if may_be_none else type_of_default(key, default)
     try:
         cfg.merge_from_list([key, _as_float(value) if isinstance(default, float) else value])
     except (ValueError, SyntaxError):
@@ -260,14 +229,13 @@ def unknown_key_fault(
     key: str, value: Any, known: Mapping[str, Any], otherwise: str = "remove it"
 ) -> Fault:
     """Return the fault of a key that is not in ``known``, with the nearest one that is."""
-    suggestion = _suggestion(key, known)
-    advice = f"did you mean {suggestion}?" if suggestion else otherwise
+    similar = _similar(key, known)
+    advice = f"did you mean {similar[0]}?" if similar else otherwise
     return Fault(key, value, "keys that exist", advice)
 
 
-def _suggestion(key: str, known: Mapping[str, Any]) -> str | None:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    return close[0] if close else None
+def _similar(key: str, known: Mapping[str, Any]) -> list[str]:
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.8)
 
 
 def _faults_of_unknown_key(key: str, value: Any, known: Mapping[str, Any]) -> list[Fault]:
@@ -280,4 +248,4 @@ def _faults_of_misspelt_key(key: str, value: Any, known: Mapping[str, Any]) -> l
         return []
     planning = {k: v for k, v in known.items() if k.split(".")[0] in _PLANNING_SECTIONS}
     fault = unknown_key_fault(key, value, planning)
-    return [fault] if key.startswith("D2SCALE.") or _suggestion(key, planning) else []
+    return [fault] if key.startswith("D2SCALE.") or _similar(key, planning) else []

@@ -41,12 +41,11 @@ UNPLANNED_SECTIONS = (
 
 def is_plain_detectron2(keys: Iterable[str]) -> bool:
     """Return whether detectron2 can read these keys without d2go or a project's own config."""
-    return all(_is_detectron2_key(key) for key in keys)
+    return all(map(_is_detectron2_key, keys))
 
 
 def _is_detectron2_key(key: str) -> bool:
-    section, _, rest = key.partition(".")
-    name = rest.partition(".")[0]
+    section, name, *_ = [*key.split("."), ""]
     if section == "MODEL":
         return name in _DETECTRON2_MODEL_SECTIONS
     if section == "SOLVER":

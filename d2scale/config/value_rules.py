@@ -20,19 +20,12 @@ _WRONG_TYPE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErr
 
 @dataclass(frozen=True)
 class Rule:
-    """What one config key may hold.
+    """What one config key may hold."""
 
-    Attributes:
-        key: its dotted name, or an option of the command line.
-        allowed: the values that it may hold, in words.
-        holds: tests a value; raising an error of a wrong type means no.
-        advice: what to do about another value.
-    """
-
-    key: str
-    allowed: str
-    holds: Callable[[Any], bool]
-    advice: str = "correct it"
+    key: str  # its dotted name, or an option of the command line
+    allowed: str  # the values that it may hold, in words
+    holds: Callable[[Any], bool]  # tests a value; raising an error of a wrong type means no
+    advice: str = "correct it"  # what to do about another value
 
     def faults(self, value: Any) -> list[Fault]:
         """Return the fault of ``value`` in a list, which is empty if it is allowed."""
@@ -56,11 +49,12 @@ def judge(cfg: Any, rules: Iterable[Rule]) -> list[Fault]:
 
 def one_of(key: str, choices: Sequence[Any], advice: str = "choose one") -> Rule:
     """Allow a few values, of the same type: 1 is not True."""
-
-    def holds(value: Any) -> bool:
-        return any(type(value) is type(choice) and value == choice for choice in choices)
-
-    return Rule(key, ", ".join(str(choice) or "''" for choice in choices), holds, advice)
+    return Rule(
+        key,
+        ", ".join(str(choice) or "''" for choice in choices),
+        lambda value: any(type(value) is type(choice) and value == choice for choice in choices),
+        advice,
+    )
 
 
 def whole(key: str, least: int, most: float = math.inf, advice: str = "correct it") -> Rule:
@@ -81,29 +75,27 @@ def number(
     """Allow finite numbers within bounds, of which ``above`` and ``below`` are excluded."""
     bounds = (("from", least), ("above", above), ("at most", most), ("below", below))
     words = [f"{word} {bound}" for word, bound in bounds if math.isfinite(bound)]
-
-    def holds(value: Any) -> bool:
-        return is_number(value) and least <= value <= most and above < value < below
-
-    return Rule(key, f"a number {', '.join(words)}", holds, advice)
+    return Rule(
+        key,
+        f"a number {', '.join(words)}",
+        lambda value: is_number(value) and least <= value <= most and above < value < below,
+        advice,
+    )
 
 
 def names(key: str, allowed: str) -> Rule:
     """Allow a list of strings."""
-
-    def holds(value: Any) -> bool:
-        return not isinstance(value, str) and all(isinstance(name, str) for name in value)
-
-    return Rule(key, allowed, holds)
+    return Rule(
+        key,
+        allowed,
+        lambda value: not isinstance(value, str) and all(isinstance(name, str) for name in value),
+    )
 
 
 def or_none(rule: Rule) -> Rule:
     """Allow None too."""
-
-    def holds(value: Any) -> bool:
-        return value is None or rule.holds(value)
-
-    return replace(rule, allowed=f"{rule.allowed}, or None", holds=holds)
+    allowed = f"{rule.allowed}, or None"
+    return replace(rule, allowed=allowed, holds=lambda value: value is None or rule.holds(value))
 
 
 def type_of_default(key: str, default: Any) -> Rule:

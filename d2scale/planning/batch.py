@@ -23,29 +23,16 @@ BATCH_RULES = (
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one optimizer step.
+    """The images of one optimizer step."""
 
-    Attributes:
-        ims_per_batch: of all ranks.
-        ims_per_gpu: in the largest micro-batch of any rank.
-        accumulation_steps: most micro-batches of any rank.
-        notes: the reasons.
-    """
-
-    ims_per_batch: int
-    ims_per_gpu: int
-    accumulation_steps: int
-    notes: tuple[str, ...]
+    ims_per_batch: int  # of all ranks
+    ims_per_gpu: int  # in the largest micro-batch of any rank
+    accumulation_steps: int  # most micro-batches of any rank
+    notes: tuple[str, ...]  # the reasons
 
 
 def decide_batch(cfg: Any, method: str, schedule: Schedule, hardware: Hardware) -> Batch:
-    """Choose the total batch and the micro-batches.
-
-    Args:
-        cfg: the recipe, without faults.
-        method: one of ``METHODS``.
-        schedule: of ``cfg``.
-        hardware: what is at hand.
+    """Choose the total batch and the micro-batches for a recipe without faults.
 
     Raises:
         ConfigError: if there is no such batch.
@@ -66,7 +53,8 @@ def _batch(total: int, ims_per_gpu: int, hardware: Hardware, notes: Sequence[str
 def _keep_total(cfg: Any, schedule: Schedule, hardware: Hardware) -> Batch:
     total = schedule.ims_per_batch
     if total < hardware.world_size:
-        raise ConfigError([_fewer_images_than_gpus(total, hardware.world_size)])
+        advice = "use fewer GPUs, or the method per_gpu or max_memory"
+        raise ConfigError([_below_gpus("SOLVER.IMS_PER_BATCH", total, hardware, advice)])
     return _fit_total(cfg, total, hardware)
 
 
@@ -87,16 +75,16 @@ def _max_memory(cfg: Any, schedule: Schedule, hardware: Hardware) -> Batch:
     steps = get_key(cfg, _STEPS, 0)
     largest = hardware.largest_fit(accumulates=steps > 1)
     if largest is None:
-        raise ConfigError([_nothing_to_fill(hardware)])
+        allowed = "with max_memory, the images per GPU or what is needed to find them"
+        advice = f"give --ims-per-gpu, or {' and '.join(hardware.unknown)}"
+        raise ConfigError([Fault(IMS_PER_GPU, 0, allowed, advice)])
     notes = [_reason_for_largest(hardware, largest)]
     total = hardware.world_size * largest * (steps or 1)
     cap = get_key(cfg, _CAP, 0)
     if not cap or total <= cap:
         return _batch(total, largest, hardware, notes)
     if cap < hardware.world_size:
-        allowed = f"at least one image for each of {hardware.world_size} GPUs"
-        advice = "raise it or use fewer GPUs"
-        raise ConfigError([Fault(_CAP, cap, allowed, advice)])
+        raise ConfigError([_below_gpus(_CAP, cap, hardware, "raise it or use fewer GPUs")])
     notes.append(f"total batch {total} cut to {_CAP} = {cap}")
     if steps:
         largest = _images_for_steps(steps, cap, hardware.world_size, largest)
@@ -125,11 +113,7 @@ def _fit_total(cfg: Any, total: int, hardware: Hardware) -> Batch:
 def _images_for_steps(steps: int, total: int, world_size: int, largest: int | None) -> int:
     """Return the images per GPU with which a step has exactly ``steps`` micro-batches.
 
-    Args:
-        steps: ``D2SCALE.ACCUMULATION_STEPS``.
-        total: images in the step.
-        world_size: ranks.
-        largest: most images per GPU that fit, None if that is not known.
+    ``largest`` is the most images per GPU that fit, None if that is not known.
 
     Raises:
         ConfigError: if a step cannot be cut into that many.
@@ -147,8 +131,7 @@ def _images_for_steps(steps: int, total: int, world_size: int, largest: int | No
     else:
         allowed = f"{fewer[-1]} or {more[0]}"
     allowed += f" with {total} images on {world_size} GPUs"
-    advice = "set it to 0 to have it decided"
-    raise ConfigError([Fault(_STEPS, steps, allowed, advice)])
+    raise ConfigError([Fault(_STEPS, steps, allowed, "set it to 0 to have it decided")])
 
 
 def _reason_for_largest(hardware: Hardware, largest: int) -> str:
@@ -163,19 +146,5 @@ def _reason_for_largest(hardware: Hardware, largest: int) -> str:
     )
 
 
-def _fewer_images_than_gpus(total: int, world_size: int) -> Fault:
-    return Fault(
-        "SOLVER.IMS_PER_BATCH",
-        total,
-        f"at least one image for each of {world_size} GPUs",
-        "use fewer GPUs, or the method per_gpu or max_memory",
-    )
-
-
-def _nothing_to_fill(hardware: Hardware) -> Fault:
-    return Fault(
-        IMS_PER_GPU,
-        0,
-        "with max_memory, the images per GPU or what is needed to find them",
-        f"give --ims-per-gpu, or {' and '.join(hardware.unknown)}",
-    )
+def _below_gpus(key: str, total: int, hardware: Hardware, advice: str) -> Fault:
+    return Fault(key, total, f"at least one image for each of {hardware.world_size} GPUs", advice)

@@ -25,18 +25,12 @@ _ORDER_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where a resumed training starts, and what has changed since it stopped.
+    """Where a resumed training starts, and what has changed since it stopped."""
 
-    Attributes:
-        first_iteration: counted in steps of the current plan.
-        changes: of the recipe; the user has allowed them.
-        warnings, notes: what to log.
-    """
-
-    first_iteration: int
-    changes: Changes
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...]
+    first_iteration: int  # counted in steps of the current plan
+    changes: Changes  # of the recipe; the user has allowed them
+    warnings: tuple[str, ...]  # to log
+    notes: tuple[str, ...]  # to log
 
     @property
     def keeps_order(self) -> bool:
@@ -62,10 +56,8 @@ def continue_training(
     """Compare a stopped training with the current recipe and plan, and find its next iteration.
 
     Args:
-        stopped: what the checkpoint records.
         recipe: ``recipe_of`` the config before planning.
         plan: ``Plan.to_json()``, or as much of it as is known.
-        max_iter: of the plan.
         allow_changes: ``D2SCALE.ALLOW_CHANGED_RECIPE``.
 
     Raises:
@@ -74,11 +66,10 @@ def continue_training(
     changes = recipe_changes(stopped, recipe)
     if not allow_changes:
         refuse_changes(changes)
-    total = plan["ims_per_batch"]
     first = next_iteration(
         stopped.images_seen,
         recipe_images=recipe["SOLVER.MAX_ITER"] * recipe["SOLVER.IMS_PER_BATCH"],
-        ims_per_batch=total,
+        ims_per_batch=plan["ims_per_batch"],
         max_iter=max_iter,
     )
     warnings = [stopped.assumption] if stopped.assumption else []
@@ -107,18 +98,17 @@ def _plan_notes(
 
 def _batch_change_note(optimizer: str, old: int, new: int) -> str:
     """Return what a change of the total batch means for an optimizer's state, which is kept."""
-    text = f"the total batch changes from {old} to {new}; the optimizer's state is kept: "
-    if optimizer.startswith("adam"):
-        return text + (
-            "its second moments are those of gradients over the old batch and need about "
-            "1 / (1 - beta2) steps to follow"
-        )
-    return text + (
+    effect = (
         "momentum is an average of gradients, which keep their size, and the new learning rate "
         "applies to it at once"
     )
+    if optimizer.startswith("adam"):
+        effect = (
+            "its second moments are those of gradients over the old batch and need about "
+            "1 / (1 - beta2) steps to follow"
+        )
+    return f"the total batch changes from {old} to {new}; the optimizer's state is kept: {effect}"
 
 
 def _table(changes: Changes) -> str:
-    rows = [(key, *pair) for key, pair in changes.items()]
-    return table(["", "until now", "from now on"], rows)
+    return table(["", "until now", "from now on"], [(key, *pair) for key, pair in changes.items()])

@@ -12,6 +12,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from d2scale.config.defaults import add_project_configs, get_cfg
+from d2scale.config.keys import as_json, differences
 from d2scale.config.loading import flatten
 from d2scale.config.projects import entry_points
 from d2scale.errors import ConfigError, Fault
@@ -32,17 +33,16 @@ _OTHER_KEYS = ("INPUT.MAX_SIZE_TRAIN", "DATALOADER.ASPECT_RATIO_GROUPING", CHECK
 def coverage(
     cfg: Any, settings: Mapping[str, Any] | None = None, engine: str = DEFAULT_ENGINE
 ) -> dict[str, Any]:
-    """Return the settings that memory depends on.
+    """Return the settings that memory depends on, by key, as JSON values.
+
+    ``INPUT.MIN_SIZE_TRAIN`` is the largest size, ``precision`` what ``SOLVER.AMP`` makes of the
+    activations.
 
     Args:
         cfg: a config with d2scale's keys.
         settings: what the recipe sets that ``cfg`` may not know, by dotted key. What both leave
             out has the default of the package that reads it.
         engine: what trains it; models of the same name differ from engine to engine.
-
-    Returns:
-        By key, JSON values. ``INPUT.MIN_SIZE_TRAIN`` is the largest size, ``precision`` what
-        ``SOLVER.AMP`` makes of the activations.
     """
     defaults = get_cfg()
     without_memory = add_project_configs(defaults)
@@ -50,14 +50,14 @@ def coverage(
     given = {key: CfgNode._decode_cfg_value(value) for key, value in (settings or {}).items()}
     values = {**dict(flatten(defaults)), **given, **dict(flatten(cfg))}
     covers = {
-        key: _plain(value)
+        key: as_json(value)
         for key, value in sorted(values.items())
         if key.startswith("MODEL.")
         and not _WITHOUT_MEMORY.search(key)
         and not f"{key}.".startswith(tuple(f"{name}." for name in without_memory))
     }
     covers["INPUT.MIN_SIZE_TRAIN"] = max(values["INPUT.MIN_SIZE_TRAIN"])
-    covers |= {key: _plain(values[key]) for key in _OTHER_KEYS}
+    covers |= {key: as_json(values[key]) for key in _OTHER_KEYS}
     covers["SOLVER.OPTIMIZER"] = str(values["SOLVER.OPTIMIZER"]).lower().removesuffix("_mt")
     covers[ENGINE] = engine
     covers[PRECISION] = "16 bit" if values["SOLVER.AMP.ENABLED"] else "32 bit"
@@ -66,8 +66,7 @@ def coverage(
 
 def variant(covers: Mapping[str, Any], *, amp: bool, checkpointing: bool) -> dict[str, Any]:
     """Return the settings with this precision and activation checkpointing."""
-    changed = {PRECISION: "16 bit" if amp else "32 bit", CHECKPOINTING: checkpointing}
-    return {**covers, **changed}
+    return {**covers, PRECISION: "16 bit" if amp else "32 bit", CHECKPOINTING: checkpointing}
 
 
 def name_of_variant(covers: Mapping[str, Any]) -> str:
@@ -121,14 +120,11 @@ def choose_profile(
     if profile is not None:
         return profile
     nearest = min((_differences(profile, covers) for profile in profiles), key=len)
+    made_for = f"for which the memory profile {where} was made"
+    advice = "make one for this recipe with d2scale memory, or correct the key"
     raise ConfigError(
         [
-            Fault(
-                key,
-                asked,
-                f"{made!r}, for which the memory profile {where} was made",
-                "make one for this recipe with d2scale memory, or correct the key",
-            )
+            Fault(key, asked, f"{made!r}, {made_for}", advice)
             for key, (made, asked) in nearest.items()
         ]
     )
@@ -136,13 +132,4 @@ def choose_profile(
 
 def _differences(profile: MemoryProfile, covers: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what the profile was made with and what is asked for, by key, where they differ."""
-    return {
-        key: (value, covers.get(key))
-        for key, value in profile.covers.items()
-        if covers.get(key) != value
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Return ``value`` as JSON would bring it back."""
-    return list(value) if isinstance(value, tuple) else value
+    return differences(profile.covers, {key: covers.get(key) for key in profile.covers})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -17,25 +17,21 @@ from d2scale.planning.plan import Plan, make_plan
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision and activation checkpointing, with the plan that they allow.
-
-    Attributes:
-        amp, activation_checkpointing: the settings.
-        plan: None if they cannot be planned.
-        note: why not; empty otherwise.
-    """
+    """A precision and activation checkpointing, with the plan that they allow."""
 
     amp: bool
     activation_checkpointing: bool
-    plan: Plan | None = None
-    note: str = ""
+    plan: Plan | None = None  # None if they cannot be planned
+    note: str = ""  # why not; empty otherwise
 
     @property
     def name(self) -> str:
         """The settings in words."""
-        return name_of_variant(
-            variant({}, amp=self.amp, checkpointing=self.activation_checkpointing)
-        )
+        return name_of_variant(self.covers({}))
+
+    def covers(self, covers: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a memory profile with this choice."""
+        return variant(covers, amp=self.amp, checkpointing=self.activation_checkpointing)
 
 
 def explore(
@@ -43,10 +39,7 @@ def explore(
 ) -> tuple[Choice, ...]:
     """Plan the recipe in float32 and with AMP, without and with activation checkpointing.
 
-    Args:
-        cfg: the recipe; it is not changed.
-        hardware: with a profile of the recipe and its variants.
-        method, lr_rule: as for :func:`d2scale.planning.plan.make_plan`.
+    ``hardware`` has a profile of the recipe and its variants; the rest is as for ``make_plan``.
 
     Raises:
         ConfigError: if there is no profile or no budget, or the recipe has faults.
@@ -66,9 +59,7 @@ def _choice(
 ) -> Choice:
     """Return ``choice`` with its plan, or with the reason why it has none."""
     assert hardware.profile is not None
-    amp, checkpointing = choice.amp, choice.activation_checkpointing
-    covers = variant(hardware.profile.covers, amp=amp, checkpointing=checkpointing)
-    profile = find_profile(hardware.variants, covers)
+    profile = find_profile(hardware.variants, choice.covers(hardware.profile.covers))
     if profile is None:
         return replace(choice, note="no memory profile of this choice")
     try:
@@ -96,15 +87,10 @@ def choices_table(choices: Sequence[Choice]) -> str:
 
 def choices_json(choices: Sequence[Choice]) -> str:
     """Return the choices as JSON text."""
-    content = [
-        {
-            "amp": choice.amp,
-            "activation_checkpointing": choice.activation_checkpointing,
-            **_facts(choice),
-            "note": choice.note,
-        }
-        for choice in choices
-    ]
+    content = []
+    for choice in choices:
+        settings = {"amp": choice.amp, "activation_checkpointing": choice.activation_checkpointing}
+        content.append({**settings, **_facts(choice), "note": choice.note})
     return json.dumps(content, indent=2)
 
 

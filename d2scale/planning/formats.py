@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
+from d2scale.config.keys import as_json
 from d2scale.config.upstream import is_plain_detectron2
 from d2scale.planning.memory_profile import GIB, MemoryProfile
 from d2scale.planning.plan import Plan
@@ -55,13 +56,8 @@ def plan_yaml(plan: Plan, recipe_path: str, settings: Mapping[str, Any], folder:
     """Return a config that inherits from the recipe and sets the planned values.
 
     It needs no d2scale to run. detectron2 refuses keys that only d2go has, so with a recipe
-    that plain detectron2 can read, those that have no effect there become comments.
-
-    Args:
-        plan: the plan.
-        recipe_path: the recipe's file.
-        settings: what the recipe itself sets, by dotted key.
-        folder: where the config will stand; ``_BASE_`` is relative to it.
+    that plain detectron2 can read, those that have no effect there become comments. ``settings``
+    are those of the recipe itself; ``folder`` is where the config will stand.
     """
     comments = [f"{plan.method} on {plan.world_size} GPUs, planned by d2scale", *plan.notes]
     if plan.accumulation_steps > 1:
@@ -84,24 +80,21 @@ def _nest(target: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for part in parents:
         target = target.setdefault(part, {})
-    target[last] = list(value) if isinstance(value, tuple) else value
+    target[last] = as_json(value)
 
 
 def profiles_table(profiles: Sequence[MemoryProfile], fraction: float) -> str:
     """Return the points of each profile, and the images per GPU that usual GPUs can hold.
 
-    Args:
-        profiles: at least one.
-        fraction: part of a device's memory that a prediction may fill.
+    ``fraction`` is the part of a device's memory that a prediction may fill.
     """
     parts = []
     for profile in profiles:
-        lines = [f"{profile.source}: {profile.description}", "", _points(profile), ""]
+        parts += [f"{profile.source}: {profile.description}", _points(profile)]
         part = profile.part_to_fill(fraction)
         fits = [(f"{gib} GiB", profile.largest_ims_per_gpu(gib * part * GIB)) for gib in _USUAL_GIB]
         header = f"images per GPU in {part:g} of the memory"
-        lines.append(tabulate(fits, headers=["GPU", header], tablefmt="pipe"))
-        parts.append("\n".join(lines))
+        parts.append(tabulate(fits, headers=["GPU", header], tablefmt="pipe"))
     return "\n\n".join(parts)
 
 

@@ -45,26 +45,17 @@ def budget_rule(device_gib: float | None) -> Rule:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The ranks and the device memory to plan for.
+    """The ranks and the device memory to plan for."""
 
-    Attributes:
-        world_size: ranks, one to a GPU (N).
-        budget_gib: device memory of one GPU in GiB that may be used, None if unknown.
-        profile: what training needs of that memory, None if unknown.
-        ims_per_gpu: images in one forward and backward of one GPU, 0 to decide.
-        variants: profiles of the same recipe in float32 and with AMP, without and with
-            activation checkpointing, as far as they are known; ``profile`` is one of them.
-        short_edge: largest ``INPUT.MIN_SIZE_TRAIN`` in pixels, 0 if unknown.
-        fraction: part of the budget that a prediction may fill.
-    """
-
-    world_size: int
-    budget_gib: float | None = None
-    profile: MemoryProfile | None = None
-    ims_per_gpu: int = 0
+    world_size: int  # ranks, one to a GPU (N)
+    budget_gib: float | None = None  # memory of one GPU that may be used, None if unknown
+    profile: MemoryProfile | None = None  # what training needs of it, None if unknown
+    ims_per_gpu: int = 0  # images in one forward and backward of one GPU, 0 to decide
+    # Known profiles of the same recipe in float32 and with AMP, without and with activation
+    # checkpointing; ``profile`` is one of them.
     variants: tuple[MemoryProfile, ...] = ()
-    short_edge: int = 0
-    fraction: float = 1.0
+    short_edge: int = 0  # largest INPUT.MIN_SIZE_TRAIN in pixels, 0 if unknown
+    fraction: float = 1.0  # part of the budget that a prediction may fill
 
     @classmethod
     def from_cfg(
@@ -82,22 +73,22 @@ class Hardware:
         """Read the ``D2SCALE`` keys; what the caller gives wins over them.
 
         Args:
-            cfg: a detectron2, d2go or d2scale config, to run on ``world_size`` ranks.
             budget_gib, profile_path, ims_per_gpu: None takes the key of that name.
             device_gib: memory of the GPU at hand, which is the budget if none is asked for.
             settings: what the recipe sets that ``cfg`` may not know, by dotted key.
             engine: what trains it; a profile holds for one engine.
 
-        Raises:
-            ConfigError: for values out of range, or a profile that cannot be used.
+        Raises a ConfigError for values out of range, or a profile that cannot be used.
         """
         if ims_per_gpu is None:
             ims_per_gpu = get_key(cfg, IMS_PER_GPU, 0)
         if budget_gib is None:
             budget_gib = get_key(cfg, BUDGET, 0.0) or device_gib
-        _check(cfg, world_size, ims_per_gpu, budget_gib, device_gib)
+        _check(cfg, world_size, ims_per_gpu, budget_gib, budget_rule(device_gib))
         covers = coverage(cfg, settings, engine)
-        known, profile = _profiles(profile_path or get_key(cfg, PROFILE, ""), covers)
+        path = profile_path or get_key(cfg, PROFILE, "")
+        known = load_profiles(path) if path else shipped_profiles()
+        profile = choose_profile(known, covers, path) if path else find_profile(known, covers)
         return cls(
             world_size,
             budget_gib,
@@ -126,7 +117,6 @@ class Hardware:
         made, unless ``MEMORY.PROBE`` is False; otherwise only if no shipped one fits.
 
         Args:
-            cfg, world_size, device_gib, engine: see :meth:`from_cfg`.
             method: one of ``METHODS``; None: the one that ``SOLVER.AUTO_SCALING_METHODS`` names.
             make_profile: measures or predicts ``cfg``; called on all ranks that are given the
                 same arguments or on none. None: the run ends with other faults anyhow, so one
@@ -135,7 +125,7 @@ class Hardware:
                 advice; called only if ``make_profile`` leaves no room for one image.
 
         Raises:
-            ConfigError: see :meth:`from_cfg`; and what the two functions raise.
+            ConfigError: as :meth:`from_cfg`, and what the two functions raise.
         """
         hardware = cls.from_cfg(cfg, world_size, device_gib=device_gib, engine=engine)
         if not hardware._needs_profile(cfg, method, on_gpu=device_gib is not None):
@@ -158,11 +148,8 @@ class Hardware:
     @property
     def unknown(self) -> list[str]:
         """What is missing to plan the memory, and the options that give it."""
-        values = {
-            "the memory of the GPU (--gpu-memory-gib)": self.budget_gib,
-            "a memory profile (--profile)": self.profile,
-        }
-        return [name for name, value in values.items() if value is None]
+        missing = ["the memory of the GPU (--gpu-memory-gib)"] if self.budget_gib is None else []
+        return missing + (["a memory profile (--profile)"] if self.profile is None else [])
 
     @property
     def room_gib(self) -> float | None:
@@ -174,11 +161,7 @@ class Hardware:
     def largest_fit(self, *, accumulates: bool = False) -> int | None:
         """Return the most images per GPU that fit, None if that cannot be said.
 
-        Args:
-            accumulates: whether a step has several micro-batches.
-
-        Raises:
-            ConfigError: if not even one image fits.
+        Raises a ConfigError if not even one image fits.
         """
         if self.ims_per_gpu:
             return self.ims_per_gpu
@@ -211,16 +194,14 @@ class Hardware:
         assert self.profile is not None
         assert self.budget_gib is not None
         part = self.profile.part_to_fill(self.fraction)
-        image_gib = self._peak(1) / GIB
-        needed_gib = image_gib / part
-        allowed = f"at least the {image_gib:.2f} GiB of one image"
+        needed_gib = self._peak(1) / GIB / part
+        allowed = f"at least the {needed_gib:.2f} GiB of one image"
         if part < 1:
             allowed = (
                 f"at least {needed_gib:.2f}, for {FRACTION.key} of it, {part:g}, has to "
-                f"hold the {image_gib:.2f} GiB of one image"
+                f"hold the {needed_gib * part:.2f} GiB of one image"
             )
-        missing = f"{needed_gib - self.budget_gib:.2f} GiB are missing"
-        advice = f"{missing}; {self._ways_to_fit()}"
+        advice = f"{needed_gib - self.budget_gib:.2f} GiB are missing; {self._ways_to_fit()}"
         return Fault(BUDGET, round(self.budget_gib, 2), allowed, advice)
 
     def _ways_to_fit(self) -> str:
@@ -251,23 +232,12 @@ class Hardware:
 
 
 def _check(
-    cfg: Any, world_size: int, ims_per_gpu: int, budget_gib: float | None, device_gib: float | None
+    cfg: Any, world_size: int, ims_per_gpu: int, budget_gib: float | None, budget: Rule
 ) -> None:
     faults = whole("number of GPUs", 1).faults(world_size)
     faults += whole(IMS_PER_GPU, 0, advice="set it to 0 to have it decided").faults(ims_per_gpu)
     faults += judge(cfg, (FRACTION, SHORT_EDGES))
     if budget_gib is not None:
-        faults += budget_rule(device_gib).faults(budget_gib)
+        faults += budget.faults(budget_gib)
     if faults:
         raise ConfigError(faults)
-
-
-def _profiles(
-    path: str, covers: Mapping[str, Any]
-) -> tuple[Sequence[MemoryProfile], MemoryProfile | None]:
-    """Return the profiles of a file, or the shipped ones, and the one that holds for ``covers``."""
-    if path:
-        known = load_profiles(path)
-        return known, choose_profile(known, covers, path)
-    known = shipped_profiles()
-    return known, find_profile(known, covers)

@@ -18,7 +18,7 @@ GIB = 2**30
 PREDICTED, MEASURED = "predicted", "measured"
 
 # Phases in which the gradients of earlier micro-batches lie beside what is counted.
-_ACCUMULATING_PHASES = ("forward", "backward")
+_ACCUMULATING = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Point:
-    """A step that was counted or measured.
-
-    Attributes:
-        ims_per_gpu: its images.
-        live_bytes: the most that tensors held at one moment.
-        reserved_bytes: the most that the allocator took from the device.
-        needed_bytes: the least that the allocator can be given; None if it was not sought.
-    """
+    """A step that was counted or measured."""
 
     ims_per_gpu: int
-    live_bytes: int
-    reserved_bytes: int
-    needed_bytes: int | None = None
+    live_bytes: int  # the most that tensors held at one moment
+    reserved_bytes: int  # the most that the allocator took from the device
+    needed_bytes: int | None = None  # the least that it can be given; None if it was not sought
 
 
 @dataclass(frozen=True)
@@ -58,28 +51,17 @@ class MemoryProfile:
     The peak of a step is the largest peak of its phases. Forward and backward grow with the
     images; the optimizer step does not, and is the peak of a small model. A phase may have
     several lines, for its own peak moves as the images become more.
-
-    Attributes:
-        phases: at least one; of one rank alone and one micro-batch a step.
-        source: ``predicted`` or ``measured``.
-        description: how it was made, and for what, in words.
-        context_bytes: what the device's runtime takes besides, before the first tensor.
-        gradient_bytes: of all gradients together, which accumulation holds from one micro-batch
-            to the next.
-        averaging_bytes: of the buffers in which several ranks average gradients.
-        covers: the settings that it holds for, by name (see :mod:`d2scale.planning.coverage`);
-            empty: not known.
-        points: what it was made from.
     """
 
-    phases: tuple[Phase, ...]
-    source: str
-    description: str = ""
-    context_bytes: int = 0
-    gradient_bytes: int = 0
-    averaging_bytes: int = 0
+    phases: tuple[Phase, ...]  # at least one; of one rank alone and one micro-batch a step
+    source: str  # PREDICTED or MEASURED
+    description: str = ""  # how it was made, and for what, in words
+    context_bytes: int = 0  # what the device's runtime takes besides, before the first tensor
+    gradient_bytes: int = 0  # of all gradients, which accumulation holds between micro-batches
+    averaging_bytes: int = 0  # of the buffers in which several ranks average gradients
+    # The settings that it holds for, as planning.coverage names them; empty: not known.
     covers: Mapping[str, Any] = field(default_factory=dict)
-    points: tuple[Point, ...] = ()
+    points: tuple[Point, ...] = ()  # what it was made from
 
     def part_to_fill(self, fraction: float) -> float:
         """Return the part of a budget that a plan may fill, ``fraction`` being a prediction's.
@@ -91,13 +73,7 @@ class MemoryProfile:
     def peak_bytes(
         self, ims_per_gpu: float, *, world_size: int = 1, accumulates: bool = False
     ) -> int:
-        """Return the most bytes that a training step takes.
-
-        Args:
-            ims_per_gpu: images of one micro-batch.
-            world_size: ranks.
-            accumulates: whether a step has several micro-batches.
-        """
+        """Return the most bytes that a step takes; if it ``accumulates``, in micro-batches."""
         lines = self._lines(world_size, accumulates)
         return max(static + round(ims_per_gpu * slope) for static, slope in lines)
 
@@ -114,16 +90,13 @@ class MemoryProfile:
         return min(rooms)
 
     def _lines(self, world_size: int, accumulates: bool) -> list[tuple[int, int]]:
-        always = self.context_bytes + (self.averaging_bytes if world_size > 1 else 0)
-        return [
-            (
-                always
-                + phase.static_bytes
-                + (self.gradient_bytes * (accumulates and phase.name in _ACCUMULATING_PHASES)),
-                phase.bytes_per_image,
-            )
-            for phase in self.phases
-        ]
+        lines = []
+        for phase in self.phases:
+            static = self.context_bytes + phase.static_bytes
+            static += self.averaging_bytes if world_size > 1 else 0
+            static += self.gradient_bytes if accumulates and phase.name in _ACCUMULATING else 0
+            lines.append((static, phase.bytes_per_image))
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """Return the profile as it stands in a file."""
@@ -131,11 +104,7 @@ class MemoryProfile:
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> MemoryProfile:
-        """Read a profile; ``where`` names it in faults.
-
-        Raises:
-            ConfigError: if it is not a profile, or its numbers cannot be.
-        """
+        """Read a profile; ``where`` names it in the ConfigError if it is none."""
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise _fault(where, f'JSON with "format": "{FORMAT}"', "give a memory profile")
         if content.get("version") not in _READABLE:
@@ -154,17 +123,11 @@ class MemoryProfile:
                 tuple(Point(**point) for point in content.get("points", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise _fault(
-                where,
-                'a "source" and a list of "phases" with name, static_bytes, bytes_per_image',
-                f"correct it ({error})",
-            ) from error
+            allowed = 'a "source" and a list of "phases" with name, static_bytes, bytes_per_image'
+            raise _fault(where, allowed, f"correct it ({error})") from error
         if not profile._is_sound():
-            raise _fault(
-                where,
-                "whole numbers of bytes, 0 or more, and a phase that grows with the images",
-                "correct it",
-            )
+            allowed = "whole numbers of bytes, 0 or more, and a phase that grows with the images"
+            raise _fault(where, allowed, "correct it")
         return profile
 
     def _is_sound(self) -> bool:
@@ -178,11 +141,7 @@ class MemoryProfile:
 
 
 def load_profiles(path: str) -> tuple[MemoryProfile, ...]:
-    """Read the memory profiles of a JSON file: one, or a list of them.
-
-    Raises:
-        ConfigError: if the file is missing, unreadable or holds something else.
-    """
+    """Read the memory profiles of a JSON file: one, or a list. Other files are a ConfigError."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

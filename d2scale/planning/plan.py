@@ -5,43 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from d2scale.config.keys import get_key, set_key
+from d2scale.config.keys import differences, get_key, set_key
 from d2scale.config.value_rules import judge, one_of
 from d2scale.errors import ConfigError, DataError, Fault
 from d2scale.planning import rules
 from d2scale.planning.batch import BATCH_RULES, decide_batch
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.methods import METHODS, method_faults, method_of
-from d2scale.planning.schedule import Schedule, differences, schedule_faults
+from d2scale.planning.schedule import Schedule, schedule_faults
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe runs on some hardware.
+    """How a recipe runs on some hardware."""
 
-    Attributes:
-        method: ``per_gpu``, ``keep_total`` or ``max_memory``.
-        world_size: ranks (N).
-        ims_per_gpu: images in the largest micro-batch of any rank (m).
-        accumulation_steps: most micro-batches of any rank in one optimizer step (a).
-        ims_per_batch: images in one optimizer step (B).
-        batch_ratio: k = B / B0.
-        lr_rule: ``linear``, ``sqrt`` or ``none``.
-        predicted_peak_gib: device memory of one rank, None if no profile is at hand.
-        changes: config key to (recipe's value, planned value).
-        notes: the reasons, and what the user should know.
-    """
-
-    method: str
-    world_size: int
-    ims_per_gpu: int
-    accumulation_steps: int
-    ims_per_batch: int
-    batch_ratio: float
-    lr_rule: str
-    predicted_peak_gib: float | None
-    changes: dict[str, tuple[Any, Any]]
-    notes: tuple[str, ...]
+    method: str  # per_gpu, keep_total or max_memory
+    world_size: int  # ranks (N)
+    ims_per_gpu: int  # images in the largest micro-batch of any rank (m)
+    accumulation_steps: int  # most micro-batches of any rank in one optimizer step (a)
+    ims_per_batch: int  # images in one optimizer step (B)
+    batch_ratio: float  # k = B / B0
+    lr_rule: str  # linear, sqrt or none
+    predicted_peak_gib: float | None  # device memory of one rank, None if no profile is at hand
+    changes: dict[str, tuple[Any, Any]]  # config key to (recipe's value, planned value)
+    notes: tuple[str, ...]  # the reasons, and what the user should know
 
     def apply(self, cfg: Any) -> Any:
         """Return a copy of ``cfg`` with the planned values; keys it lacks are passed over."""
@@ -58,10 +45,8 @@ class Plan:
     def with_smaller_micro_batches(self, ims_per_gpu: int) -> Plan:
         """Return the plan after an out-of-memory error has cut the run to ``ims_per_gpu``."""
         sizes = rules.micro_batch_sizes(self.ims_per_batch, self.world_size, ims_per_gpu)
-        note = (
-            f"images per GPU cut from {self.ims_per_gpu} to {ims_per_gpu} during the run, by an "
-            "out-of-memory error"
-        )
+        cut = f"images per GPU cut from {self.ims_per_gpu} to {ims_per_gpu}"
+        note = f"{cut} during the run, by an out-of-memory error"
         return replace(
             self,
             ims_per_gpu=max(map(max, sizes)),
@@ -86,7 +71,6 @@ def make_plan(
 
     Args:
         cfg: a detectron2, d2go or d2scale config; it is not changed.
-        hardware: what is at hand.
         method: one of ``METHODS``; None takes the one that ``SOLVER.AUTO_SCALING_METHODS``
             names, or else ``keep_total``, which changes nothing about the training.
         lr_rule: one of ``rules.LR_RULES``; None takes ``D2SCALE.LR_RULE``.
@@ -113,20 +97,15 @@ def make_plan(
         batch_ratio=batch.ims_per_batch / schedule.ims_per_batch,
         lr_rule=rule,
         predicted_peak_gib=hardware.peak_gib(batch.ims_per_gpu, accumulates=accumulates),
-        changes=differences(schedule, planned),
+        changes=differences(schedule.to_config(), planned.to_config()),
         notes=(*batch.notes, *_schedule_notes(schedule, planned, lr_rule)),
     )
 
 
 def refuse_more_than_all(plan: Plan, images: int) -> None:
-    """Refuse a total batch that was chosen to fill the memory and exceeds the dataset.
+    """Raise a DataError if ``max_memory`` chose a total batch larger than the dataset.
 
-    Args:
-        plan: of any method; only ``max_memory`` chooses its total batch.
-        images: in the training dataset, 0 if that is not known.
-
-    Raises:
-        DataError: if the batch is larger.
+    ``images`` are those of the training dataset, 0 if that is not known.
     """
     if plan.method == "max_memory" and 0 < images < plan.ims_per_batch:
         advice = f"set D2SCALE.MAX_IMS_PER_BATCH to at most {images}, or train on more images"

@@ -26,15 +26,10 @@ def split_evenly(total: int, parts: int) -> tuple[int, ...]:
 
 
 def micro_batch_sizes(total: int, world_size: int, ims_per_gpu: int) -> tuple[tuple[int, ...], ...]:
-    """Divide the images of one optimizer step over ranks and their micro-batches.
+    """Divide ``total`` images of one optimizer step over ranks and their micro-batches.
 
-    Args:
-        total: images in the step, at least ``world_size``.
-        world_size: ranks.
-        ims_per_gpu: most images that one micro-batch may hold.
-
-    Returns:
-        For each rank the sizes of its micro-batches, as few and as even as possible.
+    Returned are, for each rank, the sizes of its micro-batches, as few and as even as possible
+    with at most ``ims_per_gpu`` images each. ``total`` is at least ``world_size``.
 
     >>> micro_batch_sizes(16, 3, 4)
     ((3, 3), (3, 2), (3, 2))
@@ -44,11 +39,7 @@ def micro_batch_sizes(total: int, world_size: int, ims_per_gpu: int) -> tuple[tu
 
 
 def micro_batch_counts(images: int, ims_per_gpu: int) -> tuple[int, ...]:
-    """Return the numbers of micro-batches that :func:`micro_batch_sizes` can make.
-
-    Args:
-        images: of one rank in one optimizer step.
-        ims_per_gpu: most images that one micro-batch may hold.
+    """Return the numbers of micro-batches that one rank's images can be cut into.
 
     >>> micro_batch_counts(5, 4)
     (2, 3, 5)
@@ -64,13 +55,7 @@ def resolve_lr_rule(rule: str, optimizer: str) -> str:
 
 
 def scale_learning_rate(learning_rate: float, ratio: Fraction, rule: str) -> float:
-    """Return the learning rate for a batch ``ratio`` times as large.
-
-    Args:
-        learning_rate: the recipe's, per step.
-        ratio: k = B / B0.
-        rule: ``linear``, ``sqrt`` or ``none``.
-    """
+    """Return the learning rate per step for a batch ``ratio`` times as large."""
     if rule == "linear":
         # The decimal that the user wrote, not its nearest double: 0.01 * 15/8 is 0.01875.
         return float(Fraction(repr(learning_rate)) * ratio)
@@ -81,9 +66,7 @@ def scale_learning_rate(learning_rate: float, ratio: Fraction, rule: str) -> flo
 
 def scale_count(iterations: int, ratio: Fraction) -> int:
     """Scale a period or a moment: same images, rounded, and 0 only if it was 0."""
-    if iterations == 0:
-        return 0
-    return max(1, round(iterations / ratio))
+    return max(1, round(iterations / ratio)) if iterations else 0
 
 
 def scale_max_iter(max_iter: int, ratio: Fraction) -> int:
@@ -92,12 +75,7 @@ def scale_max_iter(max_iter: int, ratio: Fraction) -> int:
 
 
 def scale_steps(steps: Sequence[int], ratio: Fraction, max_iter: int) -> tuple[int, ...]:
-    """Scale the iterations at which the learning rate drops.
-
-    Args:
-        steps: the recipe's, strictly increasing.
-        ratio: k = B / B0.
-        max_iter: the new length; the results stay below it.
+    """Scale the iterations at which the learning rate drops; they stay below ``max_iter``.
 
     Raises:
         ValueError: if there is no room for that many drops in ``max_iter`` iterations.

@@ -28,12 +28,9 @@ def _are_moments(steps: Sequence[int]) -> bool:
     return all(map(is_whole, steps)) and all(a < b for a, b in pairwise([0, *steps]))
 
 
+_WRITTEN_FOR = "the number of GPUs that the recipe was written for"
 _RULES = (
-    whole(
-        "SOLVER.REFERENCE_WORLD_SIZE",
-        1,
-        advice="set it to the number of GPUs that the recipe was written for",
-    ),
+    whole("SOLVER.REFERENCE_WORLD_SIZE", 1, advice=f"set it to {_WRITTEN_FOR}"),
     whole("SOLVER.IMS_PER_BATCH", 1, advice="set the recipe's total batch"),
     number("SOLVER.BASE_LR", above=0, advice="set the recipe's learning rate"),
     number("SOLVER.BASE_LR_END", least=0, advice="set it to 0"),
@@ -46,28 +43,17 @@ _EMA_DECAY = number("MODEL_EMA.DECAY", least=0, most=1, advice="set it to 0.999"
 
 @dataclass(frozen=True)
 class Schedule:
-    """The part of a recipe that depends on its total batch.
+    """The part of a recipe that depends on its total batch."""
 
-    Attributes:
-        reference_world_size: GPUs that the recipe was written for (N0).
-        ims_per_batch: images in one optimizer step (B0).
-        base_lr: learning rate per step, and the one a cosine schedule ends with.
-        max_iter: optimizer steps in the whole training.
-        steps: iterations at which the learning rate drops.
-        iterations: the other counts of iterations, by config key.
-        ema_decay: per-step decay of the averaged weights, None without such an average.
-        optimizer: name, lower case.
-    """
-
-    reference_world_size: int
-    ims_per_batch: int
-    base_lr: float
-    base_lr_end: float
-    max_iter: int
-    steps: tuple[int, ...]
-    iterations: Mapping[str, int]
-    ema_decay: float | None
-    optimizer: str
+    reference_world_size: int  # GPUs that the recipe was written for (N0)
+    ims_per_batch: int  # images in one optimizer step (B0)
+    base_lr: float  # learning rate per step
+    base_lr_end: float  # the one a cosine schedule ends with
+    max_iter: int  # optimizer steps in the whole training
+    steps: tuple[int, ...]  # iterations at which the learning rate drops
+    iterations: Mapping[str, int]  # the other counts of iterations, by config key
+    ema_decay: float | None  # per-step decay of the averaged weights, None without such an average
+    optimizer: str  # name, lower case
 
     @classmethod
     def from_cfg(cls, cfg: Any) -> Schedule:
@@ -105,7 +91,7 @@ class Schedule:
         return dict(sorted(values.items()))
 
     def scaled(self, ims_per_batch: int, world_size: int, lr_rule: str) -> Schedule:
-        """Return the same training with another total batch on another number of ranks.
+        """Return the same training with another total batch, in images, on other ranks.
 
         Before, written for 64 GPUs::
 
@@ -117,11 +103,6 @@ class Schedule:
             SOLVER: {REFERENCE_WORLD_SIZE: 1, IMS_PER_BATCH: 2, BASE_LR: 0.00015625,
                      MAX_ITER: 5760000, STEPS: [3840000, 5120000], WARMUP_ITERS: 64000}
 
-        Args:
-            ims_per_batch: the new total batch, in images.
-            world_size: the ranks that will run.
-            lr_rule: ``linear``, ``sqrt`` or ``none``.
-
         Raises:
             ConfigError: if the training becomes too short for its learning-rate drops.
         """
@@ -130,7 +111,12 @@ class Schedule:
         try:
             steps = rules.scale_steps(self.steps, ratio, max_iter)
         except ValueError as error:
-            raise ConfigError([self._too_short(ims_per_batch, max_iter)]) from error
+            allowed = (
+                f"fewer than {max_iter} steps, because with {ims_per_batch} images a step the "
+                f"training has {max_iter} iterations"
+            )
+            advice = "use a smaller batch (D2SCALE.MAX_IMS_PER_BATCH) or fewer SOLVER.STEPS"
+            raise ConfigError([Fault("SOLVER.STEPS", self.steps, allowed, advice)]) from error
         return replace(
             self,
             reference_world_size=world_size,
@@ -140,18 +126,7 @@ class Schedule:
             max_iter=max_iter,
             steps=steps,
             iterations={k: rules.scale_count(v, ratio) for k, v in self.iterations.items()},
-            ema_decay=None
-            if self.ema_decay is None
-            else rules.scale_ema_decay(self.ema_decay, ratio),
-        )
-
-    def _too_short(self, ims_per_batch: int, max_iter: int) -> Fault:
-        return Fault(
-            "SOLVER.STEPS",
-            self.steps,
-            f"fewer than {max_iter} steps, because with {ims_per_batch} images a step the "
-            f"training has {max_iter} iterations",
-            "use a smaller batch (D2SCALE.MAX_IMS_PER_BATCH) or fewer SOLVER.STEPS",
+            ema_decay=self.ema_decay and rules.scale_ema_decay(self.ema_decay, ratio),
         )
 
 
@@ -163,35 +138,19 @@ def schedule_faults(cfg: Any) -> list[Fault]:
     wrong = {fault.key for fault in faults}
     solver = cfg.SOLVER
     if not wrong & {"SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"}:
-        faults += _smallest_batch(solver.REFERENCE_WORLD_SIZE).faults(solver.IMS_PER_BATCH)
+        gpus = solver.REFERENCE_WORLD_SIZE
+        faults += Rule(
+            "SOLVER.IMS_PER_BATCH",
+            f"at least one image for each of SOLVER.REFERENCE_WORLD_SIZE = {gpus} GPUs",
+            lambda images: images >= gpus,
+            f"set REFERENCE_WORLD_SIZE to {_WRITTEN_FOR} (8 when the config leaves it out)",
+        ).faults(solver.IMS_PER_BATCH)
     if not wrong & {"SOLVER.STEPS", "SOLVER.MAX_ITER"}:
-        faults += _latest_step(solver.MAX_ITER).faults(solver.STEPS)
+        faults += Rule(
+            "SOLVER.STEPS",
+            f"below SOLVER.MAX_ITER = {solver.MAX_ITER}",
+            lambda steps: not steps or steps[-1] < solver.MAX_ITER,
+            "raise MAX_ITER, or remove the steps that are never reached "
+            "(none at all: SOLVER.STEPS '()')",
+        ).faults(solver.STEPS)
     return faults
-
-
-def _smallest_batch(reference_world_size: int) -> Rule:
-    return Rule(
-        "SOLVER.IMS_PER_BATCH",
-        f"at least one image for each of SOLVER.REFERENCE_WORLD_SIZE = {reference_world_size} GPUs",
-        lambda images: images >= reference_world_size,
-        "set REFERENCE_WORLD_SIZE to the number of GPUs that the recipe was written for "
-        "(8 when the config leaves it out)",
-    )
-
-
-def _latest_step(max_iter: int) -> Rule:
-    return Rule(
-        "SOLVER.STEPS",
-        f"below SOLVER.MAX_ITER = {max_iter}",
-        lambda steps: not steps or steps[-1] < max_iter,
-        "raise MAX_ITER, or remove the steps that are never reached "
-        "(none at all: SOLVER.STEPS '()')",
-    )
-
-
-def differences(old: Schedule, new: Schedule) -> dict[str, tuple[Any, Any]]:
-    """Return the config keys in which two schedules differ, with both values."""
-    after = new.to_config()
-    return {
-        key: (value, after[key]) for key, value in old.to_config().items() if value != after[key]
-    }

@@ -29,34 +29,25 @@ class AnotherRankFailedError(RuntimeError):
 
 
 class AgreedOutOfMemoryError(Exception):
-    """Some rank ran out of memory; raised on every rank.
-
-    Attributes:
-        part: what the ranks were doing.
-        ranks: those that failed.
-        reason: the first line of this rank's error; empty if it did not fail.
-    """
+    """Some rank ran out of memory; raised on every rank."""
 
     def __init__(self, part: str, ranks: Sequence[int], reason: str) -> None:
         super().__init__(f"{part}: out of memory on rank {', '.join(map(str, ranks))}")
-        self.part = part
-        self.ranks = tuple(ranks)
-        self.reason = reason
+        self.part = part  # what the ranks were doing
+        self.ranks = tuple(ranks)  # those that failed
+        self.reason = reason  # the first line of this rank's error; empty if it did not fail
 
 
 def run_together(part: str, work: Callable[[], T], counts: Tensor | None = None) -> T:
     """Run ``work`` on every rank and return its result, if it succeeded on all of them.
 
-    Args:
-        part: name of the work, for the error.
-        work: makes no collective calls that a failing rank would miss.
-        counts: int64 on the CPU, read after ``work``; summed over the ranks in place, in the
-            same exchange.
+    ``work`` makes no collective calls that a failing rank would miss. ``counts``, int64 on the CPU,
+    are read after it and summed over the ranks in place, in the same exchange.
 
     Raises:
         AgreedOutOfMemoryError: on every rank, if any of them ran out of memory.
-        AnotherRankFailedError: if ``work`` failed on another rank for another reason.
-        Exception: any other error of ``work``, unchanged, on its own rank.
+        AnotherRankFailedError: if ``work`` failed on another rank for another reason; there its
+            own error passes unchanged.
     """
     results: list[T] = []
     reason = ""

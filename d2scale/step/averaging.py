@@ -29,19 +29,15 @@ BUFFERS = 2
 
 @dataclass(eq=False)
 class _Bucket:
-    """Parameters of one dtype on one device whose gradients are reduced together.
+    """Parameters of one dtype on one device whose gradients are reduced together."""
 
-    Attributes:
-        parameters: in the order in which a backward pass usually reaches them.
-        buffers: flat tensors that take turns, shared with the other buckets of this kind.
-        missing: parameters whose gradient the running backward pass has not completed.
-        started: whether its reduction has begun.
-    """
-
+    # In the order in which a backward pass usually reaches them.
     parameters: list[nn.Parameter]
+    # Flat tensors that take turns, shared with the other buckets of this kind.
     buffers: deque[Tensor] = field(default_factory=deque)
+    # Parameters whose gradient the running backward pass has not completed.
     missing: set[nn.Parameter] = field(default_factory=set)
-    started: bool = False
+    started: bool = False  # whether its reduction has begun
 
     @property
     def numel(self) -> int:
@@ -61,11 +57,8 @@ class GradientAverager:
     """Replaces gradients by their means over the ranks. All ranks build one alike.
 
     What it needs on the device is allocated here, once: two buffers of 16 MiB, or of the largest
-    gradient. On one rank it does nothing.
-
-    Args:
-        parameters: those that train, in the same order on every rank.
-        compress: dtype in which gradients cross the network; None: their own.
+    gradient. On one rank it does nothing. Gradients cross the network in the dtype ``compress``,
+    or else in their own.
     """
 
     def __init__(
@@ -100,9 +93,8 @@ class GradientAverager:
     def taking_part(self, *, joins: bool) -> Iterator[None]:
         """Within the context, a rank that fails leaves no other rank waiting.
 
-        Args:
-            joins: after an error take part in the reductions that are left, with whatever
-                the buffers hold. All ranks must then drop the step.
+        If it ``joins``, it takes part in the reductions that are left, with whatever the buffers
+        hold. All ranks must then drop the step.
         """
         for bucket in self._buckets:
             bucket.started = False
@@ -115,10 +107,9 @@ class GradientAverager:
 
     @contextmanager
     def last_backward(self) -> Iterator[None]:
-        """Within the context, reduce each bucket as soon as its gradients are complete.
+        """Within the context, which is the last backward pass, reduce each complete bucket.
 
-        It is for the backward pass that adds the last gradients of a step. When it ends, all
-        gradients are means over the ranks, and ``counts`` are those of this rank.
+        When it ends, all gradients are means over the ranks, and ``counts`` are this rank's.
         """
         if not self._buckets:
             yield
@@ -138,10 +129,7 @@ class GradientAverager:
         self._complete_all(use=True)
 
     def drop_unused(self) -> None:
-        """Take the zeros back that stand in for gradients which no rank has.
-
-        To be called once ``counts`` are summed over the ranks.
-        """
+        """Take the zeros back that stand for gradients no rank has, once ``counts`` are summed."""
         if not self._buckets:
             return
         used, late = self.counts.split([len(self._parameters), len(self._buckets)])

@@ -10,8 +10,6 @@ from d2scale.errors import D2ScaleError
 from d2scale.step import ranks
 from d2scale.step.agreement import AgreedOutOfMemoryError
 
-__all__ = ["AgreedOutOfMemoryError", "AllocatorRetries", "StepDoesNotFitError"]
-
 logger = logging.getLogger(__name__)
 
 # Steps between two lines about allocator retries.
@@ -27,12 +25,7 @@ def smaller_micro_batches(
 ) -> int:
     """Return half of the images per GPU with which a step ran out of memory, and log it.
 
-    Every rank calls it.
-
-    Args:
-        failure: what happened.
-        rank_images: this rank's images of the step.
-        ims_per_gpu: most images in one forward.
+    Every rank calls it, with its own images of the step.
 
     Raises:
         StepDoesNotFitError: if it was one image.
@@ -63,11 +56,7 @@ def _where(failure: AgreedOutOfMemoryError) -> str:
 
 
 class AllocatorRetries:
-    """Warns when CUDA's allocator had to empty its cache to find room: failure is near.
-
-    Args:
-        device: of this rank; other than CUDA: nothing is watched.
-    """
+    """Warns when CUDA's allocator had to empty its cache to find room: failure is near."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

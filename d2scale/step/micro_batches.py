@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 Sample = Mapping[str, Any]
 MicroBatch = Sequence[Sample]
 PhaseMarker = Callable[[str], AbstractContextManager[None]]
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -48,17 +47,11 @@ class ExactModel(Protocol):
 
 @dataclass(frozen=True)
 class StepLosses:
-    """The losses of one optimizer step, as one batch would report them, the same on every rank.
-
-    Attributes:
-        names: of the losses.
-        values: shape (names,), float64, on the model's device.
-        images: images in the step, over all ranks and micro-batches.
-    """
+    """The losses of one optimizer step, as one batch would report them, the same on every rank."""
 
     names: tuple[str, ...]
-    values: Tensor
-    images: int
+    values: Tensor  # shape (names,), float64, on the model's device
+    images: int  # of the step, over all ranks and micro-batches
 
     @cached_property
     def losses(self) -> dict[str, float]:
@@ -85,12 +78,8 @@ class ForwardBackward:
     Args:
         model: bare, in training mode; called with a micro-batch (and ``normalizers``, if it is an
             :class:`ExactModel`), it returns its losses by name.
-        averager: of the parameters that train.
         precision: dtype of autocast; None: off.
         scaler: scales the losses before backward, for float16.
-
-    Attributes:
-        phase: context managers around "forward" and "backward", for what watches them.
     """
 
     def __init__(
@@ -108,6 +97,7 @@ class ForwardBackward:
         self._scaler = scaler
         self._device = next(model.parameters()).device
         self._warned = False
+        # Context managers around "forward" and "backward", for what watches them.
         self.phase: PhaseMarker = no_phase
 
     def __call__(
@@ -117,15 +107,11 @@ class ForwardBackward:
         agrees: bool = True,
         prepare: Callable[[], None] | None = None,
     ) -> StepLosses:
-        """Run all micro-batches of this rank.
-
-        Args:
-            micro_batches: at least one, none empty.
-            agrees: whether an out-of-memory error of any rank is raised on all of them.
-            prepare: runs before the first forward.
+        """Run all micro-batches of this rank, and ``prepare`` before the first forward.
 
         Raises:
-            AgreedOutOfMemoryError: if so. The gradients then mean nothing.
+            AgreedOutOfMemoryError: on every rank, if one runs out of memory and ``agrees``; the
+                gradients then mean nothing. Otherwise that rank's own error passes.
         """
         if not micro_batches or not all(micro_batches):
             raise ValueError("every rank needs at least one micro-batch, and none may be empty")
@@ -138,11 +124,8 @@ class ForwardBackward:
             names = sorted(totals)
             summed = ranks.sum_over_ranks(torch.stack([totals[name] for name in names]))
             totals = dict(zip(names, summed, strict=True))
-        names, values = run(
-            "forward or backward",
-            partial(self._accumulate, micro_batches, totals, int(images), joins=agrees),
-            self._averager.counts,
-        )
+        work = partial(self._accumulate, micro_batches, totals, int(images), joins=agrees)
+        names, values = run("forward or backward", work, self._averager.counts)
         self._averager.drop_unused()
         means = ranks.sum_over_ranks(values) / ranks.world_size()
         return StepLosses(tuple(names), means, int(images))
@@ -173,17 +156,14 @@ class ForwardBackward:
         joins: bool,
     ) -> tuple[list[str], Tensor]:
         """Run all micro-batches; return loss names and their sums on this rank, float64."""
-        normalizers = None
-        if self._exact:
-            normalizers = self._exact.finish_normalizers(totals, ranks.world_size())
+        exact, world_size = self._exact, ranks.world_size()
+        normalizers = exact.finish_normalizers(totals, world_size) if exact else None
         sums: Tensor | None = None
         with self._averager.taking_part(joins=joins):
             for index, micro_batch in enumerate(micro_batches):
                 with self.phase("forward"):
                     losses = self._forward(micro_batch, normalizers)
-                    weight = 1.0
-                    if self._exact is None:
-                        weight = len(micro_batch) * ranks.world_size() / images
+                    weight = 1.0 if exact else len(micro_batch) * world_size / images
                     objective = torch.stack(list(losses.values())).sum() * weight
                 last = index == len(micro_batches) - 1
                 with self.phase("backward"):
@@ -200,11 +180,9 @@ class ForwardBackward:
         self, micro_batch: MicroBatch, normalizers: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
         enabled = self._precision is not None
+        arguments = {"normalizers": normalizers} if self._exact else {}
         with torch.autocast(self._device.type, dtype=self._precision, enabled=enabled):
-            if self._exact:
-                losses = self._model(micro_batch, normalizers=normalizers)
-            else:
-                losses = self._model(micro_batch)
+            losses = self._model(micro_batch, **arguments)
         # As detectron2's trainer has it.
         return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
@@ -218,8 +196,7 @@ class ForwardBackward:
         if self._warned or (micro_batches == 1 and ranks.world_size() == 1):
             return
         self._warned = True
-        reasons = inexact_reasons(self._model)
-        if reasons:
+        if reasons := inexact_reasons(self._model):
             logger.warning(
                 "Splitting a step over micro-batches or ranks is approximate for this model: %s",
                 "; ".join(reasons),
@@ -241,8 +218,7 @@ def inexact_reasons(model: nn.Module) -> tuple[str, ...]:
             f"{type(model).__name__} does not tell its loss normalizers, so the losses of a "
             "micro-batch count by its images"
         )
-    trained = trained_norms(model)
-    if trained:
+    if trained := trained_norms(model):
         reasons.append(
             f"{len(trained)} batch norm layers (the first is {trained[0]}) take their statistics "
             "from one micro-batch"

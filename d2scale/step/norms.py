@@ -16,11 +16,8 @@ _NAIVE_SYNC_BATCH_NORM = "NaiveSyncBatchNorm"
 
 def trained_norms(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the batch norm layers that take statistics from their batch."""
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, BATCH_NORM) and module.training
-    )
+    norms = ((name, m) for name, m in model.named_modules() if isinstance(m, BATCH_NORM))
+    return tuple(name for name, norm in norms if norm.training)
 
 
 def synchronised_norms(model: nn.Module) -> tuple[str, ...]:
@@ -48,8 +45,7 @@ def without_synchronised_norms(model: nn.Module, reason: str = "there is one ran
 
 def _plain_norm(norm: nn.Module) -> nn.BatchNorm2d:
     assert isinstance(norm, BATCH_NORM)
-    plain = nn.BatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-    )
+    settings = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    plain = nn.BatchNorm2d(*settings)
     share_tensors(plain, norm)  # an optimizer may hold them
     return plain.train(norm.training)

@@ -15,10 +15,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     Raises:
         ValueError, KeyError: if the state is of other parameters; nothing is loaded then.
     """
-    settings = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
+    settings = [dict(group) for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         tensors = [value for value in values.values() if isinstance(value, Tensor) and value.dim()]

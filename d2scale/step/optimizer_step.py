@@ -17,13 +17,7 @@ from d2scale.step import ranks
 from d2scale.step.agreement import AgreedOutOfMemoryError, run_alone, run_together
 from d2scale.step.averaging import GradientAverager
 from d2scale.step.guard import AllocatorRetries, smaller_micro_batches
-from d2scale.step.micro_batches import (
-    ForwardBackward,
-    MicroBatch,
-    PhaseMarker,
-    StepLosses,
-    cut,
-)
+from d2scale.step.micro_batches import ForwardBackward, MicroBatch, PhaseMarker, StepLosses, cut
 from d2scale.step.norms import synchronised_norms
 from d2scale.step.undo import StepUndo
 from d2scale.step.update import GradientClipper, trained_parameters, update_weights
@@ -36,22 +30,15 @@ OnSplit = Callable[[int], None]
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How steps are taken.
+    """How steps are taken."""
 
-    Attributes:
-        precision: dtype of autocast; None: off.
-        scaler: of the losses, for float16.
-        clip: limits the gradients, in place.
-        on_oom: "split" takes a step that runs out of memory again in smaller micro-batches;
-            "raise" lets the error pass.
-        compress: dtype in which gradients cross the network; None: their own.
-    """
-
-    precision: torch.dtype | None = None
-    scaler: GradScaler | None = None
-    clip: GradientClipper | None = None
+    precision: torch.dtype | None = None  # of autocast; None: off
+    scaler: GradScaler | None = None  # of the losses, for float16
+    clip: GradientClipper | None = None  # limits the gradients, in place
+    # "split" takes a step that runs out of memory again in smaller micro-batches; "raise" lets
+    # the error pass.
     on_oom: str = "split"
-    compress: torch.dtype | None = None
+    compress: torch.dtype | None = None  # in which gradients cross the network; None: their own
 
 
 class OptimizerStep:
@@ -63,9 +50,7 @@ class OptimizerStep:
 
     Args:
         model: bare, in training mode.
-        optimizer: over parameters of ``model``.
         ims_per_gpu: most images in one forward, to begin with.
-        options: see :class:`StepOptions`.
         on_split: called with the new images per GPU, on every rank, before the step is repeated.
     """
 
@@ -109,17 +94,14 @@ class OptimizerStep:
     def __call__(
         self, rank_batch: MicroBatch, before_update: BeforeUpdate | None = None
     ) -> StepLosses:
-        """Take one step.
+        """Take one step with this rank's images.
 
-        Args:
-            rank_batch: this rank's images of the step.
-            before_update: called with the losses when the gradients of the whole step are there,
-                at every attempt. It makes no collective calls.
+        ``before_update`` is called with the losses when the gradients of the whole step are there,
+        at every attempt. It makes no collective calls.
 
         Raises:
             StepDoesNotFitError: on every rank, if one image at a time is too much; model and
                 optimizer are as before the step.
-            Exception: any other error, unchanged.
         """
         if self.options.on_oom != "split" or not self._can_agree:
             return self._attempt(rank_batch, before_update, agrees=False)
@@ -134,7 +116,9 @@ class OptimizerStep:
                 return losses
             # Out of the handler: nothing holds the activations of the attempt any more.
             self._undo.restore()
-            _free_memory()
+            gc.collect()  # frames in reference cycles keep activations alive
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             self.ims_per_gpu = smaller_micro_batches(failure, len(rank_batch), self.ims_per_gpu)
             if self.on_split is not None:
                 self.on_split(self.ims_per_gpu)
@@ -144,17 +128,15 @@ class OptimizerStep:
     ) -> StepLosses:
         """Take one step once; nothing is undone. On one rank it reads no values of tensors.
 
-        Raises:
-            AgreedOutOfMemoryError: on every rank, if any of them ran out of memory.
+        Raises AgreedOutOfMemoryError on every rank, if any of them ran out of memory.
         """
         return self._attempt(rank_batch, before_update, agrees=self._can_agree)
 
     def held_tensors(self) -> list[Tensor]:
         """Return what lives between steps: weights, buffers, optimizer state, averaging buffers."""
         states = (value for state in self.optimizer.state.values() for value in state.values())
-        state_tensors = [value for value in states if isinstance(value, Tensor)]
-        weights = [*self.model.parameters(), *self.model.buffers()]
-        return [*weights, *state_tensors, *self._averager.buffers]
+        tensors = (value for value in states if isinstance(value, Tensor))
+        return [*self.model.parameters(), *self.model.buffers(), *tensors, *self._averager.buffers]
 
     def _attempt(
         self,
@@ -165,12 +147,10 @@ class OptimizerStep:
         undoable: bool = False,
     ) -> StepLosses:
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._forward_backward(
-            cut(rank_batch, self.ims_per_gpu),
-            agrees=agrees,
-            # Beside the forward, and agreed on together with the loss normalizers.
-            prepare=self._undo.remember if undoable else None,
-        )
+        micro_batches = cut(rank_batch, self.ims_per_gpu)
+        # Copies are made beside the forward, and agreed on together with the loss normalizers.
+        prepare = self._undo.remember if undoable else None
+        losses = self._forward_backward(micro_batches, agrees=agrees, prepare=prepare)
         self._undo.settle()
         run = run_together if agrees else run_alone
         run("the optimizer", partial(self._update, losses, before_update))
@@ -194,10 +174,3 @@ def learning_rates_zero(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for group, learning_rate in zip(optimizer.param_groups, before, strict=True):
             group["lr"] = learning_rate
-
-
-def _free_memory() -> None:
-    # Frames in reference cycles keep activations alive.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -47,7 +47,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _device_is_nearly_full() -> bool:
-    if not torch.cuda.is_available():
-        return False
-    free_bytes, _ = torch.cuda.mem_get_info()
-    return free_bytes < _NEARLY_FULL_BYTES
+    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _NEARLY_FULL_BYTES

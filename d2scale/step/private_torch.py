@@ -12,24 +12,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch._subclasses.fake_tensor import (
+    FakeTensorMode as FakeTensorMode,
+)
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-
-__all__ = [
-    "BATCH_NORM",
-    "NOT_FAKEABLE",
-    "FakeTensorMode",
-    "TorchDispatchMode",
-    "run_backward",
-    "share_tensors",
-    "storage_key",
-    "tree_leaves",
-    "tree_map_only",
-]
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 # Base class of all batch norm layers.
 BATCH_NORM = _BatchNorm

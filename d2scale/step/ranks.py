@@ -124,11 +124,7 @@ def same_on_all_ranks(value: object) -> bool:
 
 
 def refuse_differences(settings: Mapping[str, Any], advice: str) -> None:
-    """Raise on every rank if some rank was given other settings than rank 0.
-
-    Args:
-        settings: by name, as this rank was given them.
-        advice: what the user should do.
+    """Raise on every rank if some rank was given other settings, by name, than rank 0.
 
     Raises:
         ConfigError: a line for each setting that differs, with the first rank where it does.

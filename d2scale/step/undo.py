@@ -17,18 +17,10 @@ class StepUndo:
     state are copied at the start of every step: to host memory, for the device has none to spare,
     and on a CUDA stream of their own, while the forward only reads them. Buffers (statistics of
     batch norm, moving normalizers) are small and copied on the device.
-
-    Args:
-        model: bare.
-        optimizer: over parameters of ``model``.
-        scaler: the one that the step scales with.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: GradScaler | None = None,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: GradScaler | None = None
     ) -> None:
         self._model = model
         self._optimizer = optimizer
@@ -80,10 +72,8 @@ class StepUndo:
         self.settle()
         for tensor, copy in self._copies.items():
             tensor.copy_(copy)
-        for key in [key for key in self._optimizer.state if key not in self._state]:
-            del self._optimizer.state[key]
-        for key, state in self._state.items():
-            self._optimizer.state[key] = dict(state)
+        self._optimizer.state.clear()
+        self._optimizer.state.update({key: dict(state) for key, state in self._state.items()})
         self._restore_buffers()
         self._restore_scaler()
         torch.set_rng_state(self._random[0])

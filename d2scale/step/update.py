@@ -16,13 +16,10 @@ def update_weights(
     scaler: GradScaler | None = None,
     clip: GradientClipper | None = None,
 ) -> None:
-    """Take the optimizer's step with the gradients that are there.
+    """Take the optimizer's step with the gradients that are there, which ``clip`` limits in place.
 
-    Args:
-        optimizer: of the weights.
-        scaler: has scaled the losses; a step whose gradients overflow is left out, and the scale
-            is lowered.
-        clip: limits the gradients, in place.
+    If a ``scaler`` has scaled the losses, a step whose gradients overflow is left out, and the
+    scale is lowered.
     """
     if clip is not None:
         if scaler is not None:
@@ -38,8 +35,7 @@ def update_weights(
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Return the parameters that the optimizer updates, in its order."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return [p for p in parameters if p.requires_grad]
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
