@@ -206,6 +206,25 @@ def test_resumes_with_the_config_that_the_run_has_left(recipe, tmp_path, monkeyp
     assert len(steps_told(tmp_path / "run")) == 16
 
 
+def test_optimizer_state_of_another_memory_layout(recipe, tmp_path, monkeypatch, undisturbed):
+    """A GPU's weights and momentum are contiguous, where a CPU's have channels last."""
+    train_until(monkeypatch, recipe("run"), 5)
+    path = tmp_path / "run" / "model_0000003.pth"
+    saved = torch.load(path, weights_only=True)
+    changed = 0
+    for state in saved["optimizer"]["state"].values():
+        momentum = state["momentum_buffer"]
+        if momentum.dim() == 4:
+            contiguous = momentum.is_contiguous()
+            layout = torch.channels_last if contiguous else torch.contiguous_format
+            state["momentum_buffer"] = momentum.contiguous(memory_format=layout)
+            changed += state["momentum_buffer"].stride() != momentum.stride()
+    assert changed > 10
+    torch.save(saved, path)
+    train(recipe("run"), resume=True)
+    assert_same_weights(tmp_path / "run", undisturbed)
+
+
 def test_checkpoint_without_a_record_resumes_at_the_recipes_own_batch(
     recipe, tmp_path, monkeypatch
 ):
