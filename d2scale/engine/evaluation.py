@@ -6,7 +6,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, zip_longest
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,28 +187,12 @@ def format_results(results: Mapping[str, float]) -> str:
         for name, value in results.items()
         if name.startswith("AP-")
     ]
-    tables = [
-        tabulate(
-            [list(metrics.values())],
-            headers=list(metrics),
-            tablefmt="pipe",
-            floatfmt=".3f",
-            stralign="center",
-            numalign="center",
-        )
-    ]
+    table = partial(tabulate, tablefmt="pipe", floatfmt=".3f")
+    values = [list(metrics.values())]
+    tables = [table(values, list(metrics), stralign="center", numalign="center")]
     if classes:
         columns = min(3, len(classes))
-        rows = zip_longest(
-            *[classes[start::columns] for start in range(columns)], fillvalue=("", "")
-        )
-        tables.append(
-            tabulate(
-                [list(chain.from_iterable(row)) for row in rows],
-                headers=["category", "AP"] * columns,
-                tablefmt="pipe",
-                floatfmt=".3f",
-                numalign="left",
-            )
-        )
+        starts = range(0, len(classes), columns)
+        rows = [list(chain.from_iterable(classes[start : start + columns])) for start in starts]
+        tables.append(table(rows, ["category", "AP"] * columns, numalign="left"))
     return "\n\n".join(tables)

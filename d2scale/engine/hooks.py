@@ -81,7 +81,6 @@ class EvaluationHook:
         reporter: writes the metrics.
         period: steps between evaluations; 0: none.
         max_iter: steps of the whole training.
-        images_before: images that earlier runs have shown.
     """
 
     def __init__(
@@ -91,22 +90,19 @@ class EvaluationHook:
         *,
         period: int,
         max_iter: int,
-        images_before: int = 0,
     ) -> None:
         self._evaluate = evaluate
         self._reporter = reporter
         self._period = period
         self._max_iter = max_iter
-        self._images_seen = images_before
 
     def __call__(self, step: StepMetrics) -> None:
-        self._images_seen = step.images_seen
         if is_due(step, self._period) and step.iteration + 1 != self._max_iter:
-            self.evaluate(step.iteration)
+            self.evaluate(step.iteration, step.images_seen)
 
-    def evaluate(self, iteration: int) -> dict[str, float]:
+    def evaluate(self, iteration: int, images_seen: int) -> dict[str, float]:
         """Evaluate, write the metrics for ``iteration`` and return them."""
         results = dict(self._evaluate())
         if results:
-            self._reporter.write(iteration, {**results, "images_seen": self._images_seen})
+            self._reporter.write(iteration, {**results, "images_seen": images_seen})
         return results

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import (
-    ProcessContext,
     ProcessExitedException,
     ProcessRaisedException,
     start_processes,
@@ -33,7 +32,7 @@ from d2scale.run_folder.files import write_atomically
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # torchrun counts how often it has started the ranks anew.
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-_ECHO_SECONDS = 1.0
+_LATER_SECONDS = 1.0
 _GLOO_SECONDS = 0.1
 _THREADS = "OMP_NUM_THREADS"
 
@@ -69,29 +68,26 @@ def launch(
     """
     topology = topology or Topology()
     if under_torchrun():
-        return _run_in_group(function, args, *_torchruns_group(), use_cuda=use_cuda)
+        return _run_in_group(function, args, _torchruns_group(), use_cuda=use_cuda)
     if topology.world_size == 1:
         return function(*args)
     if faults := topology.faults():
         raise ConfigError(faults)
     with tempfile.TemporaryDirectory(prefix="d2scale-") as name:
         folder = Path(name)
-        with _threads_divided(topology.num_processes):
-            ranks = start_processes(
-                _run_rank,
-                (function, tuple(args), topology, folder, use_cuda),
-                topology.num_processes,
-                join=False,
-                start_method="spawn",
-            )
-        _wait(ranks, topology, folder)
+        rank_args = (function, tuple(args), topology, folder, use_cuda)
+        _start_and_wait(rank_args, topology, folder)
         return pickle.loads((folder / "result").read_bytes())  # noqa: S301  written by a rank
 
 
-def _wait(ranks: ProcessContext, topology: Topology, folder: Path) -> None:
-    """Wait until all ranks have ended; at the first failure, and at Ctrl-C, end the others."""
+def _start_and_wait(rank_args: tuple[Any, ...], topology: Topology, folder: Path) -> None:
+    """Run all ranks of this machine; at the first failure, and at Ctrl-C, end the others."""
     # What it warns of, ending the other ranks, is not worth a line.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    with _threads_divided(topology.num_processes):
+        ranks = start_processes(
+            _run_rank, rank_args, topology.num_processes, join=False, start_method="spawn"
+        )
     try:
         while not ranks.join():
             pass
@@ -133,41 +129,54 @@ def _run_rank(
     folder: Path,
     use_cuda: bool,
 ) -> None:
-    """Be a spawned rank: leave the result, or a D2ScaleError, in ``folder`` for the parent."""
+    """Run a spawned rank; put its result, or its D2ScaleError, into ``folder`` for the parent."""
     # Ctrl-C reaches every process of a terminal: end at once, wherever a collective hangs.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         group = _spawned_group(local_rank, topology, folder, use_cuda)
-        result = _run_in_group(function, args, *group, use_cuda=use_cuda)
+        result = _run_in_group(function, args, group, use_cuda=use_cuda)
     except D2ScaleError as error:
         write_atomically(folder / f"{local_rank}.error", pickle.dumps(error))
         sys.exit(1)
     except Exception:
-        # Perhaps only the echo of a rank that was killed: the parent shall see that first.
-        time.sleep(_ECHO_SECONDS)
+        # Perhaps only because another rank was killed: the parent shall see that one first.
+        time.sleep(_LATER_SECONDS)
         raise
     if local_rank == 0:
         (folder / "result").write_bytes(pickle.dumps(result))
 
 
+class _Group(NamedTuple):
+    """A rank's place in its process group.
+
+    Attributes:
+        store: where the ranks exchange their addresses.
+        local_rank: the rank's number on its machine, and that of its GPU.
+        rank: its number among all.
+        world_size: ranks of the run.
+    """
+
+    store: dist.Store
+    local_rank: int
+    rank: int
+    world_size: int
+
+
 def _run_in_group(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    store: dist.Store,
-    local_rank: int,
-    rank: int,
-    world_size: int,
-    *,
-    use_cuda: bool,
+    function: Callable[..., Any], args: Sequence[Any], group: _Group, *, use_cuda: bool
 ) -> Any:
-    """Run ``function`` inside a process group whose ranks meet in ``store``."""
+    """Run ``function`` as one rank of a process group."""
     options: dict[str, Any] = {"backend": "gloo"}
     if use_cuda:
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", group.local_rank)
         torch.cuda.set_device(device)
         options = {"backend": "nccl", "device_id": device}
     dist.init_process_group(
-        store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT, **options
+        store=group.store,
+        rank=group.rank,
+        world_size=group.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        **options,
     )
     result = function(*args)
     # Not after an error: the other ranks may be inside a collective. And not at once: gloo's
@@ -177,28 +186,24 @@ def _run_in_group(
     return result
 
 
-Group = tuple[dist.Store, int, int, int]
-
-
-def _torchruns_group() -> Group:
-    """Return store, local rank, rank and world size of a rank that torchrun has started."""
+def _torchruns_group() -> _Group:
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
     # Its agent may keep one store for all starts, in which a rank could find the address of a
     # rank that was killed. Each machine counts its own restarts, so this is for one machine.
     restarts = os.environ.get(RESTARTS) if os.environ.get("GROUP_WORLD_SIZE") == "1" else None
     store = dist.PrefixStore(f"restart{restarts or 0}", store)
-    return store, int(os.environ.get("LOCAL_RANK", "0")), rank, world_size
+    return _Group(store, int(os.environ.get("LOCAL_RANK", "0")), rank, world_size)
 
 
-def _spawned_group(local_rank: int, topology: Topology, folder: Path, use_cuda: bool) -> Group:
-    """Return store, local rank, rank and world size of a rank that was started here."""
+def _spawned_group(local_rank: int, topology: Topology, folder: Path, use_cuda: bool) -> _Group:
     rank = topology.machine_rank * topology.num_processes + local_rank
     world_size = topology.world_size
-    if topology.num_machines == 1:
-        # No port that another program could take meanwhile.
-        return dist.FileStore(str(folder / "store"), world_size), local_rank, rank, world_size
     address = address_of(topology.dist_url)
-    assert address is not None
+    if topology.num_machines == 1 or address is None:
+        # A file, for another program could meanwhile take a port that is free now.
+        return _Group(
+            dist.FileStore(str(folder / "store"), world_size), local_rank, rank, world_size
+        )
     try:
         store = dist.TCPStore(
             *address, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False
@@ -207,11 +212,11 @@ def _spawned_group(local_rank: int, topology: Topology, folder: Path, use_cuda: 
         reason = str(error).partition("\n")[0]
         raise ConfigError([url_fault(topology.dist_url, reason)]) from error
     _refuse_other_machines(store, topology, use_cuda)
-    return dist.PrefixStore("ranks", store), local_rank, rank, world_size
+    return _Group(dist.PrefixStore("ranks", store), local_rank, rank, world_size)
 
 
 def _refuse_other_machines(store: dist.Store, topology: Topology, use_cuda: bool) -> None:
-    """Compare what must be known before a group can be made: a wrong one would wait for ever."""
+    """Compare what makes up the group: with differences, its ranks would wait for each other."""
     facts = {
         "--num-machines": topology.num_machines,
         "--num-gpus": topology.num_processes,
@@ -236,13 +241,12 @@ def _refuse_other_machines(store: dist.Store, topology: Topology, use_cuda: bool
 @contextmanager
 def _threads_divided(num_processes: int) -> Iterator[None]:
     """Give each rank its part of the cores, unless the user has decided."""
-    if _THREADS in os.environ:
-        yield
-        return
     # Cores that this process may use; all of the machine's where that cannot be asked.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    os.environ[_THREADS] = str(max(1, (cores or 1) // num_processes))
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = before or str(max(1, (cores or 1) // num_processes))
     try:
         yield
     finally:
-        del os.environ[_THREADS]
+        if before is None:
+            del os.environ[_THREADS]

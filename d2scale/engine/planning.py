@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def check_plan(cfg: Any, ranks: int, method: str | None) -> None:
         ConfigError: with all of them.
     """
     device_gib = _device_gib(0) if cfg.MODEL.DEVICE == "cuda" else None
-    make_plan(cfg, _hardware(cfg, ranks, method, device_gib, make_profile=None), method=method)
+    _plan(cfg, ranks, method, device_gib, make_profile=None)
 
 
 def plan_on_ranks(cfg: Any, method: str | None, images: int) -> Plan:
@@ -64,10 +65,7 @@ def plan_on_ranks(cfg: Any, method: str | None, images: int) -> Plan:
     outcome: Plan | ConfigError | None = None
     if rank() == 0 or measures(cfg):
         try:
-            hardware = _hardware(
-                cfg, world_size(), method, device_gib, make_profile=lambda: _make_profile(cfg)
-            )
-            outcome = make_plan(cfg, hardware, method=method)
+            outcome = _plan(cfg, world_size(), method, device_gib, partial(_make_profile, cfg))
             refuse_more_than_all(outcome, images)
         except ConfigError as error:
             outcome = error
@@ -92,14 +90,14 @@ def planned_cfg(cfg: Any, plan: Plan) -> Any:
     return planned
 
 
-def _hardware(
+def _plan(
     cfg: Any,
     ranks: int,
     method: str | None,
     device_gib: float | None,
     make_profile: Callable[[], MemoryProfile] | None,
-) -> Hardware:
-    return Hardware.for_training(
+) -> Plan:
+    hardware = Hardware.for_training(
         cfg,
         ranks,
         method=method,
@@ -108,6 +106,7 @@ def _hardware(
         make_profile=make_profile,
         make_variants=lambda: predict_variants(cfg, _worst_case(cfg)),
     )
+    return make_plan(cfg, hardware, method=method)
 
 
 def _make_profile(cfg: Any) -> MemoryProfile:

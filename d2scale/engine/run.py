@@ -131,15 +131,8 @@ def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
 
 def _check_folder(folder: Path, *, may_hold_run: bool) -> None:
     if not may_hold_run and holds_run(folder):
-        raise ConfigError(
-            [
-                Fault(
-                    "OUTPUT_DIR",
-                    str(folder),
-                    "a folder without the checkpoints of another run",
-                    "add --resume to go on with that run, or choose another folder",
-                )
-            ]
-        )
+        allowed = "a folder without the checkpoints of another run"
+        advice = "add --resume to go on with that run, or choose another folder"
+        raise ConfigError([Fault("OUTPUT_DIR", str(folder), allowed, advice)])
     if faults := folder_faults(folder):
         raise ConfigError(faults)

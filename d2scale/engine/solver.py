@@ -21,44 +21,27 @@ from d2scale.engine.honoured import ADAMW_NAMES
 from d2scale.step.update import GradientClipper
 
 _NORM_LAYERS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm),
 )
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Return SGD or AdamW over the parameters of ``model`` that train."""
+    solver = cfg.SOLVER
     groups = parameter_groups(
         model,
-        base_lr=cfg.SOLVER.BASE_LR,
-        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
     )
-    if cfg.SOLVER.OPTIMIZER.lower() in ADAMW_NAMES:
-        return torch.optim.AdamW(
-            groups,
-            lr=cfg.SOLVER.BASE_LR,
-            betas=tuple(cfg.SOLVER.BETAS),
-            eps=cfg.SOLVER.EPS,
-            fused=True,
-        )
-    return torch.optim.SGD(
-        groups,
-        lr=cfg.SOLVER.BASE_LR,
-        momentum=cfg.SOLVER.MOMENTUM,
-        nesterov=cfg.SOLVER.NESTEROV,
-        fused=True,
-    )
+    options = {"lr": solver.BASE_LR, "fused": True}
+    if solver.OPTIMIZER.lower() in ADAMW_NAMES:
+        return torch.optim.AdamW(groups, betas=tuple(solver.BETAS), eps=solver.EPS, **options)
+    return torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **options)
 
 
 def parameter_groups(
@@ -70,7 +53,7 @@ def parameter_groups(
     weight_decay_bias: float | None = None,
     bias_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Group the parameters that train by learning rate and weight decay.
+    """Return as few groups as possible of the parameters that train, in the model's order.
 
     A shared parameter counts once, in the first module that holds it. A bias takes the bias
     settings also inside a normalization layer.
@@ -82,27 +65,24 @@ def parameter_groups(
         weight_decay_norm: of normalization layers; None: ``weight_decay``.
         weight_decay_bias: of biases; None: as the layer's other parameters.
         bias_lr_factor: learning rate of biases over ``base_lr``.
-
-    Returns:
-        As few groups as possible, in the order in which the model names them.
     """
+    norm_decay = weight_decay if weight_decay_norm is None else weight_decay_norm
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    seen: set[nn.Parameter] = set()
+    grouped: set[nn.Parameter] = set()
     for module in model.modules():
+        layer_decay = norm_decay if isinstance(module, _NORM_LAYERS) else weight_decay
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or parameter in seen:
+            if not parameter.requires_grad or parameter in grouped:
                 continue
-            seen.add(parameter)
-            learning_rate, decay = base_lr, weight_decay
-            if isinstance(module, _NORM_LAYERS) and weight_decay_norm is not None:
-                decay = weight_decay_norm
+            grouped.add(parameter)
+            key = (base_lr, layer_decay)
             if name == "bias":
-                learning_rate = base_lr * bias_lr_factor
-                decay = decay if weight_decay_bias is None else weight_decay_bias
-            groups.setdefault((learning_rate, decay), []).append(parameter)
+                decay = layer_decay if weight_decay_bias is None else weight_decay_bias
+                key = (base_lr * bias_lr_factor, decay)
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "lr": learning_rate, "weight_decay": decay}
-        for (learning_rate, decay), parameters in groups.items()
+        {"params": parameters, "lr": lr, "weight_decay": decay}
+        for (lr, decay), parameters in groups.items()
     ]
 
 
@@ -136,7 +116,7 @@ class LearningRateSchedule:
     It keeps no state, so a resumed run needs only the iteration.
 
     Args:
-        optimizer: its groups' learning rates now are those that the multiplier multiplies.
+        optimizer: the multiplier multiplies the learning rates that its groups have now.
         multiplier: progress in [0, 1) to a factor.
         max_iter: iterations of the whole training.
     """
@@ -144,39 +124,38 @@ class LearningRateSchedule:
     def __init__(
         self, optimizer: torch.optim.Optimizer, multiplier: ParamScheduler, max_iter: int
     ) -> None:
+        # Not its groups: loading a state makes new ones.
         self._optimizer = optimizer
         self._multiplier = multiplier
         self._max_iter = max_iter
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        self._shown_group = sizes.index(max(sizes))
 
     def set(self, iteration: int) -> float:
         """Set the learning rates for ``iteration`` and return that of the largest group."""
         factor = self._multiplier(iteration / self._max_iter)
-        for group, base_lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
+        groups = self._optimizer.param_groups
+        for group, base_lr in zip(groups, self._base_lrs, strict=True):
             group["lr"] = base_lr * factor
-        return self._base_lrs[self._shown_group] * factor
+        return float(max(groups, key=lambda group: len(group["params"]))["lr"])
 
 
 def build_lr_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LearningRateSchedule:
     """Return ``SOLVER.LR_SCHEDULER_NAME`` with its warm-up."""
-    max_iter = cfg.SOLVER.MAX_ITER
+    solver = cfg.SOLVER
     main: ParamScheduler
-    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR":
-        main = CosineParamScheduler(1.0, cfg.SOLVER.BASE_LR_END / cfg.SOLVER.BASE_LR)
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
+        main = CosineParamScheduler(1.0, solver.BASE_LR_END / solver.BASE_LR)
     else:
-        steps = list(cfg.SOLVER.STEPS)
-        values = [cfg.SOLVER.GAMMA**drops for drops in range(len(steps) + 1)]
-        main = MultiStepParamScheduler(values, num_updates=max_iter, milestones=steps)
+        values = [solver.GAMMA**drops for drops in range(len(solver.STEPS) + 1)]
+        main = MultiStepParamScheduler(values, solver.MAX_ITER, milestones=list(solver.STEPS))
     multiplier = with_warmup(
         main,
-        factor=cfg.SOLVER.WARMUP_FACTOR,
-        length=min(cfg.SOLVER.WARMUP_ITERS / max_iter, 1.0),
-        method=cfg.SOLVER.WARMUP_METHOD,
-        rescale_interval=cfg.SOLVER.RESCALE_INTERVAL,
+        factor=solver.WARMUP_FACTOR,
+        length=min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        method=solver.WARMUP_METHOD,
+        rescale_interval=solver.RESCALE_INTERVAL,
     )
-    return LearningRateSchedule(optimizer, multiplier, max_iter)
+    return LearningRateSchedule(optimizer, multiplier, solver.MAX_ITER)
 
 
 def with_warmup(
@@ -187,21 +166,19 @@ def with_warmup(
     method: str,
     rescale_interval: bool,
 ) -> ParamScheduler:
-    """Put a warm-up before ``main``.
+    """Return ``main`` with a warm-up before it.
 
     Args:
         main: the schedule that follows.
-        factor: where warm-up begins, over the first value of ``main``.
-        length: part of the training in [0, 1] that warm-up takes.
+        factor: of the first value of ``main``, at which the warm-up begins.
+        length: part of the training in [0, 1] that the warm-up takes.
         method: ``linear`` or ``constant``.
-        rescale_interval: whether ``main`` begins after the warm-up and is pressed into the
-            rest; otherwise warm-up hides its beginning.
+        rescale_interval: whether ``main`` begins after the warm-up and is compressed into the
+            rest; otherwise the warm-up hides its beginning.
     """
     begin = factor * main(0.0)
-    warmup: ParamScheduler
-    if method == "constant":
-        warmup = ConstantParamScheduler(begin)
-    else:
+    warmup: ParamScheduler = ConstantParamScheduler(begin)
+    if method == "linear":
         warmup = LinearParamScheduler(begin, main(0.0 if rescale_interval else length))
     return CompositeParamScheduler(
         [warmup, main],

@@ -56,7 +56,7 @@ class Trainer:
         self._skipped_steps = None if scaler is None else SkippedSteps(scaler)
         self._folder = folder
         self.next_iteration = start_iteration
-        self._images_seen = images_before
+        self.images_seen = images_before
 
     def train(self, max_iter: int, hooks: Sequence[Hook]) -> None:
         """Take steps until ``max_iter`` are done, and call all hooks after each.
@@ -91,14 +91,14 @@ class Trainer:
                 write_not_finite_step(error, rank_batch, self._folder)
             raise
         self.next_iteration = iteration + 1
-        self._images_seen += result.images
+        self.images_seen += result.images
         return StepMetrics(
             iteration=iteration,
             losses=result.losses,
             lr=lr,
             seconds=time.perf_counter() - start,
             data_seconds=data_seconds,
-            images_seen=self._images_seen,
+            images_seen=self.images_seen,
         )
 
 

@@ -238,7 +238,6 @@ def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Repo
         reporter,
         period=cfg.TEST.EVAL_PERIOD,
         max_iter=max_iter,
-        images_before=position.images_seen,
     )
     try:
         trainer.train(max_iter, (checkpoints, evaluation, reporter))
@@ -246,4 +245,4 @@ def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Repo
         checkpoints.save()
         raise
     loader.close()
-    return evaluation.evaluate(max_iter - 1)
+    return evaluation.evaluate(max_iter - 1, trainer.images_seen)

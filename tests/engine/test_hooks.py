@@ -79,7 +79,7 @@ def test_evaluation_comes_in_between_and_not_at_the_end():
     for iteration in range(8):
         evaluation(step(iteration))
     assert writer.lines == [(3, {"bbox/AP": 1.0, "images_seen": 16})]
-    assert evaluation.evaluate(7) == {"bbox/AP": 1.0}
+    assert evaluation.evaluate(7, images_seen=32) == {"bbox/AP": 1.0}
     assert writer.lines[1:] == [(7, {"bbox/AP": 1.0, "images_seen": 32})]
 
 
@@ -87,7 +87,7 @@ def test_no_evaluation_without_a_period_or_results():
     writer = Remembering()
     reporter = Reporter([writer], CPU, period=1, start_iteration=0, max_iter=8)
     EvaluationHook(lambda: {"bbox/AP": 1.0}, reporter, period=0, max_iter=8)(step(3))
-    assert EvaluationHook(dict, reporter, period=4, max_iter=8).evaluate(3) == {}
+    assert EvaluationHook(dict, reporter, period=4, max_iter=8).evaluate(3, images_seen=16) == {}
     assert writer.lines == []
 
 

@@ -1,9 +1,10 @@
-"""What a run ran on, for whoever compares it with another."""
+"""Describe the machine of a run, for comparing it with other runs."""
 
 from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         device: of this rank.
 
     Returns:
-        ``description`` for people; ``device`` (its name on the first rank), ``device_memory_mb``
+        ``description`` in words; ``device`` (its name on the first rank), ``device_memory_mb``
         (the smallest of all ranks' devices; only with CUDA), ``cpu``, ``cpu_cores``,
         ``processes``, ``torch``, ``python``, ``d2scale``.
     """
@@ -49,10 +50,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Return what the processor calls itself."""
-    try:
+    """Return the name of the processor."""
+    lines: list[str] = []
+    with suppress(OSError):
         lines = _CPU_FACTS.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -9,17 +9,8 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from d2scale.run_folder.files import METRICS_FILE, write_atomically
-
-
-class Writer(Protocol):
-    """Writes the scalars of an iteration somewhere."""
-
-    def write(self, iteration: int, scalars: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class JsonWriter:
@@ -95,3 +86,6 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         self._writer.close()
+
+
+Writer = JsonWriter | TensorBoardWriter
