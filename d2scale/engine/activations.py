@@ -1,4 +1,4 @@
-"""Activation checkpointing: computing again in the backward pass instead of keeping."""
+"""Activation checkpointing: compute activations again in the backward pass, to save memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2scale.errors import ConfigError, Fault
 
 @runtime_checkable
 class Checkpointable(Protocol):
-    """What a model offers that knows which of its activations are worth computing again."""
+    """A model that can compute some of its activations again instead of keeping them."""
 
     def checkpoint_activations(self) -> None:
         """Keep fewer activations from now on; losses and gradients stay the same."""
@@ -24,14 +24,7 @@ def apply_activation_checkpointing(model: nn.Module) -> None:
         ConfigError: if the model does not offer it.
     """
     if not isinstance(model, Checkpointable):
-        raise ConfigError(
-            [
-                Fault(
-                    "D2SCALE.ACTIVATION_CHECKPOINTING",
-                    True,
-                    f"False, for {type(model).__name__} has no method checkpoint_activations()",
-                    "turn it off, or use SOLVER.AMP.ENABLED to save memory",
-                )
-            ]
-        )
+        allowed = f"False, for {type(model).__name__} has no method checkpoint_activations()"
+        advice = "turn it off, or use SOLVER.AMP.ENABLED to save memory"
+        raise ConfigError([Fault("D2SCALE.ACTIVATION_CHECKPOINTING", True, allowed, advice)])
     model.checkpoint_activations()

@@ -1,4 +1,4 @@
-"""Finding the file that ``MODEL.WEIGHTS`` names, on this machine only."""
+"""Find the file that ``MODEL.WEIGHTS`` names on this machine."""
 
 from __future__ import annotations
 
@@ -33,29 +33,26 @@ def find_weights(name: str) -> Path:
         path = Path(name).expanduser()
         if path.is_file():
             return path
-        raise CheckpointError(
-            [Fault("MODEL.WEIGHTS", name, "a file", "check the path, or set it to '' for none")]
-        )
+        advice = "check the path, or set it to '' for none"
+        raise CheckpointError([Fault("MODEL.WEIGHTS", name, "a file", advice)])
     address = name.replace(ZOO_PREFIX, ZOO_ADDRESS, 1) if name.startswith(ZOO_PREFIX) else name
     if not address.startswith(("https://", "http://")):
         allowed = f"a path, {ZOO_PREFIX}... or an https address"
         raise CheckpointError([Fault("MODEL.WEIGHTS", name, allowed, "download it, give its path")])
-    places = _places(address)
-    for place in places:
-        if place.is_file():
-            return place
-    advice = f"download {address} and put it at {' or '.join(map(str, places))}"
+    paths = _paths_of(address)
+    for path in paths:
+        if path.is_file():
+            return path
+    advice = f"download {address} and put it at {' or '.join(map(str, paths))}"
     raise CheckpointError([Fault("MODEL.WEIGHTS", name, "a file on this machine", advice)])
 
 
-def _places(address: str) -> list[Path]:
-    """Where the file of an address may lie, best first."""
-    places = []
-    folder = os.environ.get(WEIGHTS_VARIABLE)
-    if folder:
-        inner = address.removeprefix(ZOO_ADDRESS)
-        relative = urlsplit(address).path.lstrip("/") if inner == address else inner
-        places.append(Path(folder).expanduser() / relative)
-    cache = Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
-    places.append(cache / urlsplit(address).path.lstrip("/"))
-    return places
+def _paths_of(address: str) -> list[Path]:
+    """Return where the file of an address may be on this machine, in order of preference."""
+    in_cache = urlsplit(address).path.lstrip("/")
+    paths = [Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser() / in_cache]
+    if folder := os.environ.get(WEIGHTS_VARIABLE):
+        is_of_zoo = address.startswith(ZOO_ADDRESS)
+        relative = address.removeprefix(ZOO_ADDRESS) if is_of_zoo else in_cache
+        paths.insert(0, Path(folder).expanduser() / relative)
+    return paths

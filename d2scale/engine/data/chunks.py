@@ -93,7 +93,7 @@ class LoaderOptions:
 
 @dataclass(frozen=True)
 class ChunkDataset:
-    """Makes chunks; the map-style dataset that torch's data loader hands to its workers.
+    """Makes chunks: the map-style dataset that torch's data loader gives to its workers.
 
     Attributes:
         records: the images.
@@ -173,7 +173,7 @@ def _start_workers(
 ) -> Iterator[PackedChunk | DataError]:
     workers = options.num_workers
     with warnings.catch_warnings():
-        # More workers than cores is the recipe's wish, and no news at every evaluation.
+        # That there are more workers than cores: the recipe asks for them.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader: DataLoader[Any] = DataLoader(
             dataset,  # type: ignore[arg-type]

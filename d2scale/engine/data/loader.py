@@ -20,7 +20,7 @@ from d2scale.engine.data.sampling import Draw, StepSampler, rank_slice
 from d2scale.engine.data.transforms import ResizeAndFlip
 from d2scale.errors import DataError
 
-# Images. Small enough for several workers to share a step, and worth a message.
+# Images. Small enough for several workers to share a step, large enough to be worth a message.
 _LARGEST_CHUNK = 4
 
 

@@ -1,4 +1,4 @@
-"""Resize and flip, drawn before the image is read.
+"""Draw the resizing and flipping of an image before it is read.
 
 What is done to an image is a function of (seed, epoch, image) alone, so the size that every
 image of a step will have is known without opening a file.
@@ -18,9 +18,6 @@ from d2scale.engine.data.sampling import Draw, uniform_numbers
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.hardware import SHORT_EDGES
 
-FORMATS = ("BGR", "RGB")
-FLIPS = ("horizontal", "none")
-SAMPLINGS = ("choice", "range")
 # Boxes thinner than this after resizing are left out, as in detectron2.
 _THINNEST_BOX = 1e-5
 
@@ -42,7 +39,7 @@ class ResizeAndFlip:
             smallest and the largest; 0 leaves the size alone.
         sampling: "choice" or "range".
         max_size: longest edge in pixels; it wins over the short edge.
-        flip: mirror every second image, by chance.
+        flip: mirror images, each with a probability of one half.
     """
 
     short_edges: tuple[int, ...]
@@ -77,7 +74,7 @@ class ResizeAndFlip:
         return cls((cfg.INPUT.MIN_SIZE_TEST,), "choice", cfg.INPUT.MAX_SIZE_TEST, False)
 
     def draw(self, seed: int, draw: Draw, height: int, width: int) -> Augmentation:
-        """Decide what happens to an image of ``height`` times ``width`` pixels."""
+        """Draw the augmentation of an image of ``height`` times ``width`` pixels."""
         for_size, for_flip = uniform_numbers(seed, draw.epoch, draw.image, 2).tolist()
         if self.sampling == "range":
             low, high = self.short_edges
@@ -118,9 +115,9 @@ def _raise_faults(cfg: CfgNode) -> None:
 
 
 _RULES = (
-    one_of("INPUT.FORMAT", FORMATS),
-    one_of("INPUT.RANDOM_FLIP", FLIPS),
-    one_of("INPUT.MIN_SIZE_TRAIN_SAMPLING", SAMPLINGS),
+    one_of("INPUT.FORMAT", ("BGR", "RGB")),
+    one_of("INPUT.RANDOM_FLIP", ("horizontal", "none")),
+    one_of("INPUT.MIN_SIZE_TRAIN_SAMPLING", ("choice", "range")),
     SHORT_EDGES,
     whole("INPUT.MIN_SIZE_TEST", 0),
     whole("INPUT.MAX_SIZE_TRAIN", 1),
@@ -135,7 +132,7 @@ _RANGE = Rule(
 
 
 def input_faults(cfg: CfgNode) -> list[Fault]:
-    """Return what the data side cannot do, or not make sense of, in ``INPUT``."""
+    """Return the values of ``INPUT`` that the loaders cannot serve."""
     faults = judge(cfg, _RULES)
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and not SHORT_EDGES.faults(
         cfg.INPUT.MIN_SIZE_TRAIN
