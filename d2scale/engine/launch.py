@@ -208,7 +208,7 @@ def _spawned_group(local_rank: int, topology: Topology, folder: Path, use_cuda: 
         store = dist.TCPStore(
             *address, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False
         )
-    except dist.DistNetworkError as error:
+    except RuntimeError as error:  # newer versions of torch raise a DistNetworkError
         reason = str(error).partition("\n")[0]
         raise ConfigError([url_fault(topology.dist_url, reason)]) from error
     _refuse_other_machines(store, topology, use_cuda)
@@ -226,16 +226,11 @@ def _refuse_other_machines(store: dist.Store, topology: Topology, use_cuda: bool
     first = json.loads(store.get("machine0"))
     for number in range(1, topology.num_machines):
         other = json.loads(store.get(f"machine{number}"))
-        advice = "start the run with the same on every machine"
-        faults = [
-            Fault(
-                f"{key} on machine {number}", other[key], f"{first[key]!r}, as on machine 0", advice
-            )
-            for key in first
-            if other[key] != first[key]
-        ]
-        if faults:
-            raise ConfigError(faults)
+        for key, value in first.items():
+            if other[key] != value:
+                name, allowed = f"{key} on machine {number}", f"{value!r}, as on machine 0"
+                advice = "start the run with the same on every machine"
+                raise ConfigError([Fault(name, other[key], allowed, advice)])
 
 
 @contextmanager

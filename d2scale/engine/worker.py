@@ -16,6 +16,7 @@ from d2scale import __version__
 from d2scale.coco.dataset import load_training_dataset
 from d2scale.config.loading import flatten
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
+from d2scale.engine.checkpoint.files import last_whole_checkpoint
 from d2scale.engine.checkpoint.resume import Position, RunRecord, resume_training
 from d2scale.engine.data.loader import TrainLoader, build_train_loader
 from d2scale.engine.evaluation import evaluate_datasets
@@ -32,7 +33,7 @@ from d2scale.engine.trainer import Trainer
 from d2scale.planning.formats import plan_table
 from d2scale.planning.plan import Plan
 from d2scale.planning.progress import recipe_of
-from d2scale.run_folder.contents import last_checkpoint, write_config, write_machine, write_plan
+from d2scale.run_folder.contents import write_config, write_machine, write_plan
 from d2scale.run_folder.files import make_folder
 from d2scale.run_folder.lock import run_lock
 from d2scale.step.guard import StepDoesNotFitError
@@ -90,8 +91,8 @@ class Job:
 def run_rank(job: Job) -> Results:
     """Plan, train and evaluate, or only evaluate, on this rank.
 
-    Nothing is written before the plan is made and the checkpoint to resume from, but for the
-    log, turns out to fit.
+    The log begins when there is a plan; other files are written when the checkpoint to resume
+    from has been loaded.
 
     Returns:
         The metrics of the last evaluation, under the names that ``metrics.json`` uses; empty
@@ -120,8 +121,8 @@ def run_rank(job: Job) -> Results:
 
 def _evaluate_only(job: Job) -> Results:
     model = build_model(job.cfg)
-    last = last_checkpoint(Path(job.cfg.OUTPUT_DIR)) if job.resume else None
-    load_initial_weights(model, str(last or job.cfg.MODEL.WEIGHTS))
+    last = last_whole_checkpoint(Path(job.cfg.OUTPUT_DIR)) if job.resume else None
+    load_initial_weights(model, str(last[0]) if last else job.cfg.MODEL.WEIGHTS)
     return evaluate_datasets(job.cfg, model)
 
 

@@ -194,6 +194,9 @@ def test_evaluation_alone_repeats_the_last_one(recipe, tmp_path):
     assert again == pytest.approx(trained, nan_ok=True)
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {"inference", "log.txt"}
     assert train(recipe("run"), eval_only=True, resume=True) == pytest.approx(trained, nan_ok=True)
+    # As after a kill between a checkpoint and its name.
+    (tmp_path / "run" / "last_checkpoint").unlink()
+    assert train(recipe("run"), eval_only=True, resume=True) == pytest.approx(trained, nan_ok=True)
 
 
 def test_falls_back_to_what_the_machine_has(recipe, tmp_path, monkeypatch):
