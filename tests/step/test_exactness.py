@@ -6,8 +6,8 @@ A few of the combinations that benchmarks/exactness.py goes through.
 from __future__ import annotations
 
 import pytest
-from exactness import (
-    TOLERANCE,
+from exactness import TOLERANCE
+from split_steps import (
     distance,
     gradient_errors,
     loader,
