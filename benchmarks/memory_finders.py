@@ -61,34 +61,8 @@ def lightning_finder(mode: str) -> Callable[[Bench, int], Found]:
     def find(bench: Bench, budget_bytes: int) -> Found:
         import lightning
 
-        tried = []
-
-        class Module(lightning.LightningModule):
-            def __init__(self) -> None:
-                super().__init__()
-                self.batch_size = 2
-                self.step = bench.new_step()
-                self.model: nn.Module = self.step.model
-
-            def training_step(self, batch: Any, index: int) -> torch.Tensor:
-                if index == 0:
-                    tried.append(self.batch_size)
-                return torch.stack(list(exact_losses(self.model, batch).values())).sum()
-
-            def configure_optimizers(self) -> torch.optim.Optimizer:
-                return self.step.optimizer
-
-            def train_dataloader(self) -> Any:
-                return torch.utils.data.DataLoader(
-                    bench.samples,  # type: ignore[arg-type]
-                    batch_sampler=bench.batch_indices(self.batch_size),
-                    collate_fn=list,
-                )
-
-            def transfer_batch_to_device(self, batch: Any, *arguments: Any) -> Any:
-                return batch
-
-        module = Module()
+        tried: list[int] = []
+        module = lightning_module(bench, tried)
         with tempfile.TemporaryDirectory() as folder:
             trainer = lightning.Trainer(
                 accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
@@ -100,6 +74,38 @@ def lightning_finder(mode: str) -> Callable[[Bench, int], Found]:
         return int(found or 0), len(tried)
 
     return find
+
+
+def lightning_module(bench: Bench, tried: list[int]) -> Any:
+    """The bench's training as Lightning wants it; ``tried`` gets each batch size."""
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch_size = 2
+            self.step = bench.new_step()
+            self.model: nn.Module = self.step.model
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            if index == 0:
+                tried.append(self.batch_size)
+            return torch.stack(list(exact_losses(self.model, batch).values())).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.step.optimizer
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(
+                bench.samples,  # type: ignore[arg-type]
+                batch_sampler=bench.batch_indices(self.batch_size),
+                collate_fn=list,
+            )
+
+        def transfer_batch_to_device(self, batch: Any, *arguments: Any) -> Any:
+            return batch
+
+    return Module()
 
 
 def ultralytics_finder(bench: Bench, budget_bytes: int) -> Found:
