@@ -1,4 +1,4 @@
-"""Reading and writing one key of any engine's config by its dotted name."""
+"""Reading, writing and comparing values of any engine's config by their dotted names."""
 
 from __future__ import annotations
 

@@ -38,12 +38,11 @@ def shipped_configs() -> dict[str, Path]:
     """Return the configs that come with d2scale, by the name after ``d2scale://``."""
     packages = {"": "d2scale.configs"}
     packages |= {f"{entry.name}/": entry.value for entry in entry_points(group="d2scale.recipes")}
-    files = {
-        prefix + file.name: Path(str(file))
-        for prefix, package in packages.items()
-        for file in importlib.resources.files(package).iterdir()
-    }
-    return {name: files[name] for name in sorted(files) if name.endswith(".yaml")}
+    files: dict[str, Path] = {}
+    for prefix, package in packages.items():
+        paths = [Path(str(file)) for file in importlib.resources.files(package).iterdir()]
+        files |= {prefix + path.name: path for path in paths if path.suffix == ".yaml"}
+    return dict(sorted(files.items()))
 
 
 def resolve_config_path(path: str) -> str:

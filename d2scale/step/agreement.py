@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -64,7 +64,12 @@ def run_together(part: str, work: Callable[[], T], counts: Tensor | None = None)
     outcomes = _exchange(outcome, counts)
     if _FAILED in outcomes:
         results.clear()
-        _raise_failure(part, failure, outcomes)
+        if failure is not None:
+            raise failure
+        # The rank that failed shall be the first to end: launchers report the first error.
+        time.sleep(_ECHO_SECONDS)
+        number = outcomes.index(_FAILED)
+        raise AnotherRankFailedError(f"{part}: rank {number} failed; its own error says why")
     if _OUT_OF_MEMORY in outcomes:
         results.clear()
         failed = [number for number, outcome in enumerate(outcomes) if outcome == _OUT_OF_MEMORY]
@@ -80,25 +85,15 @@ def run_alone(part: str, work: Callable[[], T], counts: Tensor | None = None) ->
     return result
 
 
-def _raise_failure(part: str, failure: Exception | None, outcomes: Sequence[int]) -> NoReturn:
-    if failure is not None:
-        raise failure
-    # The rank that failed shall be the first to end: launchers report the first error.
-    time.sleep(_ECHO_SECONDS)
-    failed = outcomes.index(_FAILED)
-    raise AnotherRankFailedError(f"{part}: rank {failed} failed; its own error says why")
-
-
 def _exchange(outcome: int, counts: Tensor | None) -> list[int]:
     """Return the outcomes of all ranks, and sum ``counts`` over them."""
     world_size = ranks.world_size()
     if world_size == 1:
         return [outcome]
-    message = torch.zeros(world_size + (0 if counts is None else len(counts)), dtype=torch.int64)
-    message[ranks.rank()] = outcome
-    if counts is not None:
-        message[world_size:] = counts
-    ranks.sum_on_host(message)
-    if counts is not None:
-        counts.copy_(message[world_size:])
-    return [int(number) for number in message[:world_size].tolist()]
+    outcomes = torch.zeros(world_size, dtype=torch.int64)
+    outcomes[ranks.rank()] = outcome
+    if counts is None:
+        return ranks.sum_on_host(outcomes).tolist()
+    message = ranks.sum_on_host(torch.cat([outcomes, counts]))
+    counts.copy_(message[world_size:])
+    return message[:world_size].tolist()

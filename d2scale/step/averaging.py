@@ -54,7 +54,7 @@ class _Bucket:
 
 
 class GradientAverager:
-    """Replaces gradients by their means over the ranks. All ranks build one alike.
+    """Replaces gradients by their means over the ranks, which all build one alike.
 
     What it needs on the device is allocated here, once: two buffers of 16 MiB, or of the largest
     gradient. On one rank it does nothing. Gradients cross the network in the dtype ``compress``,

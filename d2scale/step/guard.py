@@ -77,6 +77,5 @@ class AllocatorRetries:
             self._quiet_steps = _RETRY_LINES_APART
 
     def _count(self) -> int:
-        if self._device.type != "cuda":
-            return 0
-        return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
+        on_cuda = self._device.type == "cuda"
+        return torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0) if on_cuda else 0

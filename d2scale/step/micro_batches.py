@@ -64,22 +64,12 @@ class StepLosses:
         return sum(self.losses.values())
 
 
-def no_phase(name: str) -> AbstractContextManager[None]:
-    """Mark nothing: the default for what watches the phases of a step."""
-    return nullcontext()
-
-
 class ForwardBackward:
     """Adds the gradients of one optimizer step to ``.grad``, as means over the ranks.
 
     The ranks may have different numbers of micro-batches and of images, but every rank makes the
-    same collective calls.
-
-    Args:
-        model: bare, in training mode; called with a micro-batch (and ``normalizers``, if it is an
-            :class:`ExactModel`), it returns its losses by name.
-        precision: dtype of autocast; None: off.
-        scaler: scales the losses before backward, for float16.
+    same collective calls. The model is bare, in training mode; called with a micro-batch (and
+    ``normalizers``, if it is an :class:`ExactModel`), it returns its losses by name.
     """
 
     def __init__(
@@ -98,7 +88,7 @@ class ForwardBackward:
         self._device = next(model.parameters()).device
         self._warned = False
         # Context managers around "forward" and "backward", for what watches them.
-        self.phase: PhaseMarker = no_phase
+        self.phase: PhaseMarker = lambda name: nullcontext()
 
     def __call__(
         self,

@@ -31,8 +31,7 @@ def synchronised_norms(model: nn.Module) -> tuple[str, ...]:
 
 def without_synchronised_norms(model: nn.Module, reason: str = "there is one rank") -> nn.Module:
     """Replace synchronised batch norm by plain batch norm, in place, and log the ``reason``."""
-    names = synchronised_norms(model)
-    if names:
+    if names := synchronised_norms(model):
         logger.info(
             "%d synchronised batch norm layers become plain ones, for %s (the first is %s)",
             *(len(names), reason, names[0]),

@@ -48,10 +48,8 @@ class OptimizerStep:
     the images per GPU, which stay halved. Total batch, learning rate and result stay the same;
     only random draws inside the model (dropout) differ with other micro-batches.
 
-    Args:
-        model: bare, in training mode.
-        ims_per_gpu: most images in one forward, to begin with.
-        on_split: called with the new images per GPU, on every rank, before the step is repeated.
+    The model is bare, in training mode; ``on_split`` is called with the new images per GPU, on
+    every rank, before the step is repeated.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class OptimizerStep:
         self.model = model
         self.optimizer = optimizer
         self.options = options = options or StepOptions()
-        self.ims_per_gpu = ims_per_gpu
+        self.ims_per_gpu = ims_per_gpu  # most images in one forward
         self.on_split = on_split
         self._averager = GradientAverager(trained_parameters(optimizer), options.compress)
         self._forward_backward = ForwardBackward(
@@ -128,7 +126,7 @@ class OptimizerStep:
     ) -> StepLosses:
         """Take one step once; nothing is undone. On one rank it reads no values of tensors.
 
-        Raises AgreedOutOfMemoryError on every rank, if any of them ran out of memory.
+        Raises an AgreedOutOfMemoryError on every rank, if any of them ran out of memory.
         """
         return self._attempt(rank_batch, before_update, agrees=self._can_agree)
 

@@ -14,9 +14,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
-from torch._subclasses.fake_tensor import (
-    FakeTensorMode as FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -46,7 +44,5 @@ def storage_key(tensor: Tensor) -> int:
 def run_backward(scalar: Tensor) -> None:
     """Run autograd's engine from ``scalar`` to the leaves, without torch's functions around it."""
     engine: Any = torch.autograd.Variable._execution_engine
-    ones = (torch.ones_like(scalar),)
-    engine.run_backward(
-        (scalar,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True
-    )
+    arguments = ((scalar,), (torch.ones_like(scalar),), False, False, ())
+    engine.run_backward(*arguments, allow_unreachable=True, accumulate_grad=True)

@@ -34,10 +34,7 @@ def world_size() -> int:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within the context, this process is the only rank and exchanges nothing with others.
-
-    For steps on fake tensors, which cannot be sent.
-    """
+    """Within the context, be the only rank: for steps on fake tensors, which cannot be sent."""
     global _is_alone
     before, _is_alone = _is_alone, True
     try:

@@ -47,8 +47,7 @@ class StepUndo:
         self._random = [torch.get_rng_state()]
         if self._on_cuda:
             self._random.append(torch.cuda.get_rng_state(self._device))
-        if self._scaler is not None:
-            self._scaler_state = self._scaler.state_dict()
+        self._scaler_state = self._scaler.state_dict() if self._scaler else {}
         self._copy_buffers()
         self._state = {key: dict(state) for key, state in self._optimizer.state.items()}
         if self._stream is not None:
@@ -85,8 +84,8 @@ class StepUndo:
 
     def _changing(self) -> list[Tensor]:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        states = [value for state in self._state.values() for value in state.values()]
-        return [*parameters, *(value for value in states if isinstance(value, Tensor))]
+        values = (value for state in self._state.values() for value in state.values())
+        return parameters + [value for value in values if isinstance(value, Tensor)]
 
     def _copied(self, tensor: Tensor) -> Tensor:
         copy = self._copies.get(tensor)
