@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import detectron2.utils.comm as comm
 from d2go.config import CfgNode as D2GoCfgNode
 
 from d2scale.config.loading import (
@@ -17,27 +14,8 @@ from d2scale.config.loading import (
     resolve_config_path,
     unknown_key_fault,
 )
-from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fault
-
-
-@contextmanager
-def exit_on_user_error(*, on_all_ranks: bool = False) -> Iterator[None]:
-    """End the process with one line a fault and status 2.
-
-    d2go has no place that tells a user's mistake from a bug: what a runner raises is printed as
-    a traceback.
-
-    Args:
-        on_all_ranks: all ranks find the same mistakes, so that only the first tells them.
-    """
-    try:
-        yield
-    except D2ScaleError as error:
-        silent = on_all_ranks and comm.get_rank() > 0
-        for line in () if silent else str(error).splitlines():
-            # Not print(): d2go turns that into a log line.
-            sys.stderr.write(f"d2scale: error: {line}\n")
-        raise SystemExit(EXIT_STATUS_USER_ERROR) from error
+from d2scale.d2go.user_errors import exit_on_user_error
+from d2scale.errors import ConfigError, Fault
 
 
 class CfgNode(D2GoCfgNode):

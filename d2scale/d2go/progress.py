@@ -15,8 +15,8 @@ import detectron2.utils.comm as comm
 import torch
 
 from d2scale import __version__
-from d2scale.d2go.config import exit_on_user_error
 from d2scale.d2go.scaling_methods import applied_plan
+from d2scale.d2go.user_errors import exit_on_user_error
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.continuation import continue_training
 from d2scale.planning.progress import FORMAT, Progress, recipe_of

@@ -3,36 +3,56 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
-import detectron2.utils.comm as comm
 import torch
 from d2go.runner import GeneralizedRCNNRunner
 from d2go.trainer.api import TestNetOutput, TrainNetOutput
+from detectron2.utils.logger import setup_logger
 
 from d2scale.config.defaults import add_d2scale_config
-from d2scale.d2go.config import CfgNode, exit_on_user_error
+from d2scale.d2go.config import CfgNode
 from d2scale.d2go.datasets import register_datasets
-from d2scale.d2go.memory import check_memory
-from d2scale.d2go.micro_batches import MicroBatches
+from d2scale.d2go.memory import TrainingMemory
 from d2scale.d2go.progress import ProgressRecord, resume_by_images
-from d2scale.d2go.scaling_methods import applied_plan, names_own_method, scale_in_place
-from d2scale.errors import ConfigError
-from d2scale.planning.methods import method_of
+from d2scale.d2go.run_step import StepReplacer
+from d2scale.d2go.scaling_methods import (
+    applied_plan,
+    check_recipe,
+    leave_scaling_to_training,
+    names_own_method,
+    scale_for_training,
+)
+from d2scale.d2go.user_errors import (
+    end_with_status_of_ranks,
+    exit_on_user_error,
+    exit_together_on_user_error,
+)
 from d2scale.planning.progress import RECORD, recipe_of
-from d2scale.planning.schedule import schedule_faults
+from d2scale.run_folder.contents import write_plan
+from d2scale.step import ranks
 
 logger = logging.getLogger(__name__)
+
+_WITHOUT_EFFECT = {
+    "EXACT": "the samples of a step depend on the number of processes",
+    "ACTIVATION_CHECKPOINTING": (
+        "d2go has its own: MODEL.MODELING_HOOKS ['ActivationCheckpointModelingHook']"
+    ),
+}
 
 
 class Runner(GeneralizedRCNNRunner):
     """A d2go runner that knows d2scale's config keys, methods, models and datasets.
 
     ``SOLVER.AUTO_SCALING_METHODS: [d2scale_keep_total]`` (or another method) in a config chooses
-    how it is scaled. The method takes effect on any world size, the recipe's own included, and
-    once. A training resumes at the image where it stopped, whatever the world size.
+    how its training is scaled. The method takes effect on any world size, the recipe's own
+    included, and once; evaluation and export scale nothing. A training resumes at the image where
+    it stopped, whatever the world size.
     """
 
     _recipe: dict[str, Any] | None = None
@@ -48,24 +68,23 @@ class Runner(GeneralizedRCNNRunner):
 
     @classmethod
     def create_shared_context(cls, cfg: Any) -> None:
-        """Check the recipe before processes are launched; d2go calls this in the parent."""
+        """Check the recipe before processes are launched; d2go calls this in their parent."""
         # The parent reads every rank's result by torch.load, which since torch 2.6 refuses
-        # classes it was not told of.
+        # classes that it was not told of.
         torch.serialization.add_safe_globals([TrainNetOutput, TestNetOutput, OrderedDict])
+        end_with_status_of_ranks()
         with exit_on_user_error():
-            if names_own_method(cfg):
-                method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
-                faults = schedule_faults(cfg)
-                if faults:
-                    raise ConfigError(faults)
-                check_memory(cfg)
+            if names_own_method(cfg) and not _evaluates_or_exports():
+                check_recipe(cfg)
 
     def register(self, cfg: Any) -> None:
         """Register what a config may name: datasets and the projects' models."""
         super().register(cfg)
+        _log_to_folder(cfg.OUTPUT_DIR)
         # d2go registers before it scales the config in place.
         self._recipe = recipe_of(cfg)
-        with exit_on_user_error():
+        leave_scaling_to_training(cfg)
+        with exit_together_on_user_error():
             register_datasets(cfg)
         for entry in entry_points(group="d2scale.detectron2"):
             entry.load()()
@@ -101,13 +120,34 @@ class Runner(GeneralizedRCNNRunner):
         hooks = super()._get_trainer_hooks(
             cfg, model, optimizer, scheduler, periodic_checkpointer, trainer
         )
-        return [*hooks, MicroBatches(cfg, periodic_checkpointer.checkpointer)]
+        return [*hooks, StepReplacer(cfg, periodic_checkpointer.checkpointer)]
 
     def do_train(self, cfg: Any, model: torch.nn.Module, resume: bool) -> Any:
-        """Scale the config if d2go has not had to, then train as d2go does."""
-        # d2go calls a scaling method only when the world size differs from the recipe's.
-        if names_own_method(cfg) and applied_plan(cfg) is None:
-            with exit_on_user_error(on_all_ranks=True):
-                method = method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
-                scale_in_place(cfg, comm.get_world_size(), method)
+        """Scale the config, then train as d2go does."""
+        with exit_together_on_user_error():
+            scale_for_training(cfg, TrainingMemory(cfg, self, model), resume=resume)
+            plan = applied_plan(cfg)
+            if plan is not None and ranks.rank() == 0:
+                write_plan(Path(cfg.OUTPUT_DIR), plan)
+        for key, reason in _WITHOUT_EFFECT.items():
+            if cfg.D2SCALE[key]:
+                logger.warning("D2SCALE.%s has no effect under d2go: %s", key, reason)
         return super().do_train(cfg, model, resume)
+
+
+def _log_to_folder(folder: str) -> None:
+    """Write the log lines of d2scale and its projects to ``log.txt``, beside those of d2go."""
+    projects = (entry.module.partition(".")[0] for entry in entry_points(group="d2scale.configs"))
+    for package in ("d2scale", *projects):
+        # d2go prints the lines of all packages already.
+        setup_logger(
+            folder, ranks.rank(), name=package, enable_propagation=True, configure_stdout=False
+        )
+
+
+def _evaluates_or_exports() -> bool:
+    """Return whether this command does not train, which d2go does not tell a runner before."""
+    program = " ".join(Path(sys.argv[0]).parts[-1:])
+    if program.startswith(("d2go.exporter", "exporter", "evaluator")):
+        return True
+    return any(len(word) > 2 and "--eval-only".startswith(word) for word in sys.argv[1:])

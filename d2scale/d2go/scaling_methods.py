@@ -1,31 +1,42 @@
-"""d2scale's scaling methods in d2go's registry.
+"""d2scale's scaling methods in d2go's registry, and the plan that the ranks of a training share.
 
 d2go calls a method with the config and the new world size and expects it to edit the config in
-place; it sets REFERENCE_WORLD_SIZE itself afterwards.
+place; it sets REFERENCE_WORLD_SIZE itself afterwards. It does so before it evaluates or exports,
+too, and a method cannot know. So under the Runner the methods wait until training begins.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
 from d2scale.config.keys import set_key
-from d2scale.d2go.config import exit_on_user_error
+from d2scale.config.loading import flatten
+from d2scale.d2go.memory import TrainingMemory, check_memory
+from d2scale.d2go.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.formats import plan_table
-from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_of
-from d2scale.planning.plan import Plan, make_plan
+from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_faults, method_of
+from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
+from d2scale.planning.schedule import schedule_faults
+from d2scale.step import ranks
 
 logger = logging.getLogger(__name__)
 
-# An attribute, not a config key: a dumped config must stay a recipe that can be planned again.
+# Attributes, not config keys: a dumped config must stay a recipe that can be planned again.
 _APPLIED = "_d2scale_plan"
+_REFERENCE = "_d2scale_reference_world_size"
+
+# Each machine may have its own.
+_OWN_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "NUMA_BINDING")
 
 
 def applied_plan(cfg: Any) -> Plan | None:
-    """Return the plan that a method has already applied to ``cfg``, if one has."""
+    """Return the plan that a method has applied to ``cfg``, if one has."""
     return cfg.__dict__.get(_APPLIED)
 
 
@@ -34,35 +45,85 @@ def names_own_method(cfg: Any) -> bool:
     return any(name.startswith(METHOD_PREFIX) for name in cfg.SOLVER.AUTO_SCALING_METHODS)
 
 
-def scale_in_place(cfg: Any, world_size: int, method: str) -> Plan:
+def check_recipe(cfg: Any) -> None:
+    """Refuse a recipe that no number of ranks could be planned with.
+
+    Raises:
+        ConfigError: with all faults.
+    """
+    methods = cfg.SOLVER.AUTO_SCALING_METHODS
+    if faults := [*method_faults(methods), *schedule_faults(cfg)]:
+        raise ConfigError(faults)
+    check_memory(cfg)
+
+
+def leave_scaling_to_training(cfg: Any) -> None:
+    """Let the methods that d2go calls on ``cfg`` do nothing: :func:`scale_for_training` will."""
+    cfg.__dict__[_REFERENCE] = cfg.SOLVER.REFERENCE_WORLD_SIZE
+
+
+def scale_for_training(cfg: Any, memory: TrainingMemory, *, resume: bool) -> None:
+    """Scale ``cfg`` in place by the method of d2scale that it names, if it names one.
+
+    d2go calls methods only where the world size differs from the recipe's, this works on any.
+    Every rank must call it.
+
+    Raises:
+        ConfigError: on every rank, if the ranks were given different recipes; and what
+            :func:`scale_in_place` raises.
+    """
+    settings = {key: value for key, value in flatten(cfg) if key not in _OWN_OF_A_MACHINE}
+    advice = "start all machines with the same config and arguments"
+    ranks.refuse_differences({**settings, "--resume": resume}, advice)
+    if applied_plan(cfg) is None and names_own_method(cfg):
+        reference = cfg.__dict__.pop(_REFERENCE, cfg.SOLVER.REFERENCE_WORLD_SIZE)
+        with _defrosted(cfg):
+            cfg.SOLVER.REFERENCE_WORLD_SIZE = reference
+        method = method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
+        scale_in_place(cfg, ranks.world_size(), method, memory)
+
+
+def scale_in_place(
+    cfg: Any, world_size: int, method: str, memory: TrainingMemory | None = None
+) -> Plan:
     """Plan the recipe for ``world_size`` ranks and write the plan into ``cfg``.
 
     Raises:
-        ConfigError: for a faulty recipe, a plan that d2go cannot run, a method applied twice or
-            together with d2go's own.
+        ConfigError: on every rank, for a faulty recipe, a plan that d2go cannot run, a method
+            applied twice or together with d2go's own.
     """
     methods = tuple(cfg.SOLVER.AUTO_SCALING_METHODS)
     if applied_plan(cfg) is not None:
         advice = "the config is scaled already; call one method, once"
         raise ConfigError([Fault("SOLVER.AUTO_SCALING_METHODS", methods, "one method", advice)])
     method_of(methods)
-    # Only here, for planning alone needs no model.
-    from d2scale.d2go.memory import hardware_for_training, refuse_more_than_images
-
-    plan = make_plan(cfg, hardware_for_training(cfg, world_size, method), method=method)
-    refuse_more_than_images(plan, cfg)
-    _refuse_uneven_split(plan)
-    frozen = cfg.is_frozen()
-    cfg.defrost()
-    try:
+    plan = _plan_on_ranks(cfg, world_size, method, memory or TrainingMemory(cfg))
+    with _defrosted(cfg):
         for key, (_, value) in plan.changes.items():
             set_key(cfg, key, value)
-        cfg.__dict__[_APPLIED] = plan
-    finally:
-        if frozen:
-            cfg.freeze()
+    cfg.__dict__[_APPLIED] = plan
     logger.info("Scaled the config:\n%s", plan_table(plan))
     return plan
+
+
+def _plan_on_ranks(cfg: Any, world_size: int, method: str, memory: TrainingMemory) -> Plan:
+    """Return rank 0's plan on every rank; where memory is measured, all ranks take part."""
+    outcome: Plan | ConfigError | None = None
+    device_gib = memory.device_gib()
+    if ranks.rank() == 0 or memory.measures:
+        try:
+            hardware = memory.hardware(world_size, method, device_gib)
+            outcome = make_plan(cfg, hardware, method=method)
+            if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
+                refuse_more_than_all(outcome, memory.batches.images)
+            _refuse_uneven_split(outcome)
+        except ConfigError as error:
+            outcome = error
+    outcome = ranks.broadcast_object(outcome)
+    if isinstance(outcome, ConfigError):
+        raise outcome
+    assert outcome is not None
+    return outcome
 
 
 def _refuse_uneven_split(plan: Plan) -> None:
@@ -80,10 +141,22 @@ def _refuse_uneven_split(plan: Plan) -> None:
         )
 
 
+@contextmanager
+def _defrosted(cfg: Any) -> Iterator[None]:
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    try:
+        yield
+    finally:
+        if frozen:
+            cfg.freeze()
+
+
 def _register(method: str) -> None:
     def scale(cfg: Any, new_world_size: int) -> None:
-        with exit_on_user_error(on_all_ranks=True):
-            scale_in_place(cfg, new_world_size, method)
+        if _REFERENCE not in cfg.__dict__:
+            with exit_together_on_user_error():
+                scale_in_place(cfg, new_world_size, method)
 
     scale.__name__ = METHOD_PREFIX + method
     CONFIG_SCALING_METHOD_REGISTRY.register(scale)

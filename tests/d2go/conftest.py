@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from d2go_commands import D2Go
+from d2scale.coco.shapes import write_shapes_dataset
+
 REASON = (
     "needs detectron2, d2go and mobile-vision, which are not on the package index: "
     "see 'With d2go' in README.md"
@@ -34,3 +37,16 @@ def import_upstream():
             import d2go.runner  # noqa: F401
         finally:
             sys.stdin = captured
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """DETECTRON2_DATASETS with 8 training images."""
+    root = tmp_path_factory.mktemp("datasets")
+    return write_shapes_dataset(root, train_images=8, val_images=2, seed=0)
+
+
+@pytest.fixture
+def d2go(tmp_path, datasets):
+    """Runs d2go's commands in ``tmp_path``."""
+    return D2Go(tmp_path, datasets)

@@ -1,13 +1,9 @@
 """How much fits into a d2go training, told without a GPU and taken by the scaling method."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from d2go_commands import D2Go, errors
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.errors import DataError
 
@@ -54,11 +50,11 @@ def cfg(recipes, tmp_path, monkeypatch):
 
 
 def counted_peak(cfg, images):
-    from d2scale.d2go.memory import _worst_case, workload_of
+    from d2scale.d2go.memory import TrainingMemory
     from d2scale.memory.predict import make_optimizer_state, record_step
     from d2scale.memory.tracker import StorageTracker
 
-    work = workload_of(cfg, _worst_case(cfg)[0])
+    work = TrainingMemory(cfg).workload(cfg)
     step = work.build_step(torch.device("cpu"))
     tracker = StorageTracker()
     with tracker:
@@ -69,9 +65,9 @@ def counted_peak(cfg, images):
 
 
 def test_detectron2s_backbone_is_predicted_with_fake_tensors(cfg):
-    from d2scale.d2go.memory import memory_profile
+    from d2scale.d2go.memory import TrainingMemory
 
-    profile = memory_profile(cfg)
+    profile = TrainingMemory(cfg).profile()
     assert profile.source == "predicted"
     assert "in d2go" in profile.description
     assert "fake tensors" in profile.description
@@ -120,28 +116,16 @@ D2SCALE: {ON_OOM: raise}
 
 @pytest.fixture
 def train(tmp_path):
-    """Run ``d2go.train_net`` on a simulated device and return the finished process."""
+    """Run ``d2go.train_net`` on a simulated device and return what it prints."""
     write_shapes_dataset(tmp_path, train_images=48, val_images=1, seed=0)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
+    d2go = D2Go(tmp_path, tmp_path)
 
-    def run(processes, budget_gib):
-        return subprocess.run(
-            [
-                os.path.join(os.path.dirname(sys.executable), "d2go.train_net"),
-                *("--runner", "limited_runner.LimitedRunner", "--config-file", str(recipe)),
-                *("--output-dir", str(tmp_path / "out"), "--num-processes", str(processes)),
-                *("--disable-post-mortem", "D2SCALE.MEMORY.BUDGET_GIB", str(budget_gib)),
-            ],
-            env={
-                **os.environ,
-                "DETECTRON2_DATASETS": str(tmp_path),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(Path(__file__).parents[1] / "support"),
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
+    def run(processes, budget_gib, status=0):
+        return d2go(
+            *(RECIPE, "D2SCALE.MEMORY.BUDGET_GIB", str(budget_gib)),
+            processes=processes,
+            runner="limited_runner.LimitedRunner",
+            status=status,
         )
 
     return run
@@ -150,9 +134,7 @@ def train(tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("processes", "budget_gib"), [(1, 0.76), (2, 0.82)])
 def test_a_run_fills_a_simulated_budget_and_stays_within_it(train, tmp_path, processes, budget_gib):
-    done = train(processes, budget_gib)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-3000:]
+    output = train(processes, budget_gib)
     assert (tmp_path / "out" / "model_final.pth").exists()
     chosen = int(output.split("images per GPU: ")[1].split()[0])
     assert 1 < chosen <= 48 // processes
@@ -174,10 +156,8 @@ def test_a_run_fills_a_simulated_budget_and_stays_within_it(train, tmp_path, pro
     ],
 )
 def test_a_budget_that_cannot_be_filled_is_one_line(train, tmp_path, budget_gib, message):
-    done = train(1, budget_gib)
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if "d2scale: error" in line]
-    assert len(errors) == 1
-    assert message in errors[0]
-    assert "Traceback" not in done.stdout + done.stderr
+    output = train(1, budget_gib, status=2)
+    (line,) = errors(output)
+    assert message in line
+    assert "Traceback" not in output
     assert not (tmp_path / "out" / "model_final.pth").exists()

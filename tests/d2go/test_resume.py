@@ -1,26 +1,17 @@
 """d2go's own command resumes by images seen: another world size, another method, old files."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from d2scale.coco.shapes import write_shapes_dataset
+from d2go_commands import META_FCOS, errors
 
 pytestmark = pytest.mark.timeout(900)
 
-RECIPE = """
-_BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml
-MODEL:
-  DEVICE: cpu
-  WEIGHTS: ""
-  BACKBONE: {FREEZE_AT: 0}
-  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: GN}
-  FPN: {OUT_CHANNELS: 64}
-  FCOS: {NUM_CLS_CONVS: 1, NUM_BOX_CONVS: 1}
+RECIPE = (
+    META_FCOS
+    + """
 DATALOADER: {NUM_WORKERS: 0}
 INPUT: {MIN_SIZE_TRAIN: [96], MAX_SIZE_TRAIN: 128, MIN_SIZE_TEST: 96, MAX_SIZE_TEST: 128}
 SOLVER: {REFERENCE_WORLD_SIZE: 2, IMS_PER_BATCH: 4, MAX_ITER: 4, STEPS: [3], WARMUP_ITERS: 1,
@@ -29,34 +20,13 @@ TEST: {FINAL_EVAL: false}
 WRITER_PERIOD: 1
 SEED: 3
 """
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
-    root = tmp_path_factory.mktemp("datasets")
-    write_shapes_dataset(root, train_images=8, val_images=2, seed=0)
-    return root
+)
 
 
 @pytest.fixture
-def train(tmp_path, datasets):
-    """Run ``d2go.train_net`` as a user does and return all that it says."""
-
+def train(d2go):
     def run(processes, *arguments, status=0):
-        path = tmp_path / "recipe.yaml"
-        path.write_text(RECIPE)
-        command = [
-            os.path.join(os.path.dirname(sys.executable), "d2go.train_net"),
-            *("--runner", "d2scale.Runner", "--config-file", str(path)),
-            *("--output-dir", str(tmp_path / "out"), "--num-processes", str(processes)),
-            *("--disable-post-mortem", *arguments),
-        ]
-        environment = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
-        assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout + done.stderr
+        return d2go(RECIPE, *arguments, processes=processes, status=status)
 
     return run
 
@@ -122,9 +92,8 @@ def test_old_checkpoint(train, halfway):
 def test_changed_recipe(train, halfway):
     before = {path.name for path in halfway.glob("*.pth")}
     output = train(1, "--resume", "SOLVER.BASE_LR", "0.01", status=2)
-    errors = [line for line in output.splitlines() if line.startswith("d2scale: error")]
-    assert len(errors) == 1
-    assert "SOLVER.BASE_LR is 0.01; allowed: 0.001, as in the training to resume" in errors[0]
+    (line,) = errors(output)
+    assert "SOLVER.BASE_LR is 0.01; allowed: 0.001, as in the training to resume" in line
     assert {path.name for path in halfway.glob("*.pth")} == before
     allowed = ("D2SCALE.ALLOW_CHANGED_RECIPE", "True")
     train(1, "--resume", "SOLVER.BASE_LR", "0.01", *allowed)

@@ -1,0 +1,59 @@
+"""Undoing what hooks did in ``after_backward`` when their step is taken again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from torch import Tensor
+
+from d2scale.d2go.private_upstream import hooks_after_backward, state_holders
+
+
+class HookStates:
+    """Keeps the state of the hooks that act in ``after_backward``, such as d2go's EMA.
+
+    They must act on the gradients of every attempt at a step, for they may change them, but what
+    they count or average must count a step once. Kept are a hook's attributes, as far as they are
+    replaced and not changed in place, and the values of its tensors, in the host's memory.
+
+    Args:
+        trainer: with all its hooks.
+    """
+
+    def __init__(self, trainer: SimpleTrainer) -> None:
+        self._holders = [
+            holder for hook in hooks_after_backward(trainer) for holder in state_holders(hook)
+        ]
+        self._attributes: list[dict[str, Any]] = []
+        self._copies: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Copy the state."""
+        self._attributes = [dict(vars(holder)) for holder in self._holders]
+        self._copies = {tensor: self._copied(tensor) for tensor in self._tensors()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring back what was remembered."""
+        for holder, attributes in zip(self._holders, self._attributes, strict=True):
+            vars(holder).clear()
+            vars(holder).update(attributes)
+        for tensor, copy in self._copies.items():
+            tensor.copy_(copy)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for attributes in self._attributes:
+            for value in attributes.values():
+                values = value.values() if isinstance(value, dict) else [value]
+                yield from (v for v in values if isinstance(v, Tensor))
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        copy = self._copies.get(tensor)
+        if copy is None:
+            copy = torch.empty_like(tensor, device="cpu", requires_grad=False)
+            copy = copy.pin_memory() if tensor.is_cuda else copy
+        return copy.copy_(tensor, non_blocking=tensor.is_cuda)

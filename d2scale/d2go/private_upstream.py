@@ -1,0 +1,47 @@
+"""Private parts of detectron2, d2go and torch that the runner uses, in one place.
+
+``tests/d2go/test_private_upstream.py`` names the versions that they were tried with. Besides,
+``Runner`` overrides ``_get_trainer_hooks``, for which d2go has no public name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from d2go.modeling.ema import EMAHook
+from detectron2.engine import HookBase, SimpleTrainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def next_batch(trainer: SimpleTrainer) -> list[Any]:
+    """Return this rank's samples of the next step."""
+    return next(trainer._data_loader_iter)
+
+
+def hooks_after_backward(trainer: SimpleTrainer) -> list[HookBase]:
+    """Return the trainer's hooks that do something between backward and update."""
+    return [
+        hook
+        for hook in trainer._hooks
+        if type(hook).after_backward is not HookBase.after_backward
+        and not (isinstance(hook, EMAHook) and not hook.is_after_backward)
+    ]
+
+
+def state_holders(hook: HookBase) -> list[Any]:
+    """Return the objects whose attributes are a hook's state: itself, and parts of the EMA."""
+    return [hook, hook.ema_updater, hook.ema] if isinstance(hook, EMAHook) else [hook]
+
+
+def without_gradient_buckets(model: nn.Module) -> nn.Module:
+    """Return the bare model of a DistributedDataParallel and free the buckets of the latter.
+
+    They are a second copy of all gradients, which ``OptimizerStep`` has no use for. The wrapper
+    can evaluate afterwards, but not train. Other models are returned as they are.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return model
+    model.reducer = None  # type: ignore[assignment]
+    model.logger = None
+    return model.module

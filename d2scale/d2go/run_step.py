@@ -1,0 +1,184 @@
+"""d2scale's optimizer step in the place of d2go's own, with the same events around it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from d2go.utils.abnormal_checker import AbnormalLossCheckerWrapper
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.utils.events import get_event_storage
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from d2scale.d2go.hook_states import HookStates
+from d2scale.d2go.private_upstream import next_batch, without_gradient_buckets
+from d2scale.d2go.scaling_methods import applied_plan
+from d2scale.d2go.step import build_step
+from d2scale.d2go.user_errors import exit_together_on_user_error
+from d2scale.errors import ConfigError, Fault
+from d2scale.run_folder.contents import write_plan
+from d2scale.step import ranks
+from d2scale.step.guard import StepDoesNotFitError
+from d2scale.step.micro_batches import StepLosses
+from d2scale.step.optimizer_step import OptimizerStep
+
+logger = logging.getLogger(__name__)
+
+
+class StepReplacer(HookBase):
+    """Gives the trainer another ``run_step``, which detectron2 means to be replaced.
+
+    A trainer that is not plainly ``SimpleTrainer`` or ``AMPTrainer``, or has another wrapper than
+    ``DistributedDataParallel``, keeps its own.
+
+    Args:
+        cfg: the config that runs, scaled.
+        checkpointer: saves the last good step when one image does not fit.
+    """
+
+    def __init__(self, cfg: Any, checkpointer: Any) -> None:
+        self._cfg = cfg
+        self._checkpointer = checkpointer
+        self._plan = applied_plan(cfg)
+
+    def before_train(self) -> None:
+        """Replace the trainer's step.
+
+        Ends the process if the plan needs micro-batches and the trainer cannot have them.
+        """
+        rank_images = self._cfg.SOLVER.IMS_PER_BATCH // ranks.world_size()
+        asked = self._plan.ims_per_gpu if self._plan else self._cfg.D2SCALE.IMS_PER_GPU
+        ims_per_gpu = min(asked or rank_images, rank_images)
+        splits = ims_per_gpu < rank_images
+        # A batch that fills the memory was measured with this step, not with d2go's.
+        measured = self._plan is not None and self._plan.method == "max_memory"
+        if not (splits or measured or self._cfg.D2SCALE.ON_OOM == "split"):
+            return
+        obstacle = _obstacle(self.trainer)
+        if not obstacle:
+            self._replace(ims_per_gpu)
+        elif splits:
+            with exit_together_on_user_error():
+                allowed = f"{rank_images}, the images of a GPU, with {obstacle}"
+                advice = "let a step be one forward, or train with a plain model and trainer"
+                raise ConfigError([Fault("D2SCALE.IMS_PER_GPU", ims_per_gpu, allowed, advice)])
+        else:
+            logger.warning("An out-of-memory error ends this run: d2go trains it with %s", obstacle)
+
+    def _replace(self, ims_per_gpu: int) -> None:
+        trainer = self.trainer
+        trainer.model = without_gradient_buckets(trainer.model)
+        step = build_step(
+            self._cfg,
+            trainer.model,
+            trainer.optimizer,
+            ims_per_gpu=ims_per_gpu,
+            precision=getattr(trainer, "precision", None),
+            scaler=getattr(trainer, "grad_scaler", None),
+            on_split=self._record_split,
+        )
+        trainer.run_step = RunStep(trainer, step, self._save_last_step)
+
+    def _record_split(self, ims_per_gpu: int) -> None:
+        if self._plan is not None:
+            self._plan = self._plan.with_smaller_micro_batches(ims_per_gpu)
+            if ranks.rank() == 0:
+                write_plan(Path(self._cfg.OUTPUT_DIR), self._plan)
+
+    def _save_last_step(self) -> None:
+        last = self.trainer.iter - 1
+        if last >= self.trainer.start_iter:
+            self._checkpointer.save(f"model_{last:07d}", iteration=last)
+
+
+class RunStep:
+    """One step as ``SimpleTrainer`` and ``AMPTrainer`` take it, with the same events around it.
+
+    Args:
+        trainer: whose data and hooks are used.
+        step: around the trainer's model and optimizer.
+        save_last_step: called when a step does not fit at all.
+    """
+
+    def __init__(
+        self, trainer: SimpleTrainer, step: OptimizerStep, save_last_step: Callable[[], None]
+    ) -> None:
+        self._trainer = trainer
+        self._step = step
+        self._save_last_step = save_last_step
+        self._hook_states = HookStates(trainer)
+        self._attempts = 0
+
+    def __call__(self) -> None:
+        trainer = self._trainer
+        start = time.perf_counter()
+        rank_batch = _padded_alike(next_batch(trainer))
+        data_seconds = time.perf_counter() - start
+        self._attempts = 0
+        try:
+            losses = self._step(rank_batch, self._before_update)
+        except StepDoesNotFitError:
+            if self._attempts:
+                self._hook_states.restore()
+            self._save_last_step()
+            with exit_together_on_user_error():
+                raise
+        if self._writes_losses():
+            # The same on every rank, so detectron2's mean over ranks changes nothing.
+            values = {name: torch.tensor(value) for name, value in losses.losses.items()}
+            trainer.write_metrics(values, data_seconds, trainer.iter)
+
+    def _before_update(self, losses: StepLosses) -> None:
+        trainer = self._trainer
+        if self._writes_losses():
+            _check_finite(losses, trainer.iter)
+        if self._attempts:
+            self._hook_states.restore()
+        else:
+            self._hook_states.remember()
+            if getattr(trainer, "log_grad_scaler", False):
+                scale = trainer.grad_scaler.get_scale()
+                get_event_storage().put_scalar("[metric]grad_scaler", scale)
+        self._attempts += 1
+        # Hooks may change the gradients, and those of another attempt are others.
+        trainer.after_backward()
+
+    def _writes_losses(self) -> bool:
+        # Reading losses waits for the device.
+        return bool((self._trainer.iter + 1) % self._trainer.gather_metric_period == 0)
+
+
+def _obstacle(trainer: SimpleTrainer) -> str:
+    """Return why a trainer's step cannot be replaced; empty: it can."""
+    # Through the proxy that a hook has.
+    kind = trainer.__class__
+    if kind not in (SimpleTrainer, AMPTrainer):
+        return f"the trainer {kind.__name__}"
+    if kind is AMPTrainer and not torch.cuda.is_available():
+        return "AMP, which needs CUDA"
+    wrappers = (FullyShardedDataParallel, AbnormalLossCheckerWrapper)
+    return (
+        f"the wrapper {type(trainer.model).__name__}" if isinstance(trainer.model, wrappers) else ""
+    )
+
+
+def _padded_alike(rank_batch: Sequence[Any]) -> list[Any]:
+    """Give every image the size to which detectron2 would pad the whole batch."""
+    images = [sample["image"] for sample in rank_batch if "image" in sample]
+    if len(images) < len(rank_batch):
+        return list(rank_batch)
+    pad_to = tuple(max(image.shape[side] for image in images) for side in (1, 2))
+    return [{**sample, "pad_to": pad_to} for sample in rank_batch]
+
+
+def _check_finite(losses: StepLosses, iteration: int) -> None:
+    # In detectron2's words, and on every rank: the losses are those of the whole step.
+    if not math.isfinite(losses.total):
+        raise FloatingPointError(
+            f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {losses.losses}"
+        )

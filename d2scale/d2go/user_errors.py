@@ -1,0 +1,71 @@
+"""A user's mistake under d2go ends in one line a fault and exit status 2, on any number of ranks.
+
+d2go does not distinguish a user's mistake from a bug: what a runner raises is printed as a
+traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from torch.multiprocessing import ProcessExitedException
+
+from d2scale.errors import EXIT_STATUS_USER_ERROR, D2ScaleError
+from d2scale.step import ranks
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Within the context, a D2ScaleError is printed and ends this process."""
+    try:
+        yield
+    except D2ScaleError as error:
+        _print_faults(str(error))
+        raise SystemExit(EXIT_STATUS_USER_ERROR) from error
+
+
+@contextmanager
+def exit_together_on_user_error() -> Iterator[None]:
+    """Within the context, a D2ScaleError of any rank ends all ranks; rank 0 prints it.
+
+    Every rank must enter and leave the context.
+    """
+    raised: D2ScaleError | None = None
+    try:
+        yield
+    except D2ScaleError as error:
+        raised = error
+    messages = ranks.gather_objects(str(raised or ""))
+    if not any(messages):
+        return
+    if ranks.rank() == 0:
+        _print_faults("\n".join(messages))
+    # The launcher ends all ranks as soon as one has ended: not before rank 0 has printed.
+    ranks.gather_objects(None)
+    raise SystemExit(EXIT_STATUS_USER_ERROR) from raised
+
+
+def end_with_status_of_ranks() -> None:
+    """Let the process that launched the ranks end as they do after a user's mistake.
+
+    torch raises an error there that says nothing but their exit status.
+    """
+    previous = sys.excepthook
+
+    def excepthook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, ProcessExitedException) and error.exit_code == EXIT_STATUS_USER_ERROR:
+            raise SystemExit(EXIT_STATUS_USER_ERROR)
+        previous(kind, error, traceback)
+
+    sys.excepthook = excepthook
+
+
+def _print_faults(message: str) -> None:
+    for line in dict.fromkeys(filter(None, message.splitlines())):
+        # Not print(): d2go turns that into a log line.
+        sys.stderr.write(f"d2scale: error: {line}\n")

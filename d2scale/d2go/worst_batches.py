@@ -1,0 +1,161 @@
+"""The largest batches of a d2go training: real samples, through the recipe's own mapper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from detectron2.data import get_detection_dataset_dicts
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2scale.coco.sizes import aspect_ratio_groups, output_size
+from d2scale.errors import DataError, Fault
+
+Sample = dict[str, Any]
+Mapper = Callable[[Mapping[str, Any]], Sample | None]
+
+# Random augmentation gives an image another size each time.
+_TRIES = 3
+_SMALLER = 0.8
+
+
+@dataclass(frozen=True)
+class WorstBatches:
+    """The largest batches that the images of a dataset can make.
+
+    Attributes:
+        largest: of each group of images that batches are made of, the sample with the most
+            instances, padded to the height and the width that a batch of the group can have; the
+            largest area first.
+        smaller: the first of them at a smaller size.
+        images: in the dataset.
+    """
+
+    largest: tuple[Sample, ...]
+    smaller: Sample
+    images: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the largest batch, before the model pads it to its multiple."""
+        height, width = self.largest[0]["image"].shape[-2:]
+        return height, width
+
+    @property
+    def instances(self) -> int:
+        """The most instances of a sample."""
+        return max(map(_instances, self.largest))
+
+    def batch(self, count: int) -> list[Sample]:
+        """Return the largest batch of ``count`` images, which share their memory."""
+        return _repeated(self.largest[0], count)
+
+    def trial_batches(self, count: int) -> list[list[Sample]]:
+        """Return each group's largest batch, a smaller one and the largest again.
+
+        Steps of other sizes leave the allocator's cache in pieces, in which the largest batch
+        must still find room.
+        """
+        samples = (*self.largest, self.smaller, self.largest[0])
+        return [_repeated(sample, count) for sample in samples]
+
+
+def worst_batches(cfg: Any, make_mapper: Callable[[Any], Mapper]) -> WorstBatches:
+    """Find the worst samples of ``DATASETS.TRAIN`` and augment them as in training.
+
+    Args:
+        cfg: of the Runner.
+        make_mapper: makes the mapper of training from a config.
+
+    Raises:
+        DataError: if no image has an instance.
+    """
+    entries = _entries(cfg)
+    sizes = np.array([(entry["height"], entry["width"]) for entry in entries])
+    counts = np.array([_annotations(entry) for entry in entries])
+    if not counts.any():
+        advice = "training would learn nothing: give a dataset with annotations"
+        names = ",".join(cfg.DATASETS.TRAIN)
+        raise DataError([Fault("DATASETS.TRAIN", names, "images with boxes", advice)])
+    groups = np.zeros(len(entries), dtype=int)
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        groups = aspect_ratio_groups(sizes[:, 1], sizes[:, 0])
+    mapper = make_mapper(_with_largest_size(cfg, 1.0))
+    worst: list[tuple[Sample, Mapping[str, Any]]] = []
+    for group in np.unique(groups):
+        (members,) = np.nonzero(groups == group)
+        chosen = _chosen(cfg, sizes[members], counts[members])
+        worst.append(_worst_sample(cfg, mapper, [entries[members[index]] for index in chosen]))
+    worst.sort(key=lambda pair: -pair[0]["image"][0].numel())
+    smaller, _ = _worst_sample(cfg, make_mapper(_with_largest_size(cfg, _SMALLER)), [worst[0][1]])
+    return WorstBatches(tuple(sample for sample, _ in worst), smaller, len(entries))
+
+
+def _entries(cfg: Any) -> list[dict[str, Any]]:
+    """Return the images of the training dataset as detectron2's loader takes them."""
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    entries: list[dict[str, Any]] = get_detection_dataset_dicts(
+        list(cfg.DATASETS.TRAIN),
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    return entries
+
+
+def _annotations(entry: Mapping[str, Any]) -> int:
+    return sum(not annotation.get("iscrowd", 0) for annotation in entry.get("annotations", ()))
+
+
+def _with_largest_size(cfg: Any, factor: float) -> Any:
+    largest = cfg.clone()
+    largest.defrost()
+    edge = round(max(cfg.INPUT.MIN_SIZE_TRAIN) * factor)
+    is_range = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
+    largest.INPUT.MIN_SIZE_TRAIN = (edge, edge) if is_range else (edge,)
+    largest.INPUT.MAX_SIZE_TRAIN = round(cfg.INPUT.MAX_SIZE_TRAIN * factor)
+    return largest
+
+
+def _chosen(cfg: Any, sizes: np.ndarray, counts: np.ndarray) -> list[int]:
+    """Return the indices of the highest and the widest image and that of the most instances."""
+    edge, longest = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
+    shapes, inverse = np.unique(sizes, axis=0, return_inverse=True)
+    resized = np.array([output_size(h, w, edge, longest) for h, w in shapes.tolist()])
+    heights, widths = resized[inverse.reshape(-1)].T
+    return [int(heights.argmax()), int(widths.argmax()), int(counts.argmax())]
+
+
+def _worst_sample(
+    cfg: Any, mapper: Mapper, entries: Sequence[Mapping[str, Any]]
+) -> tuple[Sample, Mapping[str, Any]]:
+    """Return the sample with the most instances, padded to hold all, and its dataset entry."""
+    mapped = [(mapper(entry), entry) for entry in entries for _ in range(_TRIES)]
+    samples = [(sample, entry) for sample, entry in mapped if sample is not None]
+    sizes = np.array([sample["image"].shape[-2:] for sample, _ in samples])
+    height, width = sizes.max(axis=0).tolist()
+    crowded, entry = max(samples, key=lambda pair: _instances(pair[0]))
+    return _padded(crowded, height, width, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE), entry
+
+
+def _padded(sample: Sample, height: int, width: int, ignore_value: int) -> Sample:
+    """Return a sample whose image and maps have another size, as in a batch with larger ones."""
+    own_height, own_width = sample["image"].shape[-2:]
+    padded = dict(sample)
+    for name, value in sample.items():
+        if isinstance(value, Tensor) and value.shape[-2:] == (own_height, own_width):
+            fill = ignore_value if name == "sem_seg" else 0
+            edges = (0, width - own_width, 0, height - own_height)
+            padded[name] = F.pad(value, edges, value=fill)
+    return padded
+
+
+def _instances(sample: Mapping[str, Any]) -> int:
+    return len(sample.get("instances", ()))
+
+
+def _repeated(sample: Sample, count: int) -> list[Sample]:
+    return [dict(sample) for _ in range(count)]
