@@ -1,8 +1,8 @@
 """Resuming under d2go by images seen: on another world size, or by another method.
 
 d2go's ``do_train`` reads one number from a checkpoint, the iteration, and takes optimizer and
-scheduler as they were saved. Here the checkpoint gets a record as one more checkpointable, and
-what it says is put in the terms of the plan that runs now before ``do_train`` sees it.
+scheduler as they were saved. Here a checkpoint also holds a record of its run, and before
+``do_train`` sees what was loaded, it is translated into the iterations of the current plan.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import detectron2.utils.comm as comm
 import torch
 
 from d2scale import __version__
 from d2scale.d2go.scaling_methods import applied_plan
-from d2scale.d2go.user_errors import exit_on_user_error
+from d2scale.d2go.user_errors import exit_together_on_user_error
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.continuation import continue_training
 from d2scale.planning.progress import FORMAT, Progress, recipe_of
+from d2scale.step import ranks
+from d2scale.step.optimizer_state import adapt_state
 
 logger = logging.getLogger(__name__)
 
 
 class ProgressRecord:
-    """What a checkpoint says about the run that wrote it; d2go saves and loads it by its name.
+    """The record of a run in its checkpoints; d2go's checkpointer saves and loads it.
 
     Args:
         cfg: the config that runs, scaled.
-        recipe: ``recipe_of`` the config before d2go scaled it; None: not known, and then taken
+        recipe: ``recipe_of`` the config before it was scaled; None: not known, and then taken
             back from the plan.
     """
 
@@ -37,30 +38,27 @@ class ProgressRecord:
         plan = applied_plan(cfg)
         self._cfg = cfg
         self._recipe = dict(recipe or recipe_of(cfg, plan.changes if plan else None))
-        self._plan = plan.to_json() if plan else self._d2gos_plan()
+        self._plan = plan.to_json() if plan else self._d2go_plan()
         self._loaded: Mapping[str, Any] | None = None
         self._start_iteration = 0
         self._images_before = 0
 
-    def _d2gos_plan(self) -> dict[str, Any]:
-        """What d2go's own methods have made of the recipe, as far as a plan tells it."""
-        total, world_size = self._cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-        now = recipe_of(self._cfg)
+    def _d2go_plan(self) -> dict[str, Any]:
+        """Return what d2go's own methods have changed, as far as a plan has words for it."""
+        total, world_size = self._cfg.SOLVER.IMS_PER_BATCH, ranks.world_size()
+        now = {**self._recipe, **recipe_of(self._cfg)}
+        changes = {key: [old, now[key]] for key, old in self._recipe.items() if now[key] != old}
         return {
             "method": "d2go",
             "world_size": world_size,
             "ims_per_gpu": total // world_size,
             "accumulation_steps": 1,
             "ims_per_batch": total,
-            "changes": {
-                key: [value, now[key]]
-                for key, value in self._recipe.items()
-                if key in now and now[key] != value
-            },
+            "changes": changes,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the record. With the iteration beside it in the file it tells the images seen."""
+        """Return the record. With the iteration that stands beside it, it gives the images seen."""
         return {
             "format": FORMAT,
             "version": __version__,
@@ -71,14 +69,14 @@ class ProgressRecord:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the record of a checkpoint in, for :meth:`go_on`."""
+        """Take the record of a checkpoint, for :meth:`next_iteration`."""
         self._loaded = state
 
-    def go_on(self, iteration: int) -> int:
-        """Return the iteration of this plan that follows what the loaded checkpoint has seen.
+    def next_iteration(self, iteration: int) -> int:
+        """Return the iteration of the current plan with which the loaded training goes on.
 
         Args:
-            iteration: the last one finished, in the steps of the run that wrote it.
+            iteration: the last one finished, in the steps of the run that wrote the checkpoint.
 
         Raises:
             CheckpointError: for a newer format, or another recipe that was not asked for.
@@ -98,17 +96,17 @@ class ProgressRecord:
         return continuation.first_iteration
 
     def _stopped(self, iteration: int) -> Progress:
-        found = self._loaded
-        if found is None:
+        record = self._loaded
+        if record is None:
             return Progress.without_record(iteration, self._recipe["SOLVER.IMS_PER_BATCH"])
-        if found["format"] > FORMAT:
+        if record["format"] > FORMAT:
             allowed = f"at most {FORMAT}"
             raise CheckpointError(
-                [Fault("format of the checkpoint", found["format"], allowed, "update d2scale")]
+                [Fault("format of the checkpoint", record["format"], allowed, "update d2scale")]
             )
-        steps = iteration + 1 - found["start_iteration"]
-        images = found["images_before"] + steps * found["plan"]["ims_per_batch"]
-        return Progress(iteration, images, found["recipe"], found["plan"])
+        steps = iteration + 1 - record["start_iteration"]
+        images = record["images_before"] + steps * record["plan"]["ims_per_batch"]
+        return Progress(iteration, images, record["recipe"], record["plan"])
 
 
 def resume_by_images(
@@ -118,35 +116,47 @@ def resume_by_images(
     scheduler: Any,
     max_iter: int,
 ) -> None:
-    """Make ``checkpointer.resume_or_load`` answer in the iterations of the plan that runs now.
+    """Make ``checkpointer.resume_or_load`` answer in the iterations of the current plan.
 
     Args:
         checkpointer: d2go's; ``record`` is one of its checkpointables.
         record: of this run.
-        optimizer: keeps the loaded state of its parameters, with the settings it has now.
-        scheduler: detectron2's; stands at the new iteration afterwards, with its rates of now.
+        optimizer: keeps the loaded state of its parameters, with its own settings.
+        scheduler: detectron2's; it is set to the new iteration, with its own rates.
         max_iter: of the plan.
     """
     load = checkpointer.resume_or_load
 
     def resume_or_load(path: str, *, resume: bool = True) -> Any:
-        resumes = resume and checkpointer.has_checkpoint()
         settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ]
         rates = list(scheduler.base_lrs)
+        resumes = resume and checkpointer.has_checkpoint()
         content = load(path, resume=resume)
-        if resumes and "iteration" in content:
-            with exit_on_user_error():
-                first = record.go_on(content["iteration"])
+        first: int | None = None
+        with exit_together_on_user_error():
+            if resumes and "iteration" in content:
+                first = record.next_iteration(content["iteration"])
+            _refuse_other_files(first, checkpointer.save_dir)
+        if first is not None:
             content["iteration"] = first - 1
             scheduler.base_lrs = rates
-            # No rate is defined behind the end; nothing is trained there either.
+            # Behind the end there is no rate, and no training either.
             scheduler.last_epoch = min(first, max_iter - 1)
-            rates_now = scheduler.get_lr()
-            for group, kept, rate in zip(optimizer.param_groups, settings, rates_now, strict=True):
-                group.update({**kept, "lr": rate})
+            for group, own, rate in zip(
+                optimizer.param_groups, settings, scheduler.get_lr(), strict=True
+            ):
+                group.update({**own, "lr": rate})
+            adapt_state(optimizer)
         return content
 
     checkpointer.resume_or_load = resume_or_load
+
+
+def _refuse_other_files(first_iteration: int | None, folder: str) -> None:
+    if not ranks.same_on_all_ranks(first_iteration):
+        advice = "give all machines the same files, or start from MODEL.WEIGHTS without --resume"
+        fault = Fault("OUTPUT_DIR", folder, "a folder shared by all ranks", advice)
+        raise CheckpointError([fault])
