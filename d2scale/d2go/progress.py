@@ -128,10 +128,7 @@ def resume_by_images(
     load = checkpointer.resume_or_load
 
     def resume_or_load(path: str, *, resume: bool = True) -> Any:
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ]
+        groups = [dict(group) for group in optimizer.param_groups]
         rates = list(scheduler.base_lrs)
         resumes = resume and checkpointer.has_checkpoint()
         content = load(path, resume=resume)
@@ -145,9 +142,8 @@ def resume_by_images(
             scheduler.base_lrs = rates
             # Behind the end there is no rate, and no training either.
             scheduler.last_epoch = min(first, max_iter - 1)
-            for group, own, rate in zip(
-                optimizer.param_groups, settings, scheduler.get_lr(), strict=True
-            ):
+            rates_now = scheduler.get_lr()
+            for group, own, rate in zip(optimizer.param_groups, groups, rates_now, strict=True):
                 group.update({**own, "lr": rate})
             adapt_state(optimizer)
         return content

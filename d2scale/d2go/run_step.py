@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ from d2scale.step.optimizer_step import OptimizerStep
 logger = logging.getLogger(__name__)
 
 
-class StepReplacer(HookBase):
+class RunStep(HookBase):
     """Gives the trainer another ``run_step``, which detectron2 means to be replaced.
 
-    A trainer that is not plainly ``SimpleTrainer`` or ``AMPTrainer``, or has another wrapper than
-    ``DistributedDataParallel``, keeps its own.
+    It takes one step as ``SimpleTrainer`` and ``AMPTrainer`` do, with the same events around it.
+    Another trainer, or another wrapper of the model than ``DistributedDataParallel``, keeps its
+    own step.
 
     Args:
         cfg: the config that runs, scaled.
@@ -45,6 +46,9 @@ class StepReplacer(HookBase):
         self._cfg = cfg
         self._checkpointer = checkpointer
         self._plan = applied_plan(cfg)
+        self._step: OptimizerStep | None = None
+        self._hook_states: HookStates | None = None
+        self._attempts = 0
 
     def before_train(self) -> None:
         """Replace the trainer's step.
@@ -70,52 +74,11 @@ class StepReplacer(HookBase):
         else:
             logger.warning("An out-of-memory error ends this run: d2go trains it with %s", obstacle)
 
-    def _replace(self, ims_per_gpu: int) -> None:
+    def run_step(self) -> None:
+        """Take one step."""
+        assert self._step is not None
+        assert self._hook_states is not None
         trainer = self.trainer
-        trainer.model = without_gradient_buckets(trainer.model)
-        step = build_step(
-            self._cfg,
-            trainer.model,
-            trainer.optimizer,
-            ims_per_gpu=ims_per_gpu,
-            precision=getattr(trainer, "precision", None),
-            scaler=getattr(trainer, "grad_scaler", None),
-            on_split=self._record_split,
-        )
-        trainer.run_step = RunStep(trainer, step, self._save_last_step)
-
-    def _record_split(self, ims_per_gpu: int) -> None:
-        if self._plan is not None:
-            self._plan = self._plan.with_smaller_micro_batches(ims_per_gpu)
-            if ranks.rank() == 0:
-                write_plan(Path(self._cfg.OUTPUT_DIR), self._plan)
-
-    def _save_last_step(self) -> None:
-        last = self.trainer.iter - 1
-        if last >= self.trainer.start_iter:
-            self._checkpointer.save(f"model_{last:07d}", iteration=last)
-
-
-class RunStep:
-    """One step as ``SimpleTrainer`` and ``AMPTrainer`` take it, with the same events around it.
-
-    Args:
-        trainer: whose data and hooks are used.
-        step: around the trainer's model and optimizer.
-        save_last_step: called when a step does not fit at all.
-    """
-
-    def __init__(
-        self, trainer: SimpleTrainer, step: OptimizerStep, save_last_step: Callable[[], None]
-    ) -> None:
-        self._trainer = trainer
-        self._step = step
-        self._save_last_step = save_last_step
-        self._hook_states = HookStates(trainer)
-        self._attempts = 0
-
-    def __call__(self) -> None:
-        trainer = self._trainer
         start = time.perf_counter()
         rank_batch = _padded_alike(next_batch(trainer))
         data_seconds = time.perf_counter() - start
@@ -133,8 +96,24 @@ class RunStep:
             values = {name: torch.tensor(value) for name, value in losses.losses.items()}
             trainer.write_metrics(values, data_seconds, trainer.iter)
 
+    def _replace(self, ims_per_gpu: int) -> None:
+        trainer = self.trainer
+        trainer.model = without_gradient_buckets(trainer.model)
+        self._step = build_step(
+            self._cfg,
+            trainer.model,
+            trainer.optimizer,
+            ims_per_gpu=ims_per_gpu,
+            precision=getattr(trainer, "precision", None),
+            scaler=getattr(trainer, "grad_scaler", None),
+            on_split=self._record_split,
+        )
+        self._hook_states = HookStates(trainer)
+        trainer.run_step = self.run_step
+
     def _before_update(self, losses: StepLosses) -> None:
-        trainer = self._trainer
+        assert self._hook_states is not None
+        trainer = self.trainer
         if self._writes_losses():
             _check_finite(losses, trainer.iter)
         if self._attempts:
@@ -145,12 +124,23 @@ class RunStep:
                 scale = trainer.grad_scaler.get_scale()
                 get_event_storage().put_scalar("[metric]grad_scaler", scale)
         self._attempts += 1
-        # Hooks may change the gradients, and those of another attempt are others.
+        # Hooks may change the gradients, and another attempt has others.
         trainer.after_backward()
 
     def _writes_losses(self) -> bool:
         # Reading losses waits for the device.
-        return bool((self._trainer.iter + 1) % self._trainer.gather_metric_period == 0)
+        return bool((self.trainer.iter + 1) % self.trainer.gather_metric_period == 0)
+
+    def _record_split(self, ims_per_gpu: int) -> None:
+        if self._plan is not None:
+            self._plan = self._plan.with_smaller_micro_batches(ims_per_gpu)
+            if ranks.rank() == 0:
+                write_plan(Path(self._cfg.OUTPUT_DIR), self._plan)
+
+    def _save_last_step(self) -> None:
+        last = self.trainer.iter - 1
+        if last >= self.trainer.start_iter:
+            self._checkpointer.save(f"model_{last:07d}", iteration=last)
 
 
 def _obstacle(trainer: SimpleTrainer) -> str:

@@ -19,7 +19,7 @@ from d2scale.d2go.config import CfgNode
 from d2scale.d2go.datasets import register_datasets
 from d2scale.d2go.memory import TrainingMemory
 from d2scale.d2go.progress import ProgressRecord, resume_by_images
-from d2scale.d2go.run_step import StepReplacer
+from d2scale.d2go.run_step import RunStep
 from d2scale.d2go.scaling_methods import (
     applied_plan,
     check_recipe,
@@ -120,7 +120,7 @@ class Runner(GeneralizedRCNNRunner):
         hooks = super()._get_trainer_hooks(
             cfg, model, optimizer, scheduler, periodic_checkpointer, trainer
         )
-        return [*hooks, StepReplacer(cfg, periodic_checkpointer.checkpointer)]
+        return [*hooks, RunStep(cfg, periodic_checkpointer.checkpointer)]
 
     def do_train(self, cfg: Any, model: torch.nn.Module, resume: bool) -> Any:
         """Scale the config, then train as d2go does."""

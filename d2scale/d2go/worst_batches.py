@@ -74,24 +74,30 @@ def worst_batches(cfg: Any, make_mapper: Callable[[Any], Mapper]) -> WorstBatche
         DataError: if no image has an instance.
     """
     entries = _entries(cfg)
-    sizes = np.array([(entry["height"], entry["width"]) for entry in entries])
     counts = np.array([_annotations(entry) for entry in entries])
     if not counts.any():
         advice = "training would learn nothing: give a dataset with annotations"
         names = ",".join(cfg.DATASETS.TRAIN)
         raise DataError([Fault("DATASETS.TRAIN", names, "images with boxes", advice)])
+    sizes = [(entry["height"], entry["width"]) for entry in entries]
+    edge, longest = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
+    heights, widths = np.array([output_size(*size, edge, longest) for size in sizes]).T
     groups = np.zeros(len(entries), dtype=int)
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        groups = aspect_ratio_groups(sizes[:, 1], sizes[:, 0])
-    mapper = make_mapper(_with_largest_size(cfg, 1.0))
-    worst: list[tuple[Sample, Mapping[str, Any]]] = []
+        original_heights, original_widths = np.array(sizes).T
+        groups = aspect_ratio_groups(original_widths, original_heights)
+    chosen = []
     for group in np.unique(groups):
         (members,) = np.nonzero(groups == group)
-        chosen = _chosen(cfg, sizes[members], counts[members])
-        worst.append(_worst_sample(cfg, mapper, [entries[members[index]] for index in chosen]))
-    worst.sort(key=lambda pair: -pair[0]["image"][0].numel())
-    smaller, _ = _worst_sample(cfg, make_mapper(_with_largest_size(cfg, _SMALLER)), [worst[0][1]])
-    return WorstBatches(tuple(sample for sample, _ in worst), smaller, len(entries))
+        worst = [members[values[members].argmax()] for values in (heights, widths, counts)]
+        chosen.append([entries[index] for index in worst])
+
+    def samples(factor: float) -> list[Sample]:
+        mapper = make_mapper(_with_largest_size(cfg, factor))
+        padded = [_worst_sample(cfg, mapper, candidates) for candidates in chosen]
+        return sorted(padded, key=lambda sample: -sample["image"][0].numel())
+
+    return WorstBatches(tuple(samples(1.0)), samples(_SMALLER)[0], len(entries))
 
 
 def _entries(cfg: Any) -> list[dict[str, Any]]:
@@ -120,25 +126,13 @@ def _with_largest_size(cfg: Any, factor: float) -> Any:
     return largest
 
 
-def _chosen(cfg: Any, sizes: np.ndarray, counts: np.ndarray) -> list[int]:
-    """Return the indices of the highest and the widest image and that of the most instances."""
-    edge, longest = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
-    shapes, inverse = np.unique(sizes, axis=0, return_inverse=True)
-    resized = np.array([output_size(h, w, edge, longest) for h, w in shapes.tolist()])
-    heights, widths = resized[inverse.reshape(-1)].T
-    return [int(heights.argmax()), int(widths.argmax()), int(counts.argmax())]
-
-
-def _worst_sample(
-    cfg: Any, mapper: Mapper, entries: Sequence[Mapping[str, Any]]
-) -> tuple[Sample, Mapping[str, Any]]:
-    """Return the sample with the most instances, padded to hold all, and its dataset entry."""
-    mapped = [(mapper(entry), entry) for entry in entries for _ in range(_TRIES)]
-    samples = [(sample, entry) for sample, entry in mapped if sample is not None]
-    sizes = np.array([sample["image"].shape[-2:] for sample, _ in samples])
-    height, width = sizes.max(axis=0).tolist()
-    crowded, entry = max(samples, key=lambda pair: _instances(pair[0]))
-    return _padded(crowded, height, width, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE), entry
+def _worst_sample(cfg: Any, mapper: Mapper, entries: Sequence[Mapping[str, Any]]) -> Sample:
+    """Return the sample with the most instances, padded to the height and width of any."""
+    mapped = [mapper(entry) for entry in entries for _ in range(_TRIES)]
+    samples = [sample for sample in mapped if sample is not None]
+    height, width = np.max([sample["image"].shape[-2:] for sample in samples], axis=0).tolist()
+    crowded = max(samples, key=_instances)
+    return _padded(crowded, height, width, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
 
 
 def _padded(sample: Sample, height: int, width: int, ignore_value: int) -> Sample:

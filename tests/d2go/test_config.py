@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 
@@ -69,3 +72,12 @@ def test_a_faulty_schedule_is_told_before_processes_are_launched(cfg, capsys):
         Runner.create_shared_context(cfg)
     assert raised.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_the_runner_imports_neither_the_default_engine_nor_reports():
+    command = [sys.executable, "-c", "import sys, d2scale; d2scale.Runner; print(*sys.modules)"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    modules = done.stdout.split()
+    assert "d2scale.d2go.runner" in modules, done.stderr
+    others = ("d2scale.engine", "d2scale.report", "d2scale.benchmark")
+    assert [name for name in modules if name.startswith(others)] == []
