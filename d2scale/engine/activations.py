@@ -18,11 +18,7 @@ class Checkpointable(Protocol):
 
 
 def apply_activation_checkpointing(model: nn.Module) -> None:
-    """Turn activation checkpointing on, in place.
-
-    Raises:
-        ConfigError: if the model does not offer it.
-    """
+    """Turn activation checkpointing on, in place; ConfigError if the model does not offer it."""
     if not isinstance(model, Checkpointable):
         allowed = f"False, for {type(model).__name__} has no method checkpoint_activations()"
         advice = "turn it off, or use SOLVER.AMP.ENABLED to save memory"

@@ -24,12 +24,7 @@ from d2scale.coco.results import CocoResults
 from d2scale.engine.data.chunks import Sample
 from d2scale.engine.data.loader import build_test_loader
 from d2scale.errors import DataError, Fault
-from d2scale.run_folder.files import (
-    INFERENCE_FOLDER,
-    RESULTS_FILE,
-    make_folder,
-    write_atomically,
-)
+from d2scale.run_folder.files import INFERENCE_FOLDER, RESULTS_FILE, make_folder, write_atomically
 from d2scale.step.ranks import gather_on_first_rank, rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -39,27 +34,19 @@ _WARMUP_IMAGES = 5
 
 
 class Detections(NamedTuple):
-    """Detections on one image.
+    """Detections on one image."""
 
-    Attributes:
-        image_id: as in the annotation file.
-        boxes: x0 y0 x1 y1 in pixels of the original image, shape (n, 4), float32.
-        scores: shape (n,), float32.
-        classes: contiguous class numbers, shape (n,), int64.
-    """
-
-    image_id: int
-    boxes: np.ndarray
-    scores: np.ndarray
-    classes: np.ndarray
+    image_id: int  # as in the annotation file
+    boxes: np.ndarray  # x0 y0 x1 y1 in pixels of the original image, shape (n, 4), float32
+    scores: np.ndarray  # shape (n,), float32
+    classes: np.ndarray  # contiguous class numbers, shape (n,), int64
 
 
 def evaluate_datasets(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """Evaluate on every dataset of ``DATASETS.TEST``, into ``OUTPUT_DIR/inference``.
 
-    Returns:
-        On rank 0 ``bbox/AP`` and so on, with several datasets ``NAME/bbox/AP``; elsewhere
-        nothing.
+    Returns ``bbox/AP`` and so on, with several datasets ``NAME/bbox/AP``, on rank 0; elsewhere
+    nothing.
     """
     results: dict[str, float] = {}
     names = tuple(cfg.DATASETS.TEST)
@@ -89,18 +76,15 @@ def evaluate(
     Args:
         model: ``model(samples)`` in eval mode returns a dict of boxes (original pixels), scores
             and classes for each sample. Its modules' modes are restored afterwards.
-        dataset: what the loader loads; the metrics are over all of its images and classes.
-        loader: this rank's part.
+        dataset: the metrics are over all of its images and classes.
+        loader: this rank's part of it.
         output_dir: gets :data:`RESULTS_FILE`, in COCO's results format.
         max_dets: best detections of an image that count.
 
     Returns:
         On rank 0 AP AP50 AP75 APs APm APl, ARdet1 ARdet10 ARdet100 (the last by ``max_dets``),
         ARs ARm ARl and AP-<class>, in percent, nan where there is no ground truth. Elsewhere
-        None.
-
-    Raises:
-        DataError: if the model detects classes that the dataset does not have.
+        None. DataError is raised if the model detects classes that the dataset does not have.
     """
     detections = gather_on_first_rank(run_inference(model, loader))
     if detections is None:
@@ -182,11 +166,8 @@ def format_results(results: Mapping[str, float]) -> str:
     | 32.887 | 50.833 |
     """
     metrics = {name: value for name, value in results.items() if not name.startswith("AP-")}
-    classes = [
-        (name.removeprefix("AP-"), value)
-        for name, value in results.items()
-        if name.startswith("AP-")
-    ]
+    by_class = {name: value for name, value in results.items() if name not in metrics}
+    classes = [(name.removeprefix("AP-"), value) for name, value in by_class.items()]
     table = partial(tabulate, tablefmt="pipe", floatfmt=".3f")
     values = [list(metrics.values())]
     tables = [table(values, list(metrics), stralign="center", numalign="center")]

@@ -82,9 +82,5 @@ def _combination_faults(cfg: CfgNode) -> Iterator[Fault]:
     if solver.NESTEROV and solver.MOMENTUM == 0:
         yield Fault("SOLVER.NESTEROV", True, "with SOLVER.MOMENTUM above 0", "set it to False")
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and solver.BASE_LR_END > solver.BASE_LR:
-        yield Fault(
-            "SOLVER.BASE_LR_END",
-            solver.BASE_LR_END,
-            f"at most SOLVER.BASE_LR = {solver.BASE_LR}",
-            "lower it",
-        )
+        allowed = f"at most SOLVER.BASE_LR = {solver.BASE_LR}"
+        yield Fault("SOLVER.BASE_LR_END", solver.BASE_LR_END, allowed, "lower it")

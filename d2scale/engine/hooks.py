@@ -17,11 +17,7 @@ from d2scale.errors import D2ScaleError
 class CheckpointHook:
     """Saves ``model_0004999.pth`` after every 5000th step, and ``model_final.pth`` at the end.
 
-    Args:
-        checkpointer: of the run.
-        loader: its state is kept with the weights.
-        period: steps between checkpoints; 0: only the last.
-        max_iter: steps of the whole training.
+    The state of ``loader`` is kept with the weights. With ``period`` 0 only the last is saved.
     """
 
     def __init__(
@@ -76,11 +72,8 @@ class CheckpointHook:
 class EvaluationHook:
     """Evaluates after every ``period`` steps but the last: a run ends with an evaluation anyway.
 
-    Args:
-        evaluate: returns metrics by name on the first rank, nothing elsewhere.
-        reporter: writes the metrics.
-        period: steps between evaluations; 0: none.
-        max_iter: steps of the whole training.
+    ``evaluate`` returns metrics by name on the first rank, nothing elsewhere; ``reporter`` writes
+    them. With ``period`` 0 there are none.
     """
 
     def __init__(

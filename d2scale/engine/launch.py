@@ -18,11 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import (
-    ProcessExitedException,
-    ProcessRaisedException,
-    start_processes,
-)
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from d2scale.engine.topology import Topology, address_of, under_torchrun, url_fault
 from d2scale.errors import ConfigError, D2ScaleError, Fault
@@ -52,14 +48,8 @@ def launch(
 
     One process on one machine runs in place, without a process group. Under torchrun the
     ranks exist already: each call runs its own. Otherwise ranks are spawned, so ``function``
-    must be importable and ``args`` must pickle.
-
-    Args:
-        function: finds its process group initialised (nccl with CUDA, gloo without) and, with
-            CUDA, its device set.
-        args: its arguments.
-        topology: the processes; None: one.
-        use_cuda: one GPU to a rank.
+    must be importable and ``args`` must pickle. ``function`` finds its process group initialised
+    (nccl with CUDA, gloo without) and, with CUDA, its device set: one GPU to a rank.
 
     Raises:
         D2ScaleError: what a rank raised, or a rank that was killed.
@@ -115,9 +105,8 @@ def _error_of_ranks(
         return KeyboardInterrupt()
     if first.signal_name is None:
         return RankError(f"rank {rank} ended with exit status {first.exit_code}")
-    cause = ""
-    if first.signal_name == "SIGKILL":
-        cause = "; the system does that when the machine runs out of memory"
+    killed = first.signal_name == "SIGKILL"
+    cause = "; the system does that when the machine runs out of memory" if killed else ""
     return D2ScaleError(f"rank {rank} was ended from outside by {first.signal_name}{cause}")
 
 
@@ -147,18 +136,11 @@ def _run_rank(
 
 
 class _Group(NamedTuple):
-    """A rank's place in its process group.
+    """A rank's place in its process group."""
 
-    Attributes:
-        store: where the ranks exchange their addresses.
-        local_rank: the rank's number on its machine, and that of its GPU.
-        rank: its number among all.
-        world_size: ranks of the run.
-    """
-
-    store: dist.Store
-    local_rank: int
-    rank: int
+    store: dist.Store  # where the ranks exchange their addresses
+    local_rank: int  # the rank's number on its machine, and that of its GPU
+    rank: int  # its number among all
     world_size: int
 
 
@@ -201,9 +183,8 @@ def _spawned_group(local_rank: int, topology: Topology, folder: Path, use_cuda: 
     address = address_of(topology.dist_url)
     if topology.num_machines == 1 or address is None:
         # A file, for another program could meanwhile take a port that is free now.
-        return _Group(
-            dist.FileStore(str(folder / "store"), world_size), local_rank, rank, world_size
-        )
+        file = dist.FileStore(str(folder / "store"), world_size)
+        return _Group(file, local_rank, rank, world_size)
     try:
         store = dist.TCPStore(
             *address, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False

@@ -29,15 +29,10 @@ from d2scale.step.ranks import world_size
 
 
 def make_profiles(cfg: Any, device: str, *, explore: bool = False) -> tuple[MemoryProfile, ...]:
-    """Return the profiles that ``d2scale memory`` prints.
+    """Return the profiles that ``d2scale memory`` prints: ``cpu`` predicts, ``cuda`` measures.
 
-    Args:
-        cfg: as ``d2scale.config.load_cfg`` reads it.
-        device: ``cpu`` predicts; ``cuda`` measures.
-        explore: predict the variants of the recipe too; see :func:`predict_variants`.
-
-    Raises:
-        ConfigError: with all faults of the config or the request.
+    ``explore`` predicts the variants of the recipe too; see :func:`predict_variants`. Raises
+    ConfigError with all faults of the config or the request.
     """
     faults = [*value_faults(cfg), *input_faults(cfg), *FRACTION.faults(cfg.D2SCALE.MEMORY.FRACTION)]
     budget_gib = cfg.D2SCALE.MEMORY.BUDGET_GIB
@@ -66,12 +61,8 @@ def _device_faults(explore: bool) -> list[Fault]:
 def predict_profile(cfg: Any, worst_case: WorstCase | None = None) -> MemoryProfile:
     """Predict the memory of training ``cfg`` on a CUDA device, without one.
 
-    Args:
-        cfg: as ``d2scale.config.load_cfg`` reads it.
-        worst_case: the largest batches; None: those of any dataset.
-
-    Raises:
-        ConfigError: with all faults of the config.
+    Without ``worst_case`` the batches are the largest of any dataset. Raises ConfigError with
+    all faults of the config.
     """
     if faults := [*value_faults(cfg), *input_faults(cfg)]:
         raise ConfigError(faults)
@@ -94,9 +85,8 @@ def predict_variants(cfg: Any, worst_case: WorstCase | None = None) -> tuple[Mem
 def measure_profile(cfg: Any) -> MemoryProfile:
     """Measure ``cfg`` on this process's device, or on those of all ranks under torchrun.
 
-    Raises:
-        ConfigError: see :func:`measure_on_ranks`; or if one image does not fit.
-        Exception: what the model fails with for another reason than memory.
+    Raises ConfigError as :func:`measure_on_ranks` does, or if one image does not fit, and what the
+    model fails with for another reason than memory.
     """
     profile: MemoryProfile = launch(_measure, [cfg], use_cuda=cfg.MODEL.DEVICE == "cuda")
     return profile
@@ -123,9 +113,8 @@ def measure_on_ranks(cfg: Any) -> MemoryProfile:
     budget is ``D2SCALE.MEMORY.BUDGET_GIB``, or the smallest device. On a CPU it is simulated. If
     nothing fits, one image of the profile takes more than the budget.
 
-    Raises:
-        ConfigError: for a budget that cannot be, or a dataset without annotations.
-        Exception: what the model fails with for another reason than memory.
+    Raises ConfigError for a budget that cannot be, or a dataset without annotations, and what the
+    model fails with for another reason than memory.
     """
     device = _device(cfg)
     budget_bytes = _budget_bytes(cfg, device)
@@ -157,8 +146,7 @@ def _budget_bytes(cfg: Any, device: Device) -> int:
 def worst_case_of(cfg: Any, dataset: CocoDataset) -> WorstCase:
     """Return the largest batches that the augmentation can make of a dataset's images.
 
-    Raises:
-        DataError: if no image has a box.
+    Raises DataError if no image has a box.
     """
     records = dataset.records
     most_boxes = int(records.box_counts.max(initial=0))
@@ -198,13 +186,8 @@ def workload_of(cfg: Any, worst_case: WorstCase) -> Workload:
             model.to(device)
         return build_step(cfg, model, ims_per_gpu=1)
 
-    return Workload(
-        build,
-        worst_case.samples,
-        worst_case.trial_batches,
-        _description(cfg, worst_case),
-        coverage(cfg),
-    )
+    samples, trial_batches = worst_case.samples, worst_case.trial_batches
+    return Workload(build, samples, trial_batches, _description(cfg, worst_case), coverage(cfg))
 
 
 def _description(cfg: Any, worst_case: WorstCase) -> str:

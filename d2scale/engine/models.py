@@ -26,8 +26,7 @@ Builder = Callable[[CfgNode], nn.Module]
 def find_builder(name: str) -> Builder:
     """Return the function that builds the model which ``MODEL.META_ARCHITECTURE`` names.
 
-    Raises:
-        ConfigError: if no installed package offers it; it lists the models that are offered.
+    Raises ConfigError, which lists the models that are offered, if no installed package has it.
     """
     offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in offered:
@@ -41,9 +40,8 @@ def find_builder(name: str) -> Builder:
 def check_model(cfg: CfgNode) -> None:
     """Build the model on the meta device, to find out what is wrong with its keys.
 
-    Raises:
-        ConfigError: from the model's package, or for a model that has other classes than the
-            datasets.
+    Raises ConfigError from the model's package, or for a model that has other classes than the
+    datasets.
     """
     find_builder(cfg.MODEL.META_ARCHITECTURE)
     # What the builder logs belongs into the run's log, when the ranks build it.
@@ -92,8 +90,7 @@ def device_of(cfg: CfgNode) -> torch.device:
 def new_model(cfg: CfgNode) -> nn.Module:
     """Build the model with random weights, on torch's default device.
 
-    Raises:
-        ConfigError: from the model's package, or for a switch that the model does not offer.
+    Raises ConfigError from the model's package, or for a switch that the model does not offer.
     """
     model = find_builder(cfg.MODEL.META_ARCHITECTURE)(cfg)
     if cfg.D2SCALE.ACTIVATION_CHECKPOINTING:
@@ -110,10 +107,8 @@ def load_initial_weights(model: nn.Module, name: str) -> None:
     """Load what ``MODEL.WEIGHTS`` names; nothing if it is empty.
 
     A model with a method ``load_weights(path)`` does it itself. Of any other, the names and
-    shapes in the file must be the model's own.
-
-    Raises:
-        CheckpointError: if the file is not there, broken, or of another model.
+    shapes in the file must be the model's own. Raises CheckpointError if the file is not there,
+    broken, or of another model.
     """
     if not name:
         return

@@ -10,12 +10,7 @@ from typing import Any
 import torch
 
 from d2scale.coco.dataset import load_training_dataset
-from d2scale.engine.memory import (
-    measure_on_ranks,
-    predict_profile,
-    predict_variants,
-    worst_case_of,
-)
+from d2scale.engine.memory import measure_on_ranks, predict_profile, predict_variants, worst_case_of
 from d2scale.engine.models import device_of
 from d2scale.errors import ConfigError
 from d2scale.memory.worst_case import WorstCase
@@ -29,15 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_plan(cfg: Any, ranks: int, method: str | None) -> None:
-    """Raise the faults that a plan would have, without measuring or predicting memory.
+    """Raise the faults that a plan for so many ranks would have; measure and predict no memory.
 
-    Args:
-        cfg: of the default engine, for this machine.
-        ranks: that the run will have.
-        method: see :func:`d2scale.planning.plan.make_plan`.
-
-    Raises:
-        ConfigError: with all of them.
+    ``method``: see :func:`d2scale.planning.plan.make_plan`. Raises ConfigError with all faults.
     """
     device_gib = _device_gib(0) if cfg.MODEL.DEVICE == "cuda" else None
     _plan(cfg, ranks, method, device_gib, make_profile=None)
@@ -47,15 +36,8 @@ def plan_on_ranks(cfg: Any, method: str | None, images: int) -> Plan:
     """Return rank 0's plan on every rank. All ranks must call it, with the same arguments.
 
     ``max_memory`` measures on CUDA (``D2SCALE.MEMORY.PROBE``): then all ranks take part.
-    Otherwise rank 0 decides alone, and predicts where it needs to.
-
-    Args:
-        cfg: of the default engine, for this machine.
-        method: see :func:`d2scale.planning.plan.make_plan`.
-        images: in the training dataset.
-
-    Raises:
-        ConfigError: the same on every rank.
+    Otherwise rank 0 decides alone, and predicts where it needs to. ``images`` are those in the
+    training dataset. Raises ConfigError, the same on every rank.
     """
     device_gib = None
     if cfg.MODEL.DEVICE == "cuda":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from d2scale.engine.launch import RESTARTS, Topology, launch, under_torchrun
 from d2scale.engine.models import check_model
 from d2scale.engine.planning import check_plan
 from d2scale.engine.worker import Job, Results, run_rank
-from d2scale.errors import ConfigError, Fault
+from d2scale.errors import ConfigError, Fault, collecting
 from d2scale.run_folder.contents import holds_run
 from d2scale.run_folder.files import folder_faults
 from d2scale.run_folder.lock import refuse_locked
@@ -42,7 +40,6 @@ def train(
 
     Args:
         cfg: the recipe, as ``d2scale.config.load_cfg`` reads it; it is not changed.
-        topology: the processes; None: one.
         resume: go on from the last checkpoint in the folder, if there is one; on another world
             size or by another method too. Done without asking when torchrun restarts the ranks.
         eval_only: evaluate ``MODEL.WEIGHTS`` (with ``resume`` the last checkpoint) and stop.
@@ -90,35 +87,26 @@ def _check(
     faults = [*value_faults(cfg), *input_faults(cfg), *wrong_processes]
     folder = Path(cfg.OUTPUT_DIR)
     images = 0
-    with _collected(faults):
+    with collecting(faults):
         check_model(cfg)
-    with _collected(faults):
+    with collecting(faults):
         _check_folder(folder, may_hold_run=resume or eval_only)
     # Under torchrun a sister rank may hold the lock already: the first rank itself takes it.
     if not eval_only and not under_torchrun():
-        with _collected(faults):
+        with collecting(faults):
             refuse_locked(folder)
     if not (resume and holds_run(folder)):
-        with _collected(faults):
+        with collecting(faults):
             _check_weights(cfg, eval_only)
-    with _collected(faults):
+    with collecting(faults):
         images = check_datasets(cfg, eval_only=eval_only)
     # A broken number of processes would only lead to more faults.
     if not eval_only and not wrong_processes:
-        with _collected(faults):
+        with collecting(faults):
             check_plan(cfg, topology.world_size, method)
     if faults:
         raise ConfigError(faults)
     return images
-
-
-@contextmanager
-def _collected(faults: list[Fault]) -> Iterator[None]:
-    """Add the faults of a ConfigError to ``faults`` instead of raising it."""
-    try:
-        yield
-    except ConfigError as error:
-        faults += error.faults
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool) -> None:

@@ -56,15 +56,9 @@ def parameter_groups(
     """Return as few groups as possible of the parameters that train, in the model's order.
 
     A shared parameter counts once, in the first module that holds it. A bias takes the bias
-    settings also inside a normalization layer.
-
-    Args:
-        model: its parameters with ``requires_grad`` are grouped.
-        base_lr: learning rate of everything but biases.
-        weight_decay: of everything that is not named below.
-        weight_decay_norm: of normalization layers; None: ``weight_decay``.
-        weight_decay_bias: of biases; None: as the layer's other parameters.
-        bias_lr_factor: learning rate of biases over ``base_lr``.
+    settings also inside a normalization layer. None for the decay of normalization layers means
+    ``weight_decay``, for that of biases the decay of the layer's other parameters.
+    ``bias_lr_factor`` is the learning rate of biases over ``base_lr``.
     """
     norm_decay = weight_decay if weight_decay_norm is None else weight_decay_norm
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -113,12 +107,8 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper | None:
 class LearningRateSchedule:
     """The learning rate of every parameter group as a function of the iteration alone.
 
-    It keeps no state, so a resumed run needs only the iteration.
-
-    Args:
-        optimizer: the multiplier multiplies the learning rates that its groups have now.
-        multiplier: progress in [0, 1) to a factor.
-        max_iter: iterations of the whole training.
+    It keeps no state, so a resumed run needs only the iteration. ``multiplier`` maps progress in
+    [0, 1) to a factor of the learning rates that the groups of ``optimizer`` have now.
     """
 
     def __init__(
@@ -166,15 +156,11 @@ def with_warmup(
     method: str,
     rescale_interval: bool,
 ) -> ParamScheduler:
-    """Return ``main`` with a warm-up before it.
+    """Return ``main`` with a ``linear`` or ``constant`` warm-up before it.
 
-    Args:
-        main: the schedule that follows.
-        factor: of the first value of ``main``, at which the warm-up begins.
-        length: part of the training in [0, 1] that the warm-up takes.
-        method: ``linear`` or ``constant``.
-        rescale_interval: whether ``main`` begins after the warm-up and is compressed into the
-            rest; otherwise the warm-up hides its beginning.
+    The warm-up begins at ``factor`` times the first value of ``main`` and takes ``length``, a part
+    of the training in [0, 1]. With ``rescale_interval`` ``main`` begins after it and is
+    compressed into the rest; otherwise the warm-up hides its beginning.
     """
     begin = factor * main(0.0)
     warmup: ParamScheduler = ConstantParamScheduler(begin)

@@ -15,12 +15,8 @@ from d2scale.step.optimizer_step import OptimizerStep, StepOptions
 def build_step(cfg: CfgNode, model: nn.Module, *, ims_per_gpu: int) -> OptimizerStep:
     """Return the optimizer step that the default engine takes with ``cfg``.
 
-    Every rank must call it at the same time.
-
-    Args:
-        cfg: its ``SOLVER`` and ``D2SCALE``.
-        model: on this rank's device.
-        ims_per_gpu: most images in one forward.
+    Every rank must call it at the same time, with ``model`` on its device. A forward takes at
+    most ``ims_per_gpu`` images.
     """
     precision = precision_of(cfg)
     on_cuda = next(model.parameters()).is_cuda

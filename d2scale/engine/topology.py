@@ -16,19 +16,12 @@ def under_torchrun() -> bool:
 
 @dataclass(frozen=True)
 class Topology:
-    """The processes and machines of a run.
+    """The processes and machines of a run."""
 
-    Attributes:
-        num_processes: ranks on this machine, one to a GPU. Under torchrun its ranks are used.
-        num_machines: machines, on all of which the same command is started.
-        machine_rank: number of this machine, from 0.
-        dist_url: ``tcp://HOST:PORT`` of machine 0; ``auto`` on a single machine.
-    """
-
-    num_processes: int = 1
-    num_machines: int = 1
-    machine_rank: int = 0
-    dist_url: str = "auto"
+    num_processes: int = 1  # on this machine, one to a GPU; under torchrun its ranks are used
+    num_machines: int = 1  # on all of which the same command is started
+    machine_rank: int = 0  # number of this machine, from 0
+    dist_url: str = "auto"  # tcp://HOST:PORT of machine 0; auto on a single machine
 
     @property
     def world_size(self) -> int:
@@ -38,11 +31,7 @@ class Topology:
         return self.num_processes * self.num_machines
 
     def faults(self, gpus: int | None = None) -> list[Fault]:
-        """Return what makes it impossible to start the ranks.
-
-        Args:
-            gpus: of this machine; None: a rank needs none.
-        """
+        """Return what makes it impossible to start ranks on ``gpus``; None: they need no GPU."""
         processes = self.num_processes
         if under_torchrun():
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

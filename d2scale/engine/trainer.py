@@ -10,12 +10,7 @@ import numpy as np
 import torch
 
 from d2scale.engine.solver import LearningRateSchedule
-from d2scale.engine.telemetry.abnormal import (
-    NotFiniteLossError,
-    SkippedSteps,
-    check_finite,
-    write_not_finite_step,
-)
+from d2scale.engine.telemetry import abnormal
 from d2scale.engine.telemetry.metrics import StepMetrics
 from d2scale.step.micro_batches import MicroBatch, StepLosses
 from d2scale.step.optimizer_step import OptimizerStep
@@ -25,35 +20,25 @@ Hook = Callable[[StepMetrics], None]
 
 
 class Trainer:
-    """Takes optimizer steps, one after another.
-
-    Args:
-        step: takes one.
-        data: this rank's images of each step, endlessly.
-        schedule: learning rates.
-        seed: of random draws inside the model (dropout, say).
-        folder: gets the images of a step whose loss is not finite; None: nobody does.
-        start_iteration: first step.
-        images_before: images that earlier runs have shown.
-    """
+    """Takes optimizer steps, one after another."""
 
     def __init__(
         self,
         step: OptimizerStep,
-        data: Iterator[MicroBatch],
+        data: Iterator[MicroBatch],  # this rank's images of each step, endlessly
         schedule: LearningRateSchedule,
         *,
-        seed: int,
-        folder: Path | None = None,
+        seed: int,  # of random draws inside the model (dropout, say)
+        folder: Path | None = None,  # gets the images of a step whose loss is not finite
         start_iteration: int = 0,
-        images_before: int = 0,
+        images_before: int = 0,  # that earlier runs have shown
     ) -> None:
         self._step = step
         self._data = data
         self._schedule = schedule
         self._seed = seed
         scaler = step.options.scaler
-        self._skipped_steps = None if scaler is None else SkippedSteps(scaler)
+        self._skipped_steps = None if scaler is None else abnormal.SkippedSteps(scaler)
         self._folder = folder
         self.next_iteration = start_iteration
         self.images_seen = images_before
@@ -61,9 +46,8 @@ class Trainer:
     def train(self, max_iter: int, hooks: Sequence[Hook]) -> None:
         """Take steps until ``max_iter`` are done, and call all hooks after each.
 
-        Raises:
-            D2ScaleError: if the loss is not finite, or a step does not fit into memory (the
-                weights are those before that step), or a scaler skips step after step.
+        Raises D2ScaleError if the loss is not finite, or a step does not fit into memory (the
+        weights are those before that step), or a scaler skips step after step.
         """
         while self.next_iteration < max_iter:
             metrics = self.take_step()
@@ -82,13 +66,13 @@ class Trainer:
         seed_step(self._seed, iteration)
 
         def refuse_not_finite(losses: StepLosses) -> None:
-            check_finite(losses.losses, iteration, lr)
+            abnormal.check_finite(losses.losses, iteration, lr)
 
         try:
             result = self._step(rank_batch, refuse_not_finite)
-        except NotFiniteLossError as error:
+        except abnormal.NotFiniteLossError as error:
             if self._folder is not None:
-                write_not_finite_step(error, rank_batch, self._folder)
+                abnormal.write_not_finite_step(error, rank_batch, self._folder)
             raise
         self.next_iteration = iteration + 1
         self.images_seen += result.images

@@ -36,16 +36,10 @@ from d2scale.planning.progress import recipe_of
 from d2scale.run_folder.contents import write_config, write_machine, write_plan
 from d2scale.run_folder.files import make_folder
 from d2scale.run_folder.lock import run_lock
+from d2scale.step import ranks
 from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.norms import without_synchronised_norms
 from d2scale.step.optimizer_step import OptimizerStep
-from d2scale.step.ranks import (
-    broadcast_model,
-    broadcast_object,
-    rank,
-    refuse_differences,
-    world_size,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -57,29 +51,20 @@ _OWN_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS")
 
 @dataclass(frozen=True)
 class Job:
-    """What a run was asked for. Every rank has one, and all must agree.
+    """What a run was asked for. Every rank has one, and all must agree."""
 
-    Attributes:
-        cfg: the recipe, for this machine.
-        method: a scaling method; None: the one of the recipe.
-        resume: go on from the last checkpoint in the run's folder, if there is one.
-        eval_only: evaluate and stop.
-        images: in the training dataset; 0 if the run does not train.
-        notes: lines for the log about what was decided before the log began.
-    """
-
-    cfg: CfgNode
-    method: str | None
-    resume: bool
-    eval_only: bool
-    images: int
-    notes: tuple[str, ...] = ()
+    cfg: CfgNode  # the recipe, for this machine
+    method: str | None  # a scaling method; None: the one of the recipe
+    resume: bool  # go on from the last checkpoint in the run's folder, if there is one
+    eval_only: bool  # evaluate and stop
+    images: int  # in the training dataset; 0 if the run does not train
+    notes: tuple[str, ...] = ()  # for the log: what was decided before the log began
 
     def settings(self) -> dict[str, Any]:
         """Return what must be the same on all ranks, by the name that the user knows."""
-        keys = dict(flatten(self.cfg))
+        keys = {k: v for k, v in flatten(self.cfg) if k not in _OWN_OF_A_MACHINE}
         return {
-            **{key: value for key, value in keys.items() if key not in _OWN_OF_A_MACHINE},
+            **keys,
             "--method": self.method,
             "--resume": self.resume,
             "--eval-only": self.eval_only,
@@ -92,24 +77,21 @@ def run_rank(job: Job) -> Results:
     """Plan, train and evaluate, or only evaluate, on this rank.
 
     The log begins when there is a plan; other files are written when the checkpoint to resume
-    from has been loaded.
+    from has been loaded. Raises D2ScaleError for what the user can mend.
 
     Returns:
         The metrics of the last evaluation, under the names that ``metrics.json`` uses; empty
         without ``DATASETS.TEST``, and on all ranks but the first.
-
-    Raises:
-        D2ScaleError: for what the user can mend.
     """
-    refuse_differences(job.settings(), "start the run with the same on every machine")
+    ranks.refuse_differences(job.settings(), "start the run with the same on every machine")
     plan = None if job.eval_only else plan_on_ranks(job.cfg, job.method, job.images)
     folder = Path(job.cfg.OUTPUT_DIR)
     make_folder(folder)
-    locks = plan is not None and rank() == 0
-    with run_lock(folder) if locks else nullcontext(), logging_to(folder, rank()):
+    locks = plan is not None and ranks.rank() == 0
+    with run_lock(folder) if locks else nullcontext(), logging_to(folder, ranks.rank()):
         logger.info(
             "d2scale %s, torch %s, processes: %d, device: %s",
-            *(__version__, torch.__version__, world_size(), job.cfg.MODEL.DEVICE),
+            *(__version__, torch.__version__, ranks.world_size(), job.cfg.MODEL.DEVICE),
         )
         for note in job.notes:
             logger.info(note)
@@ -147,10 +129,10 @@ def _train(job: Job, plan: Plan) -> Results:
 def _prepare(job: Job, plan: Plan) -> _Training:
     """Build the model and its optimizer step; load the last checkpoint or the initial weights."""
     cfg = planned_cfg(job.cfg, plan)
-    seed = broadcast_object(torch.seed() % 2**31 if cfg.SEED < 0 else cfg.SEED)
+    seed = ranks.broadcast_object(torch.seed() % 2**31 if cfg.SEED < 0 else cfg.SEED)
     torch.manual_seed(seed)
     model = build_model(cfg).train()
-    if world_size() == 1:
+    if ranks.world_size() == 1:
         model = without_synchronised_norms(model)
     step = build_step(cfg, model, ims_per_gpu=plan.ims_per_gpu)
     # Before a checkpoint sets the groups to the rates of its own moment.
@@ -158,7 +140,7 @@ def _prepare(job: Job, plan: Plan) -> _Training:
     checkpointer = RunCheckpointer(
         model,
         cfg.OUTPUT_DIR,
-        writes=rank() == 0,
+        writes=ranks.rank() == 0,
         optimizer=step.optimizer,
         scaler=step.options.scaler,
     )
@@ -170,7 +152,7 @@ def _prepare(job: Job, plan: Plan) -> _Training:
         position = Position(next_iteration=0, images_seen=0, seed=seed)
     logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
     step.on_split = RunRecord(checkpointer, plan, recipe, position.seed).record_split
-    broadcast_model(model)
+    ranks.broadcast_model(model)
     return _Training(cfg, step, schedule, checkpointer, position)
 
 
@@ -180,8 +162,8 @@ def _open_loader(cfg: CfgNode, position: Position) -> TrainLoader:
     return build_train_loader(
         cfg,
         dataset,
-        world_size=world_size(),
-        rank=rank(),
+        world_size=ranks.world_size(),
+        rank=ranks.rank(),
         ims_per_batch=cfg.SOLVER.IMS_PER_BATCH,
         seed=position.seed,
         start_state=position.sampler,
@@ -192,7 +174,7 @@ def _open_loader(cfg: CfgNode, position: Position) -> TrainLoader:
 def _open_reporter(cfg: CfgNode, position: Position) -> Reporter:
     writers: list[Writer] = []
     first = position.next_iteration
-    if rank() == 0:
+    if ranks.rank() == 0:
         folder = Path(cfg.OUTPUT_DIR)
         writers = [
             JsonWriter(folder, first, position.images_seen),
@@ -205,14 +187,14 @@ def _open_reporter(cfg: CfgNode, position: Position) -> Reporter:
         period=cfg.WRITER_PERIOD,
         start_iteration=first,
         max_iter=cfg.SOLVER.MAX_ITER,
-        bar=rank() == 0,
+        bar=ranks.rank() == 0,
     )
 
 
 def _write_facts(cfg: CfgNode, plan: Plan) -> None:
     """Write ``config.yaml``, ``plan.json`` and ``machine.json``: now the run may go on."""
     machine = describe_machine(device_of(cfg))
-    if rank() == 0:
+    if ranks.rank() == 0:
         folder = Path(cfg.OUTPUT_DIR)
         write_config(folder, cfg)
         write_plan(folder, plan)

@@ -29,14 +29,8 @@ class RunCheckpointer:
     A file holds what fvcore writes (``model``, the state of each checkpointable by its name,
     ``iteration``) and, under ``d2scale``, the format's number and the facts of the run.
 
-    Args:
-        model: bare.
-        folder: the run's.
-        writes: False on all ranks but the first.
-        checkpointables: objects with ``state_dict`` and ``load_state_dict``; None: none.
-
-    Attributes:
-        facts: plain values to keep with every checkpoint, such as the plan.
+    ``checkpointables`` are objects with ``state_dict`` and ``load_state_dict``, or None. Nothing is
+    written unless ``writes``, which is False on all ranks but the first.
     """
 
     def __init__(
@@ -44,6 +38,7 @@ class RunCheckpointer:
     ) -> None:
         self.model = model
         self.folder = Path(folder)
+        # Plain values to keep with every checkpoint, such as the plan.
         self.facts: dict[str, Any] = {}
         self.checkpointables = {k: v for k, v in checkpointables.items() if v is not None}
         self._writes = writes
@@ -51,8 +46,7 @@ class RunCheckpointer:
     def save(self, name: str, **progress: Any) -> None:
         """Write ``name``.pth whole or not at all, then make it the last checkpoint.
 
-        Raises:
-            CheckpointError: if the folder cannot be written or is full.
+        Raises CheckpointError if the folder cannot be written or is full.
         """
         if not self._writes:
             return
@@ -70,10 +64,8 @@ class RunCheckpointer:
 
         Besides weights and states it holds ``iteration``, the last one that was finished,
         ``images_seen``, ``sampler`` and the record ``d2scale``; one of detectron2 or d2go has
-        only the iteration.
-
-        Raises:
-            CheckpointError: if none is whole, or it is of a newer format or of no training.
+        only the iteration. Raises CheckpointError if none is whole, or it is of a newer format or
+        of no training.
         """
         last = last_whole_checkpoint(self.folder)
         if last is not None and (faults := _record_faults(*last)):
@@ -84,10 +76,8 @@ class RunCheckpointer:
         """Load a checkpoint into the model and all checkpointables.
 
         Nothing is changed unless everything fits. A checkpoint of detectron2 or d2go, which has
-        no record, loses its optimizer's state if that is ordered in another way.
-
-        Raises:
-            CheckpointError: if it is one of another model or optimizer.
+        no record, loses its optimizer's state if that is ordered in another way. Raises
+        CheckpointError if it is one of another model or optimizer.
         """
         logger.info("Resuming from %s", path)
         if faults := mismatches(path, content["model"], self.model.state_dict()):
@@ -131,11 +121,7 @@ def _record_faults(path: Path, content: Mapping[str, Any]) -> list[Fault]:
     missing = ", ".join(key for key in needed if key not in content)
     if not missing and isinstance(record, dict | None):
         return []
-    return [
-        Fault(
-            f"checkpoint {path}",
-            f"without {missing or 'a whole record'}",
-            "a checkpoint with the state of its training",
-            "to start a new training from its weights, set MODEL.WEIGHTS to it",
-        )
-    ]
+    value = f"without {missing or 'a whole record'}"
+    allowed = "a checkpoint with the state of its training"
+    advice = "to start a new training from its weights, set MODEL.WEIGHTS to it"
+    return [Fault(f"checkpoint {path}", value, allowed, advice)]

@@ -26,11 +26,8 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     the log. Without ``last_checkpoint``, as after a kill at the first checkpoint, the search
     begins there.
 
-    Returns:
-        The path and its content; None if the folder has no checkpoint at all.
-
-    Raises:
-        CheckpointError: if the one that is named is missing, or none is whole.
+    Returns the path and its content, None if the folder has no checkpoint at all. Raises
+    CheckpointError if the one that is named is missing, or none is whole.
     """
     named = last_checkpoint(folder)
     broken: list[CheckpointError] = []
@@ -68,9 +65,8 @@ def _by_images_seen(folder: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a ``.pth`` file onto the CPU, with tensors and plain values only.
 
-    Raises:
-        CheckpointError: if it is missing, truncated, asks for other Python objects, or does
-            not hold a dict with ``model``.
+    Raises CheckpointError if it is missing, truncated, asks for other Python objects, or does not
+    hold a dict with ``model``.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -102,14 +98,10 @@ def mismatches(path: Path, weights: Mapping[str, Any], expected: Mapping[str, An
         ],
     }
     allowed, advice = "the weights of this model", "use the config that it was trained with"
-    return [
-        Fault(
-            f"checkpoint {path}",
-            f"{len(keys)} {difference}: {', '.join(keys[:_SHOWN_KEYS])}"
-            f"{', ...' if len(keys) > _SHOWN_KEYS else ''}",
-            allowed,
-            advice,
-        )
-        for difference, keys in lists.items()
-        if keys
-    ]
+    faults = []
+    for difference, keys in lists.items():
+        more = ", ..." if len(keys) > _SHOWN_KEYS else ""
+        value = f"{len(keys)} {difference}: {', '.join(keys[:_SHOWN_KEYS])}{more}"
+        if keys:
+            faults.append(Fault(f"checkpoint {path}", value, allowed, advice))
+    return faults

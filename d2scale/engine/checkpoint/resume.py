@@ -23,21 +23,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a training begins or goes on.
+    """Where a training begins or goes on."""
 
-    Attributes:
-        next_iteration: in the steps of the plan that runs now.
-        images_seen: in all finished steps.
-        seed: of order and augmentation.
-        sampler: its state; None: the order begins.
-        same_steps: whether the iterations before ``next_iteration`` were steps of this plan.
-    """
-
-    next_iteration: int
-    images_seen: int
-    seed: int
-    sampler: dict[str, Any] | None = None
-    same_steps: bool = True
+    next_iteration: int  # in the steps of the plan that runs now
+    images_seen: int  # in all finished steps
+    seed: int  # of order and augmentation
+    sampler: dict[str, Any] | None = None  # its state; None: the order begins
+    same_steps: bool = True  # the iterations before next_iteration were steps of this plan
 
 
 def resume_training(
@@ -45,15 +37,9 @@ def resume_training(
 ) -> Position | None:
     """Load the last checkpoint; None if there is none.
 
-    Args:
-        checkpointer: of the run.
-        cfg: the config that runs, planned.
-        plan: of this run.
-        recipe: ``recipe_of`` the config before planning.
-        seed: for the order of images, if the checkpoint has none.
-
-    Raises:
-        CheckpointError: if it is not one of this training, or not all ranks see the same one.
+    ``cfg`` is the planned config, ``recipe`` is ``recipe_of`` the one before planning; ``seed`` is
+    for the order of images, if the checkpoint has none. Raises CheckpointError if it is not one
+    of this training, or not all ranks see the same one.
     """
     last = checkpointer.read_last()
     stopped = None if last is None else _progress_in(last[1], recipe)
@@ -99,11 +85,8 @@ def _progress_in(content: Mapping[str, Any], recipe: Mapping[str, Any]) -> Progr
 class RunRecord:
     """Keeps in every checkpoint how its run was planned; called when micro-batches shrink.
 
-    Args:
-        checkpointer: of the run; its ``facts`` are kept up to date.
-        plan: of this run.
-        recipe: ``recipe_of`` the config before planning.
-        seed: of order and augmentation.
+    It keeps the checkpointer's ``facts`` up to date. ``recipe`` is ``recipe_of`` the config before
+    planning; ``seed`` is that of order and augmentation.
     """
 
     def __init__(

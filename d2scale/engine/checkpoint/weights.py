@@ -20,14 +20,10 @@ ZOO_ADDRESS = "https://dl.fbaipublicfiles.com/detectron2/"
 def find_weights(name: str) -> Path:
     """Return the local file that ``MODEL.WEIGHTS`` means. Nothing is downloaded.
 
-    Args:
-        name: a path, ``detectron2://...`` for the files of detectron2's model zoo, or an
-            http(s) address. The latter two are looked for in the folder ``$D2SCALE_WEIGHTS``
-            and in the download cache that detectron2 uses (``$FVCORE_CACHE``, by default
-            ``~/.torch/iopath_cache``).
-
-    Raises:
-        CheckpointError: if it is not there; says what to download, and where to put it.
+    ``name`` is a path, ``detectron2://...`` for the files of detectron2's model zoo, or an http(s)
+    address. The latter two are looked for in the folder ``$D2SCALE_WEIGHTS`` and in the download
+    cache that detectron2 uses (``$FVCORE_CACHE``, by default ``~/.torch/iopath_cache``). Raises
+    CheckpointError, which says what to download and where to put it, if it is not there.
     """
     if "://" not in name:
         path = Path(name).expanduser()

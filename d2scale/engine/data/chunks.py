@@ -25,32 +25,21 @@ Sample = dict[str, Any]
 
 
 class Request(NamedTuple):
-    """One image to make: its number in the dataset and what to do to it.
-
-    Attributes:
-        image: number in the dataset.
-        augmentation: new size and mirroring.
-        pad_to: (height, width) that the whole step is padded to; None for a micro-batch's own.
-    """
+    """One image to make: its number in the dataset and what to do to it."""
 
     image: int
     augmentation: Augmentation
+    # (height, width) that the whole step is padded to; None for a micro-batch's own.
     pad_to: tuple[int, int] | None = None
 
 
 @dataclass
 class PackedChunk:
-    """A few samples whose pixels lie one after the other in one tensor.
+    """A few samples whose pixels lie one after the other in one tensor."""
 
-    Attributes:
-        pixels: uint8, shape (total,).
-        samples: without "image"; boxes and classes as numpy arrays.
-        sizes: (h, w) of each image.
-    """
-
-    pixels: torch.Tensor
-    samples: list[Sample]
-    sizes: list[tuple[int, int]]
+    pixels: torch.Tensor  # uint8, shape (total,)
+    samples: list[Sample]  # without "image"; boxes and classes as numpy arrays
+    sizes: list[tuple[int, int]]  # (h, w) of each image
 
     def pin_memory(self) -> PackedChunk:
         """Move the pixels to page-locked memory (called by torch's data loader)."""
@@ -72,17 +61,11 @@ class PackedChunk:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How samples are made.
+    """How samples are made."""
 
-    Attributes:
-        order: of the channels, "BGR" or "RGB".
-        num_workers: worker processes of this rank; 0 makes the samples in the rank itself.
-        pin_memory: put the pixels into page-locked memory.
-    """
-
-    order: str = "BGR"
-    num_workers: int = 0
-    pin_memory: bool = False
+    order: str = "BGR"  # of the channels; or "RGB"
+    num_workers: int = 0  # worker processes of this rank; 0 makes the samples in the rank itself
+    pin_memory: bool = False  # put the pixels into page-locked memory
 
     @classmethod
     def from_cfg(cls, cfg: CfgNode) -> LoaderOptions:
@@ -93,17 +76,11 @@ class LoaderOptions:
 
 @dataclass(frozen=True)
 class ChunkDataset:
-    """Makes chunks: the map-style dataset that torch's data loader gives to its workers.
-
-    Attributes:
-        records: the images.
-        order: "BGR" or "RGB".
-        with_boxes: add boxes and classes, for training.
-    """
+    """Makes chunks: the map-style dataset that torch's data loader gives to its workers."""
 
     records: Records
-    order: str
-    with_boxes: bool
+    order: str  # of the channels, "BGR" or "RGB"
+    with_boxes: bool  # add boxes and classes, for training
 
     def __getitem__(self, requests: Sequence[Request]) -> PackedChunk | DataError:
         """Make the requested samples, or return the error of a faulty image."""
@@ -147,16 +124,9 @@ def load_chunks(
 ) -> Generator[list[Sample], None, None]:
     """Yield the samples of each request, in order, made by worker processes.
 
-    The workers start at the first chunk and end when the generator is closed.
-
-    Args:
-        dataset: makes the chunks.
-        requests: one entry a chunk; may be endless.
-        options: how many workers, and where they put the pixels.
-        ahead: chunks to make before they are asked for; at least two for each worker.
-
-    Raises:
-        DataError: the one of a worker.
+    The workers start at the first chunk and end when the generator is closed. ``requests`` may be
+    endless; ``ahead`` chunks are made before they are asked for, at least two for each worker.
+    Raises the DataError of a worker.
     """
     # No name for the iterator here: a traceback would keep it, and its workers, alive.
     for chunk in _start_workers(dataset, requests, options, ahead):

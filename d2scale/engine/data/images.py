@@ -18,22 +18,16 @@ from d2scale.errors import DataError, Fault
 def read_image(file_name: str) -> torch.Tensor:
     """Return an image, upright by its EXIF orientation: RGB, (3, h, w), uint8.
 
-    Raises:
-        DataError: if the file is missing, or is no image, or is cut short; it names the file.
+    Raises DataError, which names the file, if it is missing, or is no image, or is cut short.
     """
     return torch.from_numpy(read_rgb(file_name)).permute(2, 0, 1)
 
 
 def resize_and_flip(image: torch.Tensor, augmentation: Augmentation, order: str) -> torch.Tensor:
-    """Apply an augmentation.
+    """Apply an augmentation to an RGB image, (3, h, w), uint8.
 
-    Args:
-        image: RGB, (3, h, w), uint8.
-        augmentation: the new size and whether to mirror.
-        order: "BGR" or "RGB", the channel order of the result.
-
-    Returns:
-        (3, augmentation.height, augmentation.width), uint8, contiguous.
+    Returns (3, augmentation.height, augmentation.width), uint8, contiguous, with its channels in
+    the ``order`` "BGR" or "RGB".
     """
     size = (augmentation.height, augmentation.width)
     if image.shape[1:] != size:
@@ -45,10 +39,9 @@ def resize_and_flip(image: torch.Tensor, augmentation: Augmentation, order: str)
 
 
 def check_size(file_name: str, image: torch.Tensor, height: int, width: int) -> None:
-    """Compare an image with what its annotation file says.
+    """Raise DataError if an image has not the size that its annotation file gives.
 
-    Raises:
-        DataError: if they differ; boxes would then lie in the wrong place.
+    Boxes would then lie in the wrong place.
     """
     file_height, file_width = image.shape[1:]
     if (file_height, file_width) != (height, width):

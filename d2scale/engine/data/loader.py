@@ -25,25 +25,16 @@ _LARGEST_CHUNK = 4
 
 
 class TrainLoader(Iterator[list[Sample]]):
-    """An endless stream of this rank's samples, one optimizer step an item.
-
-    Args:
-        records: the training images.
-        augmentation: drawn for each image from the sampler's seed.
-        sampler: where the stream starts; the loader keeps it at the steps handed out.
-        rank_images: which images of a step are this rank's.
-        exact: give all samples of a step, on all ranks, the same "pad_to".
-        options: how samples are made.
-    """
+    """An endless stream of this rank's samples, one optimizer step an item."""
 
     def __init__(
         self,
         records: Records,
-        augmentation: ResizeAndFlip,
-        sampler: StepSampler,
-        rank_images: slice,
+        augmentation: ResizeAndFlip,  # drawn for each image from the sampler's seed
+        sampler: StepSampler,  # where the stream starts; kept at the steps handed out
+        rank_images: slice,  # which images of a step are this rank's
         *,
-        exact: bool,
+        exact: bool,  # give all samples of a step, on all ranks, the same "pad_to"
         options: LoaderOptions,
     ) -> None:
         self._records = records
@@ -104,20 +95,13 @@ class TrainLoader(Iterator[list[Sample]]):
 
 
 class EvalLoader(Iterable[list[Sample]]):
-    """This rank's part of a dataset, once through and one image an item: no image sees padding.
-
-    Args:
-        records: all images.
-        augmentation: the resizing.
-        rank_images: which images are this rank's.
-        options: how samples are made.
-    """
+    """This rank's part of a dataset, once through and one image an item: no image sees padding."""
 
     def __init__(
         self,
         records: Records,
         augmentation: ResizeAndFlip,
-        rank_images: slice,
+        rank_images: slice,  # which images are this rank's
         options: LoaderOptions,
     ) -> None:
         self._records = records
@@ -154,9 +138,6 @@ def build_train_loader(
     """Build the training loader of one rank from ``INPUT``, ``DATALOADER`` and ``MODEL.DEVICE``.
 
     Args:
-        cfg: the run's config.
-        dataset: what to train on.
-        world_size, rank: of this process.
         ims_per_batch: images in one optimizer step over all ranks.
         seed: of the order and the augmentations, the same on all ranks.
         start_state: continue here (:meth:`TrainLoader.state_dict`); its seed replaces ``seed``.
@@ -183,8 +164,7 @@ def build_test_loader(
 ) -> EvalLoader:
     """Build the evaluation loader of one rank, over every image of ``dataset``.
 
-    Raises:
-        ConfigError: if an ``INPUT`` key has a value that cannot be served.
+    Raises ConfigError if an ``INPUT`` key has a value that cannot be served.
     """
     rank_images = rank_slice(len(dataset), world_size, rank)
     augmentation = ResizeAndFlip.for_testing(cfg)

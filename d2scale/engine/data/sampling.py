@@ -68,11 +68,8 @@ class StepSampler(Iterator[tuple[Draw, ...]]):
     Args:
         size: images in the dataset.
         ims_per_batch: images in one step, over all ranks and micro-batches.
-        seed: not negative.
+        seed: not negative; ValueError for a number out of its range.
         groups: group number of each image, shape (size,); None puts all images in one group.
-
-    Raises:
-        ValueError: if a number is out of its range.
     """
 
     def __init__(
@@ -123,8 +120,7 @@ class StepSampler(Iterator[tuple[Draw, ...]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the position, and with the seed, of another sampler over the dataset.
 
-        Raises:
-            CheckpointError: if the state belongs to a dataset of another size.
+        Raises CheckpointError if the state belongs to a dataset of another size.
         """
         if state["size"] != self.size:
             allowed = f"{self.size}, the images of this run's training dataset"

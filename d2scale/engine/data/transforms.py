@@ -32,28 +32,18 @@ class Augmentation(NamedTuple):
 
 @dataclass(frozen=True)
 class ResizeAndFlip:
-    """detectron2's usual augmentation: resize the shortest edge, then mirror half of the images.
+    """detectron2's usual augmentation: resize the shortest edge, then mirror half of the images."""
 
-    Attributes:
-        short_edges: the lengths in pixels to choose from, or with ``sampling`` "range" the
-            smallest and the largest; 0 leaves the size alone.
-        sampling: "choice" or "range".
-        max_size: longest edge in pixels; it wins over the short edge.
-        flip: mirror images, each with a probability of one half.
-    """
-
+    # Lengths in pixels to choose from, or with "range" the smallest and the largest; 0 leaves
+    # the size alone.
     short_edges: tuple[int, ...]
-    sampling: str
-    max_size: int
-    flip: bool
+    sampling: str  # "choice" or "range"
+    max_size: int  # longest edge in pixels; it wins over the short edge
+    flip: bool  # mirror images, each with a probability of one half
 
     @classmethod
     def for_training(cls, cfg: CfgNode) -> ResizeAndFlip:
-        """Read the ``INPUT`` keys for training.
-
-        Raises:
-            ConfigError: see :func:`input_faults`.
-        """
+        """Read the ``INPUT`` keys for training; ConfigError for :func:`input_faults`."""
         _raise_faults(cfg)
         inputs = cfg.INPUT
         return cls(
@@ -65,11 +55,7 @@ class ResizeAndFlip:
 
     @classmethod
     def for_testing(cls, cfg: CfgNode) -> ResizeAndFlip:
-        """Read the ``INPUT`` keys for evaluation: one size, no mirroring.
-
-        Raises:
-            ConfigError: see :func:`input_faults`.
-        """
+        """Read the ``INPUT`` keys for evaluation: one size, no mirroring; ConfigError as above."""
         _raise_faults(cfg)
         return cls((cfg.INPUT.MIN_SIZE_TEST,), "choice", cfg.INPUT.MAX_SIZE_TEST, False)
 
@@ -88,12 +74,10 @@ class ResizeAndFlip:
 def transform_boxes(
     boxes: np.ndarray, height: int, width: int, augmentation: Augmentation
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Move boxes along with their image.
+    """Move boxes along with their image, which has ``height`` times ``width`` pixels.
 
     Args:
         boxes: x0 y0 x1 y1 in pixels of the original image, shape (n, 4).
-        height, width: of the original image.
-        augmentation: what happens to the image.
 
     Returns:
         boxes: in pixels of the new image and within it, shape (k, 4), float32.
@@ -134,8 +118,7 @@ _RANGE = Rule(
 def input_faults(cfg: CfgNode) -> list[Fault]:
     """Return the values of ``INPUT`` that the loaders cannot serve."""
     faults = judge(cfg, _RULES)
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and not SHORT_EDGES.faults(
-        cfg.INPUT.MIN_SIZE_TRAIN
-    ):
+    edges_fit = not SHORT_EDGES.faults(cfg.INPUT.MIN_SIZE_TRAIN)
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and edges_fit:
         faults += judge(cfg, (_RANGE,))
     return faults

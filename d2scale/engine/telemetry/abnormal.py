@@ -22,13 +22,7 @@ MOST_SKIPPED_STEPS = 20
 
 
 class NotFiniteLossError(D2ScaleError):
-    """The loss of a step is not finite; the weights are those before that step.
-
-    Attributes:
-        iteration: the step.
-        lr: its learning rate.
-        losses: by name, over the whole step.
-    """
+    """The loss of a step is not finite; the weights are those before that step."""
 
     def __init__(self, iteration: int, lr: float, losses: Mapping[str, float]) -> None:
         values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
@@ -46,11 +40,7 @@ class NotFiniteLossError(D2ScaleError):
 
 
 def check_finite(losses: Mapping[str, float], iteration: int, lr: float) -> None:
-    """Raise if a loss is not finite. Losses of the whole step: every rank raises, or none.
-
-    Raises:
-        NotFiniteLossError: if so.
-    """
+    """Raise NotFiniteLossError on every rank if a loss (of the whole step) is not finite."""
     if not all(math.isfinite(value) for value in losses.values()):
         raise NotFiniteLossError(iteration, lr, losses)
 
@@ -83,24 +73,19 @@ class SkippedSteps:
     """Counts the steps that a gradient scaler skips because a gradient overflowed.
 
     Now and then that is normal: the scaler looks for the largest scale that works.
-
-    Attributes:
-        total: steps skipped so far.
     """
 
     def __init__(self, scaler: GradScaler) -> None:
         self._scaler = scaler
         self._scale: float | None = None
         self._streak = 0
-        self.total = 0
+        self.total = 0  # steps skipped so far
 
     def check(self, iteration: int) -> None:
         """Check whether the step before ``iteration`` was skipped: then the scale has fallen.
 
         To be called once a step, when its losses are known: a device has nothing to wait for.
-
-        Raises:
-            D2ScaleError: after too many in a row. All ranks have the same scale, so all raise.
+        Raises D2ScaleError after too many in a row. All ranks have the same scale, so all raise.
         """
         scale = self._scaler.get_scale()
         skipped = self._scale is not None and scale < self._scale

@@ -17,15 +17,10 @@ _CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return what ``machine.json`` holds. Every rank must call it.
+    """Return what ``machine.json`` holds. Every rank must call it, with its own device.
 
-    Args:
-        device: of this rank.
-
-    Returns:
-        ``description`` in words; ``device`` (its name on the first rank), ``device_memory_mb``
-        (the smallest of all ranks' devices; only with CUDA), ``cpu``, ``cpu_cores``,
-        ``processes``, ``torch``, ``python``, ``d2scale``.
+    ``device`` is named as on the first rank; ``device_memory_mb``, only with CUDA, is that of the
+    smallest of all ranks' devices.
     """
     cpu = cpu_name()
     cores = os.cpu_count() or 1

@@ -14,23 +14,14 @@ _ETA_WINDOW = 1000
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """The metrics of one optimizer step.
+    """The metrics of one optimizer step."""
 
-    Attributes:
-        iteration: number of the step, from 0.
-        losses: by name, over the whole step.
-        lr: learning rate of the step.
-        seconds: duration of the step on this rank, waiting for data included.
-        data_seconds: the part of it spent waiting for data.
-        images_seen: images since the training began, this step included.
-    """
-
-    iteration: int
-    losses: Mapping[str, float]
+    iteration: int  # number of the step, from 0
+    losses: Mapping[str, float]  # by name, over the whole step
     lr: float
-    seconds: float
-    data_seconds: float
-    images_seen: int
+    seconds: float  # duration of the step on this rank, waiting for data included
+    data_seconds: float  # the part of it spent waiting for data
+    images_seen: int  # since the training began, this step included
 
 
 def is_due(step: StepMetrics, period: int) -> bool:
@@ -39,12 +30,7 @@ def is_due(step: StepMetrics, period: int) -> bool:
 
 
 class MetricHistory:
-    """Medians of the metrics of past steps.
-
-    Args:
-        window: steps whose median is taken for losses and times.
-        max_iter: steps of the whole training.
-    """
+    """Medians over ``window`` past steps of losses and times, in a training of ``max_iter``."""
 
     def __init__(self, window: int, max_iter: int) -> None:
         self._window = window

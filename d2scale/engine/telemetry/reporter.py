@@ -20,24 +20,17 @@ class Reporter:
     On a terminal a bar moves with every step; elsewhere the log has a line for each report. Times
     and memory are those of the slowest and the fullest rank.
 
-    Args:
-        writers: closed with the reporter; none on all ranks but the first.
-        device: of this rank.
-        period: steps between two reports, and the window of the medians.
-        start_iteration: first step of this run.
-        max_iter: steps of the whole training.
-        bar: show a bar, if there is a terminal.
     """
 
     def __init__(
         self,
-        writers: Sequence[Writer],
+        writers: Sequence[Writer],  # closed with the reporter; none on all ranks but the first
         device: torch.device,
         *,
-        period: int,
+        period: int,  # steps between two reports, and the window of the medians
         start_iteration: int,
         max_iter: int,
-        bar: bool = True,
+        bar: bool = True,  # if there is a terminal
     ) -> None:
         self._writers = writers
         self._device = device
@@ -77,7 +70,6 @@ class Reporter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close the bar and the writers."""
         self._bar.close()
         for writer in self._writers:
             writer.close()

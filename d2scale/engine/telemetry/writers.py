@@ -19,12 +19,9 @@ class JsonWriter:
     Each holds ``elapsed_seconds``: how long the training has been running, evaluations included;
     a resumed run goes on from its last line, so the time between two runs does not count.
 
-    Args:
-        folder: the run's. The clock starts now.
-        start_iteration: first step of this run.
-        images_before: images that the training has seen. Lines of later ones are of steps that
-            a resumed run repeats: they are removed, and so is a line that a kill has cut. A line
-            without images is judged by its iteration.
+    The clock starts now. Lines of more than ``images_before`` images are of steps that a resumed
+    run repeats: they are removed, and so is a line that a kill has cut. A line without images is
+    judged by its iteration: whether it is before ``start_iteration``.
     """
 
     def __init__(self, folder: Path, start_iteration: int = 0, images_before: int = 0) -> None:
