@@ -37,11 +37,9 @@ def open_batches(
 ) -> Iterator[Batches]:
     """Within the context, give batches of the training or first test dataset, or random ones.
 
-    ``data`` is "real", "random", or "auto" for real if the dataset is on this machine. A training
-    batch has ``ims_per_batch`` augmented images with boxes, a test batch has one image.
-
-    Raises:
-        DataError: for "real", if the dataset is not there or is broken.
+    ``data`` is "real" (DataError if the dataset is missing or broken), "random", or "auto" for real
+    if it can be. A training batch has ``ims_per_batch`` augmented images with boxes, a test batch
+    one image.
     """
     dataset = None if data == "random" else _find_dataset(cfg, training, required=data == "real")
     if dataset is None:
@@ -49,14 +47,9 @@ def open_batches(
         source = f"random images of {width}x{height}, resized as INPUT says"
         yield Batches(source, itertools.cycle(_random_batches(cfg, training, ims_per_batch)))
     elif training:
+        seed, exact = max(cfg.SEED, 0), cfg.D2SCALE.EXACT
         with build_train_loader(
-            cfg,
-            dataset,
-            world_size=1,
-            rank=0,
-            ims_per_batch=ims_per_batch,
-            seed=max(cfg.SEED, 0),
-            exact=cfg.D2SCALE.EXACT,
+            cfg, dataset, world_size=1, rank=0, ims_per_batch=ims_per_batch, seed=seed, exact=exact
         ) as loader:
             yield Batches(dataset.name, loader)
     else:

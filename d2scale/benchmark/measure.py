@@ -60,9 +60,8 @@ def benchmark(cfg: CfgNode, options: BenchmarkOptions) -> BenchmarkResult:
     post-processing of one image, averaged, without loading and without the first images.
     Training takes whole steps, loading included, at a learning rate of 0.
 
-    Raises:
-        ConfigError: with every fault of the options and the config.
-        DataError: if real data is asked for and not there, or broken.
+    ConfigError with every fault of the options and the config; DataError for missing or broken
+    data where real data is asked for.
     """
     faults = [*_option_faults(options), *_device_faults(cfg), *value_faults(cfg)]
     faults += input_faults(cfg)
@@ -201,16 +200,13 @@ def _reset_peak(device: torch.device) -> None:
 
 def _peak_gib(device: torch.device) -> float | None:
     """Return the most that tensors held since the reset; None on a CPU, where torch counts none."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.max_memory_allocated(device) / 2**30
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def _counted_gib(step: OptimizerStep, trainer: Trainer) -> float:
     """Take one more step with every storage counted, and return the most that were alive."""
     step.optimizer.zero_grad()
-    tracker = StorageTracker()
-    with tracker:
+    with StorageTracker() as tracker:
         tracker.count(*step.held_tensors())
         trainer.take_step()
     return tracker.peak_bytes / 2**30
@@ -220,11 +216,8 @@ def to_table(result: BenchmarkResult) -> str:
     """Return the result as text: the facts, then a table of each part."""
     parts = [tabulate(list(result.facts.items()), tablefmt="plain")]
     for name in PARTS:
-        rows = [(key, _text(v)) for key, v in getattr(result, name).items() if v is not None]
+        figures = {key: v for key, v in getattr(result, name).items() if v is not None}
+        rows = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in figures.items()]
         if rows:
             parts.append(tabulate(rows, headers=[name, ""], tablefmt="pipe", disable_numparse=True))
     return "\n\n".join(parts)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

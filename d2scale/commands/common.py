@@ -25,20 +25,15 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Add the parser of one command, and return it.
 
-    Args:
-        text: one line for the list of commands, without a full stop.
-        run: does the work and returns the exit status.
-        takes_opts: whether KEY VALUE pairs may follow; they are in ``arguments.opts``.
+    ``text`` has no full stop; ``run`` returns the exit status. With ``takes_opts``, KEY VALUE pairs
+    may follow, in ``arguments.opts``.
     """
     description = text[0].upper() + text[1:] + "."
     if takes_opts:
         description += " KEY VALUE pairs at the end override config keys."
+    raw = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser(
-        name,
-        help=text,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=text, description=description, epilog=epilog, formatter_class=raw
     )
     parser.set_defaults(command=run, takes_opts=takes_opts)
     return parser

@@ -1,8 +1,4 @@
-"""Every config key that d2scale itself reads, with its default.
-
-The values are d2go's defaults (detectron2's where d2go adds none), because a recipe that leaves
-a key out means those.
-"""
+"""Every config key that d2scale itself reads, with its default."""
 
 from __future__ import annotations
 
@@ -59,15 +55,13 @@ def add_d2scale_config(cfg: CfgNode) -> None:
 def add_project_configs(cfg: Any) -> tuple[str, ...]:
     """Add the config keys of every installed project to ``cfg``, in place.
 
-    A project offers a function as an entry point of the group ``d2scale.configs``. It takes the
-    config, adds the project's keys, and returns those keys and sections of keys whose values
-    say nothing about the memory of training::
+    A project offers a function as an entry point of the group ``d2scale.configs``. It adds the
+    project's keys, and returns those keys and sections whose values say nothing about the memory
+    of training. Returned are those of all projects::
 
         def add_my_config(cfg):
             cfg.MODEL.MY_HEAD = type(cfg)({"NUM_CONVS": 4, "CENTER_RADIUS": 1.5})
             return ("MODEL.MY_HEAD.CENTER_RADIUS",)
-
-    Returns them, of all projects.
     """
     entries = entry_points(group="d2scale.configs")
     return tuple(key for entry in entries for key in entry.load()(cfg) or ())
@@ -80,6 +74,7 @@ def get_cfg() -> CfgNode:
     return cfg
 
 
+# d2go's defaults (detectron2's where d2go adds none): a recipe that leaves a key out means those.
 _RECIPE: dict[str, Any] = {
     "VERSION": 2,
     "OUTPUT_DIR": "./output",

@@ -48,9 +48,8 @@ def shipped_configs() -> dict[str, Path]:
 def resolve_config_path(path: str) -> str:
     """Turn ``d2scale://NAME.yaml`` and the prefixes of installed upstream packages into a file.
 
-    Raises:
-        ConfigError: for a shipped name that does not exist, a package that is not installed,
-            or an address on the network.
+    ConfigError for a shipped name that does not exist, a package that is not installed, or an
+    address on the network.
     """
     if path.startswith(SHIPPED_PREFIX):
         known = shipped_configs()
@@ -78,9 +77,8 @@ def _path_fault(path: str, allowed: str, advice: str = "check the name") -> Conf
 def load_yaml(path: str) -> dict[str, Any]:
     """Read a config and everything its ``_BASE_`` keys name, later files winning, nested.
 
-    Raises:
-        ConfigError: for a missing or unreadable file, YAML that is broken or asks for Python
-            objects, or nesting or a chain of ``_BASE_`` that does not end.
+    ConfigError for a missing or unreadable file, YAML that is broken or asks for Python objects,
+    or nesting or a chain of ``_BASE_`` that does not end.
     """
     try:
         settings = _load_chain(os.path.abspath(resolve_config_path(path)), ())
@@ -147,10 +145,8 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def load_cfg(path: str, opts: Sequence[str] = ()) -> CfgNode:
     """Load a config for the default engine: every key must be one that it knows.
 
-    ``opts`` are ``KEY VALUE`` pairs that win over the file.
-
-    Raises:
-        ConfigError: with all faults of the config.
+    ``opts`` are ``KEY VALUE`` pairs that win over the file. All faults are raised together, as a
+    ConfigError.
     """
     cfg = get_cfg()
     add_project_configs(cfg)
@@ -161,10 +157,9 @@ def load_cfg(path: str, opts: Sequence[str] = ()) -> CfgNode:
 def load_recipe(path: str, opts: Sequence[str] = ()) -> tuple[CfgNode, dict[str, Any]]:
     """Load a recipe of any engine for planning.
 
-    Keys that say nothing about batch, learning rate and iterations are passed over, for other
-    runners bring their own; a key that looks like a misspelling of one that does is a fault.
-    Returned are the config with d2go's defaults filled in, and the settings that the recipe itself
-    makes, by dotted key. All faults are raised together, as a ConfigError.
+    Keys that planning does not read are passed over, for other runners bring their own, unless
+    they look like a misspelling of one that it reads. Returned are the config with d2go's defaults
+    filled in, and the recipe's own settings by dotted key. ConfigError with all faults together.
     """
     cfg = get_cfg()
     settings = dict(flatten(load_yaml(path)))

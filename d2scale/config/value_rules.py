@@ -1,7 +1,4 @@
-"""Rules that judge the values of config keys: one kind for planning, every engine and project.
-
-A value of the wrong type is a fault like any other, for it does not pass the rule's test.
-"""
+"""Rules that judge the values of config keys: one kind for planning, every engine and project."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from d2scale.config.keys import get_key
 from d2scale.errors import Fault
 
 _ABSENT = object()
-# What a test raises when the value has another type than the test was written for.
+# What a test raises when the value has another type than the test was written for: a fault too.
 _WRONG_TYPE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -49,12 +46,9 @@ def judge(cfg: Any, rules: Iterable[Rule]) -> list[Fault]:
 
 def one_of(key: str, choices: Sequence[Any], advice: str = "choose one") -> Rule:
     """Allow a few values, of the same type: 1 is not True."""
-    return Rule(
-        key,
-        ", ".join(str(choice) or "''" for choice in choices),
-        lambda value: any(type(value) is type(choice) and value == choice for choice in choices),
-        advice,
-    )
+    allowed = ", ".join(str(choice) or "''" for choice in choices)
+    typed = [(type(choice), choice) for choice in choices]
+    return Rule(key, allowed, lambda value: (type(value), value) in typed, advice)
 
 
 def whole(key: str, least: int, most: float = math.inf, advice: str = "correct it") -> Rule:
@@ -75,21 +69,20 @@ def number(
     """Allow finite numbers within bounds, of which ``above`` and ``below`` are excluded."""
     bounds = (("from", least), ("above", above), ("at most", most), ("below", below))
     words = [f"{word} {bound}" for word, bound in bounds if math.isfinite(bound)]
-    return Rule(
-        key,
-        f"a number {', '.join(words)}",
-        lambda value: is_number(value) and least <= value <= most and above < value < below,
-        advice,
-    )
+
+    def holds(value: Any) -> bool:
+        return is_number(value) and least <= value <= most and above < value < below
+
+    return Rule(key, f"a number {', '.join(words)}", holds, advice)
 
 
 def names(key: str, allowed: str) -> Rule:
     """Allow a list of strings."""
-    return Rule(
-        key,
-        allowed,
-        lambda value: not isinstance(value, str) and all(isinstance(name, str) for name in value),
-    )
+
+    def holds(value: Any) -> bool:
+        return not isinstance(value, str) and all(isinstance(name, str) for name in value)
+
+    return Rule(key, allowed, holds)
 
 
 def or_none(rule: Rule) -> Rule:
@@ -99,10 +92,7 @@ def or_none(rule: Rule) -> Rule:
 
 
 def type_of_default(key: str, default: Any) -> Rule:
-    """Allow values of the type of the key's default, and anything if that is None.
-
-    Entries of a list have the type of the default's first entry, if there is one.
-    """
+    """Allow values of the type of the key's default, and anything if that is None."""
     kind = "a list" if isinstance(default, list | tuple) else type(default).__name__
     return Rule(
         key,
@@ -126,6 +116,7 @@ def _has_type_of(value: Any, default: Any) -> bool:
     if isinstance(default, list | tuple):
         if not isinstance(value, list | tuple):
             return False
+        # Entries have the type of the default's first one, if there is one.
         return not default or all(_has_type_of(entry, default[0]) for entry in value)
     if isinstance(default, float):
         return is_whole(value) or isinstance(value, float)

@@ -1,7 +1,4 @@
-"""Writing and reading the config, plan and machine facts of a run's folder.
-
-Each function that writes raises ConfigError if the file cannot be written.
-"""
+"""Writing (ConfigError if that fails) and reading the config, plan and facts of a run's folder."""
 
 from __future__ import annotations
 
@@ -38,11 +35,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; empty if the file is not there.
-
-    Raises:
-        ConfigError: if it cannot be read or holds no JSON object.
-    """
+    """Return a file's JSON object, empty if there is no file; ConfigError if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
@@ -56,10 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint that ``last_checkpoint`` names; None if it names none.
-
-    The checkpoint itself may be missing or broken.
-    """
+    """Return the checkpoint that ``last_checkpoint`` names, perhaps missing or broken, or None."""
     try:
         name = (folder / files.LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):

@@ -27,6 +27,7 @@ RESULTS_FILE = "coco_instances_results.json"  # in INFERENCE_FOLDER
 
 WRITABLE_FOLDER = "a folder that can be written"
 
+# Text (written as UTF-8), bytes, or a function that writes to the open file.
 Content = str | bytes | Callable[[IO[bytes]], Any]
 ErrorOf = Callable[[str], ConfigError]
 
@@ -38,13 +39,8 @@ def write_atomically(path: str | Path, content: Content, error_of: ErrorOf | Non
     A symbolic link is followed. A device or pipe, and the file that standard output goes to,
     cannot be renamed over: they are written directly.
 
-    Args:
-        path: of the file; its folder must exist.
-        content: text (written as UTF-8), bytes, or a function that writes to the open file.
-        error_of: makes the exception from the reason why the file cannot be written.
-
-    Raises:
-        ConfigError: if it cannot be written.
+    ConfigError, made by ``error_of`` from the reason, if it cannot be written; its folder must
+    exist.
     """
     path = Path(path)
     try:
@@ -121,10 +117,7 @@ def remove_partial_checkpoints(folder: Path) -> None:
 def folder_faults(
     folder: Path, *, key: str = "OUTPUT_DIR", allowed: str = WRITABLE_FOLDER
 ) -> list[Fault]:
-    """Return why files cannot be written in ``folder``, which need not exist. Writes nothing.
-
-    ``key`` is the config key or option that names it, ``allowed`` what that key may name.
-    """
+    """Return why files cannot be written in ``folder``, which need not exist. Writes nothing."""
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
             os.stat(folder)  # refuses a name that is too long or holds a NUL
@@ -140,7 +133,7 @@ def folder_faults(
 def folder_fault(
     folder: Path, reason: str, *, key: str = "OUTPUT_DIR", allowed: str = WRITABLE_FOLDER
 ) -> Fault:
-    """Return the fault of a folder that cannot be used, for ``reason``."""
+    """Return the fault of the config key or option that names a folder that cannot be used."""
     return Fault(key, str(folder), allowed, f"choose another ({reason})")
 
 

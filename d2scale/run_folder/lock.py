@@ -24,13 +24,10 @@ _HELD_GUARD = threading.Lock()
 
 @contextmanager
 def run_lock(folder: Path, *, key: str = "OUTPUT_DIR") -> Iterator[None]:
-    """Within the context, no other run may write to ``folder``.
+    """Within the context, no other run may write to ``folder``; ConfigError if one already does.
 
     The system releases the lock when the process ends, even by a kill. On a file system
     without locks, as some network file systems are, the run goes on unlocked.
-
-    Raises:
-        ConfigError: if another run holds the lock, in this process or elsewhere.
     """
     path = folder / LOCK_FILE
     with _HELD_GUARD:

@@ -50,10 +50,7 @@ def whole_coco() -> Data:
 
 
 def small_data(folder: Path, images: tuple[int, int]) -> Data:
-    """Return a few images of COCO if there is any of it, drawn shapes otherwise, for ``folder``.
-
-    A part of COCO alone is a DataError.
-    """
+    """Return images of COCO, or drawn shapes if none of it is here; DataError if a part is."""
     coco = _coco_folder()
     most = "{} training and {} validation images".format(*images)
     if not any((coco / part).exists() for part in _SOURCES):
@@ -100,8 +97,7 @@ def datasets_under(root: Path) -> Iterator[None]:
 def read_subset(data: Data) -> dict[str, dict[str, Any]]:
     """Return the annotations of COCO's first images by ``PARTS``; empty for other data.
 
-    Raises:
-        DataError: with every fault of the annotation files, and images that are missing.
+    DataError with every fault of the annotation files, and images that are missing.
     """
     if data.coco is None or data.images is None:
         return {}

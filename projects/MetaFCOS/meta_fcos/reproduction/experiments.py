@@ -38,11 +38,9 @@ class Experiment:
         return "experiment-" + self.title.replace(" ", "-")
 
     def recipe(self, form: str, third_method: str) -> str:
-        """Return the address of its recipe in the form "full" or "small".
-
-        Experiment 3 in full is as "published", its rate and length set as if the batch had
-        doubled, or "exact", by its true ratio of 30/16. In small the batch doubles.
-        """
+        """Return the address of its recipe in the form "full" or "small"."""
+        # Experiment 3 in full is as "published", its rate and length set as if the batch had
+        # doubled, or "exact", by its true ratio of 30/16. In small the batch doubles.
         name = self.full if form == "full" else self.small
         if self.number == 3 and form == "full" and third_method == "exact":
             name = "experiment-3-exact"
@@ -74,12 +72,9 @@ def length_faults(images_seen: int, recipes: Sequence[Any]) -> list[Fault]:
 def length_settings(cfg: Any, images_seen: int | None) -> dict[str, Any]:
     """Return the config keys that give a recipe another length, with its checkpoints and reports.
 
-    Cut to a third, before::
+    Before, and cut to a third::
 
         SOLVER: {IMS_PER_BATCH: 16, MAX_ITER: 30000, STEPS: [20000, 25000], WARMUP_ITERS: 1000}
-
-    After::
-
         SOLVER: {IMS_PER_BATCH: 16, MAX_ITER: 10000, STEPS: [6667, 8333], WARMUP_ITERS: 333}
 
     Warm-up and learning-rate drops keep their fraction of the training, so a cut training sees
@@ -112,6 +107,7 @@ def chosen(numbers: str | None) -> tuple[Experiment, ...]:
     experiments = tuple(one for one in EXPERIMENTS if str(one.number) in words)
     if len(experiments) < len(set(words)):
         allowed = "some of 1, 2, 3, separated by commas"
-        advice = "correct it, or leave it out for all"
-        raise ConfigError([Fault("--only", numbers, allowed, advice)])
+        raise ConfigError(
+            [Fault("--only", numbers, allowed, "correct it, or leave it out for all")]
+        )
     return experiments

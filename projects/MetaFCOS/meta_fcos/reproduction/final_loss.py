@@ -37,9 +37,8 @@ def final_loss(images_seen: Sequence[float], losses: Sequence[float]) -> FinalLo
         return None
     first = _WINDOW_BEGINS * images_seen[-1]
     window = [loss for seen, loss in zip(images_seen, losses, strict=True) if seen > first]
-    error = math.nan
-    if len(window) >= _FEWEST:
-        error = statistics.stdev(window) / math.sqrt(len(window))
+    enough = len(window) >= _FEWEST
+    error = statistics.stdev(window) / math.sqrt(len(window)) if enough else math.nan
     return FinalLoss(statistics.fmean(window), error, len(window))
 
 

@@ -17,10 +17,7 @@ _ALLOWED = "a new or empty folder, or one of d2scale reproduce"
 
 
 def folder_faults(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> list[Fault]:
-    """Return why a reproduction with ``settings``, by option, may not use ``folder``.
-
-    Its settings bind only once an experiment in it has ``begun``. Writes nothing.
-    """
+    """Return why a reproduction with these options may not use ``folder``. Writes nothing."""
     if faults := files.folder_faults(folder, key=_OPTION, allowed=_ALLOWED):
         return faults
     if not folder.exists() or not any(folder.iterdir()):
@@ -28,6 +25,7 @@ def folder_faults(folder: Path, settings: Mapping[str, Any], *, begun: bool) -> 
     record = _read(folder)
     if record is None:
         return [files.folder_fault(folder, "it holds other files", key=_OPTION, allowed=_ALLOWED)]
+    # The settings bind only once an experiment has begun.
     before = record["settings"] if begun else {}
     advice = "repeat that, or choose another --output-dir"
     return [

@@ -38,10 +38,7 @@ class Machine:
     def at_hand(cls, form: str, num_gpus: int | None) -> Machine:
         """Return this machine, with ``num_gpus`` ranks or at most the publication's two.
 
-        The small form runs on a CPU everywhere.
-
-        Raises:
-            ConfigError: for more ranks than the machine has GPUs, on a CPU cores.
+        The small form runs on a CPU. ConfigError for more ranks than GPUs, or a CPU's cores.
         """
         gpus = torch.cuda.device_count() if form == "full" else 0
         most = gpus or max(2, os.cpu_count() or 1)
@@ -93,11 +90,7 @@ class PlannedExperiment:
 def plan_experiment(
     experiment: Experiment, recipe: str, folder: Path, machine: Machine, images_seen: int | None
 ) -> PlannedExperiment:
-    """Plan an experiment for the machine.
-
-    On fewer GPUs than it was published on, a step runs in micro-batches no larger than one of
-    those GPUs had, and so with the same result: ``D2SCALE.EXACT``.
-    """
+    """Plan an experiment for the machine."""
     cfg = load_cfg(recipe)
     settings: dict[str, Any] = {
         "OUTPUT_DIR": str(folder / experiment.folder),
@@ -118,6 +111,8 @@ def plan_experiment(
         plan = make_plan(changed, hardware, method="keep_total")
         return PlannedExperiment(experiment, recipe, dict(settings), changed, plan, machine)
 
+    # On fewer GPUs than published, a step runs in micro-batches no larger than one of those GPUs
+    # had, and so with the same result: D2SCALE.EXACT.
     here = planned()
     published_ims_per_gpu = -(-cfg.SOLVER.IMS_PER_BATCH // experiment.gpus)
     if here.on_fewer_gpus and here.plan.ims_per_gpu > published_ims_per_gpu:

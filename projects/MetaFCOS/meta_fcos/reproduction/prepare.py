@@ -61,9 +61,7 @@ class Reproduction:
 def prepare(options: ReproductionOptions) -> Reproduction:
     """Check everything, and plan how each experiment runs here. Writes nothing.
 
-    Raises:
-        ConfigError: with every fault of options, folder, data and weights.
-        D2ScaleError: under torchrun.
+    ConfigError with every fault of options, folder, data and weights; D2ScaleError under torchrun.
     """
     if under_torchrun():
         raise D2ScaleError("d2scale reproduce starts its own ranks: call it without torchrun")
@@ -122,17 +120,16 @@ def _folder_faults(folder: Path, settings: Mapping[str, Any]) -> list[Fault]:
 def _check_inputs(
     faults: list[Fault], data: Data | None, recipes: Sequence[Any]
 ) -> tuple[dict[str, dict[str, Any]], int]:
-    """Read the weights and data of the recipes that are left to train: all have the same.
-
-    Return the annotations of a subset, and the number of training images of whole datasets.
-    """
-    if recipes:
-        with collecting(faults):
-            _load_weights(recipes[0])
-    if recipes and data is not None:
-        with collecting(faults):
-            if data.images is None:
-                return {}, check_datasets(recipes[0])
+    """Return the annotations of a subset, and the number of training images of whole datasets."""
+    if not recipes:
+        return {}, 0
+    # All recipes have the same weights and data.
+    with collecting(faults):
+        _load_weights(recipes[0])
+    with collecting(faults):
+        if data is not None and data.images is None:
+            return {}, check_datasets(recipes[0])
+        if data is not None:
             return read_subset(data), 0
     return {}, 0
 

@@ -21,11 +21,8 @@ from d2scale.errors import EXIT_STATUS_USER_ERROR, D2ScaleError
 def run_command(arguments: Sequence[str], datasets: Path) -> None:
     """Run ``d2scale`` with ``arguments``, on the data in ``datasets``, and wait for its end.
 
-    Ctrl-C interrupts it and waits for it, a second Ctrl-C kills it.
-
-    Raises:
-        D2ScaleError: if it fails; it has printed the reason.
-        KeyboardInterrupt: after it has ended.
+    Ctrl-C interrupts it and waits for it, a second Ctrl-C kills it; KeyboardInterrupt comes after
+    its end. D2ScaleError if it fails; it has printed the reason.
     """
     command = [sys.executable, "-m", __name__, *arguments]
     environment = {**os.environ, ROOT_VARIABLE: str(datasets.absolute())}

@@ -26,11 +26,8 @@ def reproduce(options: ReproductionOptions, *, only_plan: bool = False) -> Itera
     Experiments that are finished in the folder are not run again; one that was stopped goes on
     from its last checkpoint. ``only_plan`` ends with the plan, with nothing written.
 
-    Raises:
-        ConfigError: with every fault of options, folder, data and weights, before anything is
-            written.
-        D2ScaleError: for what goes wrong later.
-        KeyboardInterrupt: Ctrl-C, after all processes have ended.
+    ConfigError with every fault of options, folder, data and weights, before anything is written;
+    D2ScaleError for what goes wrong later. Ctrl-C ends all processes first.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingPackageError("matplotlib", "the report", "pip install 'd2scale[train]'")
