@@ -157,7 +157,9 @@ class TrainingMemory:
         if self._model is None:
             yield
             return
-        model = without_gradient_buckets(self._model)
+        # Where losses are watched, d2go's own step trains, with the wrapper's buckets.
+        watched = self._cfg.ABNORMAL_CHECKER.ENABLED
+        model = self._model if watched else without_gradient_buckets(self._model)
         device = next(model.parameters()).device
         model.to("cpu")
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections import OrderedDict
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from d2go.runner import GeneralizedRCNNRunner
 from d2go.trainer.api import TestNetOutput, TrainNetOutput
 from detectron2.utils.logger import setup_logger
 
-from d2scale.config.defaults import add_d2scale_config
+from d2scale.config.defaults import add_d2scale_config, add_project_configs
+from d2scale.config.projects import entry_points
 from d2scale.d2go.config import CfgNode
 from d2scale.d2go.datasets import register_datasets
 from d2scale.d2go.memory import TrainingMemory
@@ -37,6 +37,9 @@ from d2scale.run_folder.contents import write_plan
 from d2scale.step import ranks
 
 logger = logging.getLogger(__name__)
+
+# Functions that register a project's models with detectron2.
+ENTRY_POINTS = "d2scale.detectron2"
 
 _WITHOUT_EFFECT = {
     "EXACT": "the samples of a step depend on the number of processes",
@@ -62,8 +65,7 @@ class Runner(GeneralizedRCNNRunner):
         """Return d2go's defaults with the keys of d2scale and of its projects."""
         cfg = CfgNode.cast_from_other_class(super().get_default_cfg())
         add_d2scale_config(cfg)
-        for entry in entry_points(group="d2scale.configs"):
-            entry.load()(cfg)
+        add_project_configs(cfg)
         return cfg
 
     @classmethod
@@ -86,7 +88,7 @@ class Runner(GeneralizedRCNNRunner):
         leave_scaling_to_training(cfg)
         with exit_together_on_user_error():
             register_datasets(cfg)
-        for entry in entry_points(group="d2scale.detectron2"):
+        for entry in entry_points(group=ENTRY_POINTS):
             entry.load()()
 
     def build_checkpointer(self, cfg: Any, model: Any, save_dir: str, **kwargs: Any) -> Any:
@@ -137,8 +139,8 @@ class Runner(GeneralizedRCNNRunner):
 
 def _log_to_folder(folder: str) -> None:
     """Write the log lines of d2scale and its projects to ``log.txt``, beside those of d2go."""
-    projects = (entry.module.partition(".")[0] for entry in entry_points(group="d2scale.configs"))
-    for package in ("d2scale", *projects):
+    projects = {entry.module.partition(".")[0] for entry in entry_points(group=ENTRY_POINTS)}
+    for package in {"d2scale", *projects}:
         # d2go prints the lines of all packages already.
         setup_logger(
             folder, ranks.rank(), name=package, enable_propagation=True, configure_stdout=False
@@ -146,8 +148,9 @@ def _log_to_folder(folder: str) -> None:
 
 
 def _evaluates_or_exports() -> bool:
-    """Return whether this command does not train, which d2go does not tell a runner before."""
-    program = " ".join(Path(sys.argv[0]).parts[-1:])
-    if program.startswith(("d2go.exporter", "exporter", "evaluator")):
+    """Return whether this command does not train; d2go gives a runner only the config."""
+    program, *words = sys.argv
+    if Path(program).name.startswith(("d2go.exporter", "exporter", "evaluator")):
         return True
-    return any(len(word) > 2 and "--eval-only".startswith(word) for word in sys.argv[1:])
+    # argparse takes the beginning of an option for the option.
+    return any(len(word) > 2 and "--eval-only".startswith(word) for word in words)

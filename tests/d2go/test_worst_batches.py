@@ -222,3 +222,12 @@ def test_the_copy_of_the_weights_that_ema_keeps_counts(cfg, monkeypatch, measure
     if not measures:
         cfg.MODEL_EMA.DEVICE = "another"
         assert points()[1] == pytest.approx(plain[1], rel=0.02)
+
+
+def test_half_precision_is_counted_in_bfloat16_on_a_cpu(cfg):
+    from d2scale.d2go.memory import TrainingMemory
+
+    cfg.SOLVER.AMP.ENABLED = True
+    step = TrainingMemory(cfg).workload(cfg).build_step(torch.device("cpu"))
+    assert step.options.precision is torch.bfloat16
+    assert step.options.scaler is None
