@@ -19,7 +19,7 @@ from d2scale.engine.planning import check_plan, plan_on_ranks
 from d2scale.errors import ConfigError, DataError
 from d2scale.planning.memory_profile import GIB, MemoryProfile, Phase
 from landscapes import landscapes
-from planning_functions import plan_for_devices_of
+from planning_functions import plans_for_devices_of
 
 MEASURED = MemoryProfile((Phase("backward", GIB, GIB),), "measured")
 
@@ -108,23 +108,15 @@ def test_checking_a_plan_neither_measures_nor_predicts(recipes, a_gpu, measured,
     assert not measured
 
 
-def test_ranks_of_different_devices_train_by_one_plan(recipes):
-    """A rank of 1 GiB and one of 2 GiB would choose different sizes for themselves."""
+def test_ranks_of_different_devices_have_one_plan_or_one_fault(recipes):
+    """A rank of 2 GiB and one of 1 GiB would choose different sizes for themselves."""
     cfg = config(recipes, "MODEL.DEVICE", "cuda", "D2SCALE.MEMORY.PROBE", "False", budget="0")
-    plans = launch(plan_for_devices_of, [cfg, (2, 1)], Topology(2), use_cuda=False)
-    alone = [
-        launch(plan_for_devices_of, [cfg, (gib, gib)], Topology(2), use_cuda=False)[0]
-        for gib in (2, 1)
-    ]
-    assert plans[0] == plans[1] == alone[1]
-    assert alone[0].ims_per_gpu > alone[1].ims_per_gpu
-
-
-def test_a_fault_of_the_plan_is_the_same_on_all_ranks(recipes):
-    cfg = config(recipes, "MODEL.DEVICE", "cuda", "D2SCALE.MEMORY.PROBE", "False", budget="0")
-    faults = launch(plan_for_devices_of, [cfg, (2, 0.01)], Topology(2), use_cuda=False)
-    assert faults[0] == faults[1]
-    assert "GiB are missing" in faults[0]
+    cases = [(2, 1), (2, 2), (1, 1), (2, 0.01)]
+    mixed, large, small, tiny = launch(plans_for_devices_of, [cfg, cases], Topology(2))
+    assert mixed[0] == mixed[1] == small[0]
+    assert large[0].ims_per_gpu > small[0].ims_per_gpu
+    assert tiny[0] == tiny[1]
+    assert "GiB are missing" in tiny[0]
 
 
 @pytest.fixture
@@ -175,26 +167,30 @@ def on_two_machines(folder, *options):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "line"),
+    ("first", "second", "lines"),
     [
         (
             ("SOLVER.IMS_PER_BATCH", "8"),
-            ("SOLVER.IMS_PER_BATCH", "4"),
-            "SOLVER.IMS_PER_BATCH on rank 1 is 4; allowed: 8, as on rank 0; ",
+            ("--method", "per_gpu", "SOLVER.IMS_PER_BATCH", "4"),
+            (
+                "--method on rank 1 is 'per_gpu'; allowed: None, as on rank 0; ",
+                "SOLVER.IMS_PER_BATCH on rank 1 is 4; allowed: 8, as on rank 0; ",
+            ),
         ),
         (
+            ("--num-gpus", "2"),
             (),
-            ("--method", "per_gpu"),
-            "--method on rank 1 is 'per_gpu'; allowed: None, as on rank 0; ",
+            ("--num-gpus on machine 1 is 1; allowed: 2, as on machine 0; ",),
         ),
-        (("--num-gpus", "2"), (), "--num-gpus on machine 1 is 1; allowed: 2, as on machine 0; "),
     ],
 )
-def test_machines_that_are_given_different_runs_end_with_one_line(shapes, first, second, line):
+def test_machines_with_different_runs_end_with_a_line_for_each(shapes, first, second, lines):
     for status, err in on_two_machines(shapes, first, second):
         assert status == 2, err
-        (told,) = [each for each in err.splitlines() if "error" in each]
-        assert told.startswith(f"d2scale: error: {line}")
+        errors = [line for line in err.splitlines() if "error" in line]
+        assert len(errors) == len(lines)
+        for error, line in zip(errors, lines, strict=True):
+            assert error.startswith(f"d2scale: error: {line}")
     assert not list(shapes.glob("run*"))
 
 
