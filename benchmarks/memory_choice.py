@@ -33,18 +33,18 @@ CHOICES: dict[str, tuple[tuple[str, ...], int, tuple[int, ...]]] = {
 def rows(bench: Bench, choice: str, images: int) -> list[dict[str, Any]]:
     """Return the row of one setting and budget."""
     budget_bytes = bench.budget_for(images)
-    found, trials = d2scale_probe(bench, budget_bytes)
-    most = bench.most(budget_bytes, near=found)
+    chosen, trials = d2scale_probe(bench, budget_bytes)
+    most = bench.most(budget_bytes, near=chosen)
     return [
         {
             "key": f"{choice}, {images}",
             "choice": choice,
             "budget MB": round(budget_bytes / 1e6, 1),
             "most that trains": most,
-            "chosen": found,
-            "of the most %": round(100 * found / most, 1),
+            "chosen": chosen,
+            "of the most %": round(100 * chosen / most, 1),
             "sizes tried": trials,
-            "steps out of memory in an epoch": bench.failures(found, budget_bytes),
+            "steps out of memory in an epoch": bench.failures(chosen, budget_bytes),
         }
     ]
 

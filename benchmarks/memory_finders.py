@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 from contestants import exact_losses
 from machine import keep
-from simulated import BOXES, COCO_LIKE, EQUAL, IMAGES, Bench, Found, d2scale_probe
+from simulated import BOXES, COCO_LIKE, EQUAL, IMAGES, Bench, Choice, d2scale_probe
 from tabulate import tabulate
 from torch import nn
 
@@ -36,7 +36,7 @@ from d2scale.planning.memory_profile import GIB
 from d2scale.step.out_of_memory import OutOfMemoryError
 
 
-def accelerate_finder(bench: Bench, budget_bytes: int) -> Found:
+def accelerate_finder(bench: Bench, budget_bytes: int) -> Choice:
     """accelerate's decorator around an epoch, from 128 images."""
     from accelerate.utils import find_executable_batch_size
 
@@ -55,41 +55,41 @@ def accelerate_finder(bench: Bench, budget_bytes: int) -> Found:
     return int(train()), len(tried)
 
 
-def lightning_finder(mode: str) -> Callable[[Bench, int], Found]:
+def lightning_finder(mode: str) -> Callable[[Bench, int], Choice]:
     """Lightning's batch-size finder with its own defaults."""
 
-    def find(bench: Bench, budget_bytes: int) -> Found:
+    def find(bench: Bench, budget_bytes: int) -> Choice:
         import lightning
 
-        tried: list[int] = []
-        module = lightning_module(bench, tried)
+        module = _lightning_module(bench)
         with tempfile.TemporaryDirectory() as folder:
             trainer = lightning.Trainer(
                 accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
             )  # fmt: skip
-            with SimulatedDevice(budget_bytes).limited(budget_bytes, module.step.held_tensors()):
+            held = module.step.held_tensors()
+            with SimulatedDevice(budget_bytes).limited(budget_bytes, held):
                 tuner = lightning.pytorch.tuner.Tuner(trainer)
-                found = tuner.scale_batch_size(module, mode=mode)
-        return int(found or 0), len(tried)
+                chosen = tuner.scale_batch_size(module, mode=mode)
+        return int(chosen or 0), len(module.tried)
 
     return find
 
 
-def lightning_module(bench: Bench, tried: list[int]) -> Any:
-    """The bench's training as Lightning wants it; ``tried`` gets each batch size."""
+def _lightning_module(bench: Bench) -> Any:
     import lightning
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.batch_size = 2
+            self.tried: list[int] = []
             self.step = bench.new_step()
             self.model: nn.Module = self.step.model
 
         def training_step(self, batch: Any, index: int) -> torch.Tensor:
             if index == 0:
-                tried.append(self.batch_size)
+                self.tried.append(self.batch_size)
             return torch.stack(list(exact_losses(self.model, batch).values())).sum()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -108,7 +108,7 @@ def lightning_module(bench: Bench, tried: list[int]) -> Any:
     return Module()
 
 
-def ultralytics_finder(bench: Bench, budget_bytes: int) -> Found:
+def ultralytics_finder(bench: Bench, budget_bytes: int) -> Choice:
     """Ultralytics' decision from forwards and backwards that were measured on this device."""
     from ultralytics.utils import LOGGER, autobatch
 
@@ -120,7 +120,7 @@ def ultralytics_finder(bench: Bench, budget_bytes: int) -> Found:
         for tensor in inputs:
             tried.append(len(tensor))
             step, device = bench.new_step(), SimulatedDevice(budget_bytes)
-            batch = bench.worst.samples(len(tensor))
+            batch = bench.worst_case.samples(len(tensor))
             with device.limited(budget_bytes, step.held_tensors()):
                 try:
                     torch.stack(list(exact_losses(step.model, batch).values())).sum().backward()
@@ -146,7 +146,7 @@ def ultralytics_finder(bench: Bench, budget_bytes: int) -> Found:
 
 
 KINDS = {"equal": EQUAL, "like COCO's": COCO_LIKE}
-PEERS: dict[str, Callable[[Bench, int], Found]] = {
+PEERS: dict[str, Callable[[Bench, int], Choice]] = {
     "d2scale": d2scale_probe,
     "accelerate find_executable_batch_size": accelerate_finder,
     "Lightning BatchSizeFinder, power": lightning_finder("power"),
@@ -162,22 +162,22 @@ def rows(bench: Bench, kind: str, images: int) -> Iterator[dict[str, Any]]:
     failures: dict[int, int] = {}
     for name, find in PEERS.items():
         try:
-            found, trials = find(bench, budget_bytes)
+            chosen, trials = find(bench, budget_bytes)
         except ModuleNotFoundError as error:
             print(f"{name} is left out: {error}")
             continue
-        if found not in failures:
-            failures[found] = bench.failures(found, budget_bytes)
+        if chosen not in failures:
+            failures[chosen] = bench.failures(chosen, budget_bytes)
         yield {
             "key": f"{kind}, {images}, {name}",
             "images": kind,
             "budget MB": round(budget_bytes / 1e6, 1),
             "most that trains": most,
             "finder": name,
-            "chosen": found,
-            "of the most %": round(100 * found / most),
+            "chosen": chosen,
+            "of the most %": round(100 * chosen / most),
             "sizes tried": trials,
-            "steps out of memory in an epoch": failures[found],
+            "steps out of memory in an epoch": failures[chosen],
         }
 
 

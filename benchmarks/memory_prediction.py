@@ -37,12 +37,12 @@ def _step(model: torch.nn.Module) -> OptimizerStep:
     return OptimizerStep(model, sgd, ims_per_gpu=1)
 
 
-def metafcos(worst: WorstCase) -> Workload:
+def metafcos(worst_case: WorstCase) -> Workload:
     """The default engine's model as published."""
     from d2scale.config import load_cfg
     from d2scale.engine.memory import workload_of
 
-    return workload_of(load_cfg("d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml"), worst)
+    return workload_of(load_cfg("d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml"), worst_case)
 
 
 class TorchvisionLosses(torch.nn.Module):
@@ -71,11 +71,11 @@ class Detectron2Losses(torch.nn.Module):
             return self.model(samples)
 
 
-def torchvision_model(name: str, worst: WorstCase) -> Workload:
+def torchvision_model(name: str, worst_case: WorstCase) -> Workload:
     """A detector of torchvision, with its own resizing made to leave the images alone."""
     import torchvision
 
-    height, width = worst.size
+    height, width = worst_case.size
     sizes = {"min_size": min(height, width), "max_size": max(height, width)}
 
     def build_step(device: torch.device) -> OptimizerStep:
@@ -84,13 +84,13 @@ def torchvision_model(name: str, worst: WorstCase) -> Workload:
         return _step(TorchvisionLosses(model.train()))
 
     def make_batch(count: int) -> list[dict[str, Any]]:
-        samples = worst.samples(count)
+        samples = worst_case.samples(count)
         return [{**sample, "image": sample["image"] / 255.0} for sample in samples]
 
     return Workload(build_step, make_batch)
 
 
-def detectron2_model(config: str, worst: WorstCase) -> Workload:
+def detectron2_model(config: str, worst_case: WorstCase) -> Workload:
     """A detector of detectron2's model zoo, with random weights."""
     from detectron2 import model_zoo
     from detectron2.modeling import build_model
@@ -104,10 +104,10 @@ def detectron2_model(config: str, worst: WorstCase) -> Workload:
         return _step(Detectron2Losses(build_model(cfg).train()))
 
     def make_batch(count: int) -> Any:
-        samples = worst.samples(count)
+        samples = worst_case.samples(count)
         for sample in samples:
             boxes, classes = Boxes(sample["boxes"]), sample["classes"]
-            sample["instances"] = Instances(worst.size, gt_boxes=boxes, gt_classes=classes)
+            sample["instances"] = Instances(worst_case.size, gt_boxes=boxes, gt_classes=classes)
         return samples
 
     return Workload(build_step, make_batch)

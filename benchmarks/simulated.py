@@ -43,7 +43,8 @@ NARROW = (
     *("MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1"),
     *("MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0", "D2SCALE.ON_OOM", "raise"),
 )
-Found = tuple[int, int]
+# Images per GPU, and how many numbers of images were tried.
+Choice = tuple[int, int]
 
 
 class Bench:
@@ -59,11 +60,11 @@ class Bench:
         shapes = [shape[:2] for shape in images for _ in range(shape[2] * IMAGES // 100)]
         heights, widths = zip(*shapes, strict=True)
         largest = largest_sizes(heights, widths, edges, longest, grouped=True)
-        self.worst = WorstCase(largest, BOXES, f"{len(heights)} images of a benchmark")
-        self.workload: Workload = workload_of(cfg, self.worst)
+        self.worst_case = WorstCase(largest, BOXES, f"{len(heights)} images of a benchmark")
+        self.workload: Workload = workload_of(cfg, self.worst_case)
         drawn = random.Random(0)  # noqa: S311 - no secrets
         self.samples = [
-            self.worst.samples(1, output_size(h, w, drawn.choice(edges), longest))[0]
+            self.worst_case.samples(1, output_size(h, w, drawn.choice(edges), longest))[0]
             for h, w in shapes
         ]
         drawn.shuffle(self.samples)
@@ -136,7 +137,7 @@ def take(step: OptimizerStep, batch: Any) -> bool:
     return True
 
 
-def d2scale_probe(bench: Bench, budget_bytes: int) -> Found:
+def d2scale_probe(bench: Bench, budget_bytes: int) -> Choice:
     """The prediction, then steps with the worst batches."""
     device = SimulatedDevice(budget_bytes)
     probe = Probe(device, bench.new_step(), bench.workload.trial_batches)

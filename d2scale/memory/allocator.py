@@ -85,7 +85,7 @@ class CachingAllocator:
     Attributes:
         allocated: bytes in use, each request rounded up.
         reserved: bytes taken from the device.
-        peak_allocated, peak_reserved: the most so far; :meth:`reset_peaks` starts anew.
+        peak_allocated, peak_reserved: the most so far.
         retries: times that unused segments had to be given back to make room.
     """
 
@@ -137,11 +137,6 @@ class CachingAllocator:
                     pool.remove(block)
                     del self._blocks[address]
                     self.reserved -= block.size
-
-    def reset_peaks(self) -> None:
-        """Let the peaks start from what is held now."""
-        self.peak_allocated = self.allocated
-        self.peak_reserved = self.reserved
 
     def _best_fit(self, pool: _Pool, request: int) -> _Block | None:
         index = bisect_left(pool.free, (request, -1))

@@ -1,4 +1,4 @@
-"""Finding the most images that fit, in few trials. Numbers in, numbers out; no torch."""
+"""A search for the most images that fit, in few trials. Numbers in, numbers out; no torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _DOWN = 0.06
 
 
 class SizeSearch:
-    """Narrows down the most images per GPU that fit.
+    """Searches for the most images per GPU that fit.
 
-    Begins at a prediction, strides on until one size fits and another does not, and halves what
-    lies between. What a trial has taken corrects the prediction. After ``MAX_TRIALS`` sizes the
-    largest that fitted is the answer; only if none has, the search goes on.
+    It begins at a prediction, goes up or down until one size fits and another does not, and
+    bisects the rest. The memory that a trial took corrects the prediction. After ``MAX_TRIALS``
+    sizes the largest that fitted is the answer; only if none did, the search goes on.
 
     Args:
         guess: the predicted most.
         limit: no more than this are wanted; 0: no limit.
 
     Attributes:
-        largest: the most images that were seen to fit; 0: none was.
+        largest: the most images that fitted so far; 0: none did.
     """
 
     def __init__(self, guess: int, limit: int = 0) -> None:
@@ -44,12 +44,12 @@ class SizeSearch:
         return self._guess
 
     def record(self, size: int, fits: bool, expected: int = 0) -> None:
-        """Tell the outcome of a trial.
+        """Record the outcome of a trial.
 
         Args:
-            size: what was tried.
+            size: its images.
             fits: whether it fitted.
-            expected: the most that should fit after what this trial has taken, if it fitted.
+            expected: the most that should fit by the memory that this trial took, if it fitted.
         """
         self.trials += 1
         if fits:
@@ -60,7 +60,7 @@ class SizeSearch:
         self._guess = self._clip(self._next_guess(size))
 
     def _next_guess(self, size: int) -> int:
-        """The next size, not yet kept between what fitted and what failed."""
+        """The next size, before it is clipped to those that are open."""
         if self._failed is None:
             stride = _UP[min(self.trials, len(_UP)) - 1]
             return max(self._expected, size + ceil(stride * size))

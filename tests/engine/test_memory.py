@@ -14,8 +14,8 @@ from landscapes import landscapes
 
 @pytest.fixture(autouse=True)
 def training_set(monkeypatch):
-    def use(found):
-        monkeypatch.setattr(memory, "load_training_dataset", lambda cfg: found)
+    def use(dataset):
+        monkeypatch.setattr(memory, "load_training_dataset", lambda cfg: dataset)
 
     use(landscapes())
     return use
@@ -91,10 +91,10 @@ def resizing(grouping=True, sizes=(640, 800)):
 
 
 def test_a_dataset_of_one_shape_is_padded_to_that_shape():
-    worst = worst_case_of(resizing(), dataset((480, 640, 3), (480, 640, 17)))
-    assert worst.sizes == ((800, 1067),)
-    assert worst.boxes == 17
-    assert worst.origin == "2 images of shapes"
+    worst_case = worst_case_of(resizing(), dataset((480, 640, 3), (480, 640, 17)))
+    assert worst_case.sizes == ((800, 1067),)
+    assert worst_case.boxes == 17
+    assert worst_case.origin == "2 images of shapes"
 
 
 def test_the_highest_and_the_widest_image_may_meet_in_a_batch():

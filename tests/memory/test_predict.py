@@ -13,7 +13,7 @@ from d2scale.step.averaging import averaging_bytes
 from d2scale.step.optimizer_step import OptimizerStep
 from small_training import predict_on_the_first_rank
 
-WORST = WorstCase(((160, 192),), 7, "a test")
+WORST_CASE = WorstCase(((160, 192),), 7, "a test")
 NARROW = (
     *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "32", "MODEL.FPN.OUT_CHANNELS", "32"),
@@ -55,7 +55,7 @@ def workload(model_class=Net, optimizer=torch.optim.SGD, **options):
         update = optimizer(model.parameters(), foreach=True, **chosen)
         return OptimizerStep(model, update, ims_per_gpu=1)
 
-    return Workload(build_step, WORST.samples)
+    return Workload(build_step, WORST_CASE.samples)
 
 
 def counted_peak(work, images):
@@ -92,7 +92,7 @@ def test_a_small_models_peak_is_its_optimizer_step_until_the_images_are_many():
 
 def metafcos(*opts):
     cfg = load_cfg("d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml", [*NARROW, *opts])
-    return workload_of(cfg, WORST)
+    return workload_of(cfg, WORST_CASE)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from d2scale.planning.memory_profile import Phase
 from d2scale.step.agreement import AgreedOutOfMemoryError
 from d2scale.step.out_of_memory import OutOfMemoryError
 from small_training import (
-    WORST,
+    WORST_CASE,
     averaging_in_a_trial,
     measure,
     measure_on_devices_of,
@@ -51,10 +51,10 @@ def fits(budget_bytes: int, images: int) -> bool:
 @given(st.integers(400, 11_000))
 def test_whatever_the_budget_the_largest_that_trains_is_found(budget_kib):
     work = workload()
-    found = measure(budget_kib * KIB, work.build_step(CPU), work)
-    assert fits(budget_kib * KIB, found.largest)
-    assert not fits(budget_kib * KIB, found.largest + 1)
-    assert len(found.trials) <= 3
+    measurement = measure(budget_kib * KIB, work.build_step(CPU), work)
+    assert fits(budget_kib * KIB, measurement.largest)
+    assert not fits(budget_kib * KIB, measurement.largest + 1)
+    assert len(measurement.trials) <= 3
 
 
 @settings(max_examples=5, deadline=None)
@@ -71,10 +71,10 @@ def test_a_prediction_that_is_off_is_corrected_by_what_was_measured(budget_kib, 
         ),
     )
     probe = Probe(SimulatedDevice(budget), work.build_step(CPU), work.trial_batches)
-    found = probe.measure(off, budget)
-    assert fits(budget, found.largest)
-    assert not fits(budget, floor(found.largest / 0.97) + 1)
-    assert len(found.trials) <= MAX_TRIALS
+    measurement = probe.measure(off, budget)
+    assert fits(budget, measurement.largest)
+    assert not fits(budget, floor(measurement.largest / 0.97) + 1)
+    assert len(measurement.trials) <= MAX_TRIALS
 
 
 def everything(step):
@@ -103,13 +103,13 @@ def test_nothing_is_left_behind(trained):
     work = workload()
     step = work.build_step(CPU)
     if trained:
-        step.attempt(WORST.samples(2))
+        step.attempt(WORST_CASE.samples(2))
         for parameter in step.model.parameters():
             parameter.grad = torch.full_like(parameter, 3.0)
         step.model.body[3].eval()
     before = everything(step)
-    found = measure(1300 * KIB, step, work)
-    assert {trial.fits for trial in found.trials} == {True, False}
+    measurement = measure(1300 * KIB, step, work)
+    assert {trial.fits for trial in measurement.trials} == {True, False}
     assert_same(before, everything(step))
 
 
@@ -124,34 +124,34 @@ def test_a_model_that_fails_for_another_reason_is_heard_untouched():
 
 def test_no_more_than_wanted_is_tried():
     work = workload()
-    found = measure(3000 * KIB, work.build_step(CPU), work, limit=2)
-    assert found.largest == 2
-    assert max(trial.ims_per_gpu for trial in found.trials) == 2
+    measurement = measure(3000 * KIB, work.build_step(CPU), work, limit=2)
+    assert measurement.largest == 2
+    assert max(trial.ims_per_gpu for trial in measurement.trials) == 2
 
 
 def test_the_measured_profile_says_what_was_measured():
     work = workload()
     budget = 1300 * KIB
-    found = measure(budget, work.build_step(CPU), work)
-    profile = measured_profile(predict(work).profile(work, caching=False), found, "in a test")
+    measurement = measure(budget, work.build_step(CPU), work)
+    profile = measured_profile(predict(work).profile(work, caching=False), measurement, "in a test")
     assert (profile.source, profile.description) == ("measured", "in a test")
-    assert profile.largest_ims_per_gpu(budget) == found.largest
-    assert profile.largest_ims_per_gpu(budget // 2) < found.largest
+    assert profile.largest_ims_per_gpu(budget) == measurement.largest
+    assert profile.largest_ims_per_gpu(budget // 2) < measurement.largest
     assert {point.ims_per_gpu for point in profile.points} == {
-        trial.ims_per_gpu for trial in found.trials if trial.fits
+        trial.ims_per_gpu for trial in measurement.trials if trial.fits
     }
 
 
 def test_where_one_image_does_not_fit_the_profile_says_so():
     work = workload()
     budget = 60 * KIB
-    found = measure(budget, work.build_step(CPU), work)
-    assert found.largest == 0
-    assert "in use" in found.trials[-1].reason
+    measurement = measure(budget, work.build_step(CPU), work)
+    assert measurement.largest == 0
+    assert "in use" in measurement.trials[-1].reason
     predicted = predict(work).profile(work, caching=False)
     too_small = replace(predicted, phases=(Phase("forward", 0, 1),))
     for profile in (predicted, too_small):
-        assert measured_profile(profile, found, "").peak_bytes(1) > budget
+        assert measured_profile(profile, measurement, "").peak_bytes(1) > budget
 
 
 def test_what_others_take_of_the_device_leaves_less_room():

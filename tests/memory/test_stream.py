@@ -31,13 +31,13 @@ def record(images: int) -> Trace:
 def peaks(images: int) -> dict[str, int]:
     trace = record(images)
     live = sum(allocation.nbytes for allocation in trace.held)
-    found: dict[str, int] = {}
+    peaks_of_phases: dict[str, int] = {}
     for event in trace.events:
         live += -event.allocation.nbytes if event.is_free else event.allocation.nbytes
         if not event.is_free:
             phase = event.allocation.phase
-            found[phase] = max(found.get(phase, 0), live)
-    return found
+            peaks_of_phases[phase] = max(peaks_of_phases.get(phase, 0), live)
+    return peaks_of_phases
 
 
 def test_two_steps_tell_every_other():
@@ -74,9 +74,9 @@ lines = st.lists(st.builds(Line, st.integers(0, 99), st.integers(0, 9)), min_siz
 
 
 @given(lines, st.integers(1, 50))
-def test_the_envelope_is_the_maximum_with_no_line_too_many(found, images):
-    envelope = upper_envelope(found)
-    assert max(line.at(images) for line in envelope) == max(line.at(images) for line in found)
+def test_the_envelope_is_the_maximum_with_no_line_too_many(given, images):
+    envelope = upper_envelope(given)
+    assert max(line.at(images) for line in envelope) == max(line.at(images) for line in given)
     for line in envelope:
         others = [other for other in envelope if other != line]
         # A hundred images are beyond every crossing of these lines.

@@ -16,7 +16,7 @@ from d2scale.step.optimizer_step import OptimizerStep
 from d2scale.step.ranks import gather_objects
 from d2scale.step.update import trained_parameters
 
-WORST = WorstCase(((24, 32), (32, 24)), 3, "a test")
+WORST_CASE = WorstCase(((24, 32), (32, 24)), 3, "a test")
 
 
 class Net(nn.Module):
@@ -45,7 +45,7 @@ def workload(fails_at: int = 0) -> Workload:
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, foreach=True)
         return OptimizerStep(model, optimizer, ims_per_gpu=1)
 
-    return Workload(build_step, WORST.samples, WORST.trial_batches)
+    return Workload(build_step, WORST_CASE.samples, WORST_CASE.trial_batches)
 
 
 def measure(budget_bytes: int, step: OptimizerStep, work: Workload, **options) -> Measurement:
@@ -95,7 +95,7 @@ def averaging_in_a_trial():
     step = workload().build_step(torch.device("cpu"))
     with ranks.alone():
         alone = workload().build_step(torch.device("cpu"))
-    held = [sum(t.nbytes for t in each.held_tensors()) for each in (step, alone)]
+    held = [sum(t.nbytes for t in built.held_tensors()) for built in (step, alone)]
     parameters = trained_parameters(step.optimizer)
     return held[0] - held[1], averaging_bytes(parameters)
 
