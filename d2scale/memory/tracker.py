@@ -92,7 +92,7 @@ class StorageTracker(TorchDispatchMode):
         outputs = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor):
-                self._see(leaf, func._schema.name)
+                self._see(leaf, func.name().partition(".")[0])
         return outputs
 
     def _see(self, tensor: Tensor, operation: str) -> None:
