@@ -16,19 +16,12 @@ class D2ScaleError(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """One wrong setting.
+    """One wrong setting."""
 
-    Attributes:
-        key: the config key, option or file that is wrong.
-        value: what it holds now.
-        allowed: what it may hold.
-        advice: what to do about it.
-    """
-
-    key: str
-    value: Any
-    allowed: str
-    advice: str
+    key: str  # the config key, option or file that is wrong
+    value: Any  # what it holds now
+    allowed: str  # what it may hold
+    advice: str  # what to do about it
 
     def __str__(self) -> str:
         # A line feed in a key would look like two faults, and a terminal obeys escape sequences.

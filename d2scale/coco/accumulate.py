@@ -24,16 +24,12 @@ _DETECTIONS_AT_ONCE = 4_000_000
 
 
 class Curves(NamedTuple):
-    """Precision and recall of each draw and class; nan where a class has no boxes.
+    """Precision and recall of each draw and class; nan where a class has no boxes."""
 
-    Attributes:
-        precision: the best at or beyond each recall threshold, shape
-            (draws, areas, IoU thresholds, recall thresholds or 1 if averaged, classes).
-        recall: for each AR column, shape (draws, 6, IoU thresholds, classes).
-    """
-
+    # The best at or beyond each recall threshold, shape (draws, areas, IoU thresholds, recall
+    # thresholds or 1 if averaged, classes).
     precision: np.ndarray
-    recall: np.ndarray
+    recall: np.ndarray  # for each AR column, shape (draws, 6, IoU thresholds, classes)
 
 
 def accumulate(

@@ -19,18 +19,14 @@ ROOT_VARIABLE = "DETECTRON2_DATASETS"
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Where a COCO-format dataset is, and which classes are read from it.
-
-    Attributes:
-        image_root: the folder that the file names in it are relative to.
-        category_ids: of the classes to read, in the order of the model's class numbers;
-            None reads all that the file lists, by ascending id.
-        class_names: the names that the file must have for them; None allows any.
-    """
+    """Where a COCO-format dataset is, and which classes are read from it."""
 
     json_file: Path
-    image_root: Path
+    image_root: Path  # the folder that the file names in it are relative to
+    # Of the classes to read, in the order of the model's class numbers; None reads all that the
+    # file lists, by ascending id.
     category_ids: tuple[int, ...] | None = None
+    # The names that the file must have for them; None allows any.
     class_names: tuple[str, ...] | None = None
 
 

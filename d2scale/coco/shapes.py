@@ -35,19 +35,13 @@ Circle = tuple[float, float, float]  # x, y of the centre and radius, in pixels
 
 @dataclass(frozen=True)
 class _Kind:
-    """How a class is drawn.
-
-    Attributes:
-        corners: angles of the corners on the unit circle, in turns from the top.
-        waist: radius of a further corner between each two: below 1 makes a star.
-        hole: radius of a hole in the middle.
-    """
+    """How a class is drawn."""
 
     category_id: int
     colour: tuple[int, int, int]
-    corners: tuple[float, ...]
-    waist: float = 1.0
-    hole: float = 0.0
+    corners: tuple[float, ...]  # angles of the corners on the unit circle, in turns from the top
+    waist: float = 1.0  # radius of a further corner between each two: below 1 makes a star
+    hole: float = 0.0  # radius of a hole in the middle
 
 
 def _regular(corners: int, turn: float = 0.0) -> tuple[float, ...]:

@@ -24,19 +24,13 @@ _SMALLER = 0.8
 
 @dataclass(frozen=True)
 class WorstBatches:
-    """The largest batches that the images of a dataset can make.
+    """The largest batches that the images of a dataset can make."""
 
-    Attributes:
-        largest: of each group of images that batches are made of, the sample with the most
-            instances, padded to the height and the width that a batch of the group can have; the
-            largest area first.
-        smaller: the first of them at a smaller size.
-        images: in the dataset.
-    """
-
+    # Of each group of images that batches are made of, the sample with the most instances, padded
+    # to the height and the width that a batch of the group can have; the largest area first.
     largest: tuple[Sample, ...]
-    smaller: Sample
-    images: int
+    smaller: Sample  # the first of them at a smaller size
+    images: int  # in the dataset
 
     @property
     def size(self) -> tuple[int, int]:

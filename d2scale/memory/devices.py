@@ -15,13 +15,10 @@ from d2scale.planning.memory_profile import GIB
 
 
 class Device(Protocol):
-    """A device whose memory can be limited and measured.
+    """A device whose memory can be limited and measured."""
 
-    Attributes:
-        caches: whether torch's caching allocator manages its memory: it rounds requests up and
-            loses room between them.
-    """
-
+    # Whether torch's caching allocator manages its memory: it rounds requests up and loses room
+    # between them.
     caches: bool
 
     @property

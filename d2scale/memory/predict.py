@@ -40,21 +40,17 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Workload:
-    """A training whose memory is predicted or measured.
+    """A training whose memory is predicted or measured."""
 
-    Attributes:
-        build_step: builds model, optimizer and step on a device.
-        make_batch: makes the worst batch of a number of images, on the CPU.
-        make_batches: makes the batches of a trial for a number of images: the worst, smaller ones
-            and the worst again. None: the worst twice.
-        description: of model, input size and precision, in words.
-        covers: the settings that it stands for; see :mod:`d2scale.planning.coverage`.
-    """
-
+    # Builds model, optimizer and step on a device.
     build_step: Callable[[torch.device], OptimizerStep]
+    # Makes the worst batch of a number of images, on the CPU.
     make_batch: Callable[[int], MicroBatch]
+    # Makes the batches of a trial for a number of images: the worst, smaller ones and the worst
+    # again. None: the worst twice.
     make_batches: Callable[[int], Sequence[MicroBatch]] | None = None
-    description: str = ""
+    description: str = ""  # of model, input size and precision, in words
+    # The settings that it stands for; see :mod:`d2scale.planning.coverage`.
     covers: Mapping[str, Any] = field(default_factory=dict)
 
     def trial_batches(self, images: int) -> Sequence[MicroBatch]:
@@ -66,19 +62,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The memory of a training step for any number of images.
+    """The memory of a training step for any number of images."""
 
-    Attributes:
-        stream: what the step allocates and frees, on one rank.
-        gradient_bytes: of all gradients together.
-        averaging_bytes: what averaging them over ranks adds.
-        fake: whether the steps were taken on fake tensors.
-    """
-
-    stream: Stream
-    gradient_bytes: int
-    averaging_bytes: int
-    fake: bool
+    stream: Stream  # what the step allocates and frees, on one rank
+    gradient_bytes: int  # of all gradients together
+    averaging_bytes: int  # what averaging them over ranks adds
+    fake: bool  # whether the steps were taken on fake tensors
 
     def live_bytes(self, ims_per_gpu: int) -> int:
         """Return the most bytes that tensors hold at one moment of a step."""

@@ -40,19 +40,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The result of a search, the same on all ranks.
+    """The result of a search, the same on all ranks."""
 
-    Attributes:
-        largest: the most images per GPU that fit; 0: not even one does.
-        trials: in order.
-        budget_bytes: memory of a device that training may take, the least of any rank.
-        tensor_bytes: the part of it that tensors can have, the least of any rank.
-    """
-
-    largest: int
-    trials: tuple[Trial, ...]
-    budget_bytes: int
-    tensor_bytes: int
+    largest: int  # the most images per GPU that fit; 0: not even one does
+    trials: tuple[Trial, ...]  # in order
+    budget_bytes: int  # memory of a device that training may take, the least of any rank
+    tensor_bytes: int  # the part of it that tensors can have, the least of any rank
 
     @property
     def context_bytes(self) -> int:
@@ -66,16 +59,12 @@ class Probe:
 
     A trial takes the very steps that train. If a rank runs out of memory in one, all ranks end
     it together.
-
-    Attributes:
-        device: this rank's.
-        step: on the device; it is left as it was.
-        batches: returns the batches of one trial, in the machine's memory as a loader's are, for
-            a number of images.
     """
 
-    device: Device
-    step: OptimizerStep
+    device: Device  # this rank's
+    step: OptimizerStep  # on the device; it is left as it was
+    # Returns the batches of one trial, in the machine's memory as a loader's are, for a number of
+    # images.
     batches: Callable[[int], Sequence[MicroBatch]]
 
     def measure(

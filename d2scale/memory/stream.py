@@ -16,20 +16,14 @@ from d2scale.memory.alignment import corresponding
 
 @dataclass(eq=False, frozen=True)
 class Allocation:
-    """One storage.
+    """One storage."""
 
-    Attributes:
-        operation: name of the operation that allocated it.
-        trailing_shape: the shape of its first tensor without the leading dimension, which is
-            the one that the images count in.
-        phase: part of the step.
-        nbytes: its size.
-    """
-
-    operation: str
+    operation: str  # name of the operation that allocated it
+    # The shape of its first tensor without the leading dimension, which is the one that the
+    # images count in.
     trailing_shape: tuple[int, ...]
-    phase: str
-    nbytes: int
+    phase: str  # part of the step
+    nbytes: int  # its size
 
     @property
     def likeness(self) -> tuple[object, ...]:
@@ -46,15 +40,10 @@ class Event(NamedTuple):
 
 @dataclass(eq=False)
 class Trace:
-    """A recorded step.
+    """A recorded step."""
 
-    Attributes:
-        held: allocations from before it.
-        events: in order.
-    """
-
-    held: list[Allocation]
-    events: list[Event] = field(default_factory=list)
+    held: list[Allocation]  # allocations from before it
+    events: list[Event] = field(default_factory=list)  # in order
 
     def allocate(self, allocation: Allocation) -> None:
         """Record an allocation."""
@@ -82,18 +71,13 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """A training step for any number of images.
+    """A training step for any number of images."""
 
-    Attributes:
-        held: bytes of each storage that outlives the step: weights, buffers, optimizer state.
-        requests: a line for each allocation of the step.
-        phases: the part of the step that each request belongs to.
-        events: position in ``requests``, and whether it is freed there, in order.
-    """
-
+    # Bytes of each storage that outlives the step: weights, buffers, optimizer state.
     held: tuple[int, ...]
-    requests: tuple[Line, ...]
-    phases: tuple[str, ...]
+    requests: tuple[Line, ...]  # a line for each allocation of the step
+    phases: tuple[str, ...]  # the part of the step that each request belongs to
+    # Position in ``requests``, and whether it is freed there, in order.
     events: tuple[tuple[int, bool], ...]
 
     @classmethod

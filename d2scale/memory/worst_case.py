@@ -21,19 +21,13 @@ _ASSUMED_IMAGES = ((9, 10), (1, 9), (10, 9), (9, 1))
 
 @dataclass(frozen=True)
 class WorstCase:
-    """The most that a batch can hold.
+    """The most that a batch can hold."""
 
-    Attributes:
-        sizes: (height, width) in pixels that a batch is padded to, before it is rounded up to
-            the model's multiple; one for each group of images that batches are made of, the
-            largest area first.
-        boxes: the most that one image has.
-        origin: the images that it was computed from, in words.
-    """
-
+    # (height, width) in pixels that a batch is padded to, before it is rounded up to the model's
+    # multiple; one for each group of images that batches are made of, the largest area first.
     sizes: tuple[Size, ...]
-    boxes: int
-    origin: str
+    boxes: int  # the most that one image has
+    origin: str  # the images that it was computed from, in words
 
     @property
     def size(self) -> Size:
