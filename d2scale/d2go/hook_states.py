@@ -10,6 +10,7 @@ from detectron2.engine import SimpleTrainer
 from torch import Tensor
 
 from d2scale.d2go.private_upstream import hooks_after_backward, state_holders
+from d2scale.step.undo import host_copy
 
 
 class HookStates:
@@ -18,9 +19,6 @@ class HookStates:
     They must act on the gradients of every attempt at a step, for they may change them, but what
     they count or average must count a step once. Kept are a hook's attributes, as far as they are
     replaced and not changed in place, and the values of its tensors, in the host's memory.
-
-    Args:
-        trainer: with all its hooks.
     """
 
     def __init__(self, trainer: SimpleTrainer) -> None:
@@ -34,7 +32,9 @@ class HookStates:
     def remember(self) -> None:
         """Copy the state."""
         self._attributes = [dict(vars(holder)) for holder in self._holders]
-        self._copies = {tensor: self._copied(tensor) for tensor in self._tensors()}
+        self._copies = {
+            tensor: host_copy(tensor, self._copies.get(tensor)) for tensor in self._tensors()
+        }
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -50,10 +50,3 @@ class HookStates:
             for value in attributes.values():
                 values = value.values() if isinstance(value, dict) else [value]
                 yield from (v for v in values if isinstance(v, Tensor))
-
-    def _copied(self, tensor: Tensor) -> Tensor:
-        copy = self._copies.get(tensor)
-        if copy is None:
-            copy = torch.empty_like(tensor, device="cpu", requires_grad=False)
-            copy = copy.pin_memory() if tensor.is_cuda else copy
-        return copy.copy_(tensor, non_blocking=tensor.is_cuda)

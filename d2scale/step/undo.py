@@ -54,7 +54,9 @@ class StepUndo:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with self._beside():
             # Tensors that are gone from the optimizer are forgotten with their old copies.
-            self._copies = {tensor: self._copied(tensor) for tensor in self._changing()}
+            self._copies = {
+                tensor: host_copy(tensor, self._copies.get(tensor)) for tensor in self._changing()
+            }
         self._complete = True
 
     def settle(self) -> None:
@@ -87,13 +89,6 @@ class StepUndo:
         values = (value for state in self._state.values() for value in state.values())
         return parameters + [value for value in values if isinstance(value, Tensor)]
 
-    def _copied(self, tensor: Tensor) -> Tensor:
-        copy = self._copies.get(tensor)
-        if copy is None:
-            copy = torch.empty_like(tensor, device="cpu", requires_grad=False)
-            copy = copy.pin_memory() if tensor.is_cuda else copy
-        return copy.copy_(tensor, non_blocking=tensor.is_cuda)
-
     def _copy_buffers(self) -> None:
         buffers = dict(self._model.named_buffers())
         kept = {name: copy for name, copy in self._buffers.items() if name in buffers}
@@ -122,3 +117,11 @@ class StepUndo:
         self._scaler.scale(torch.zeros((), device=self._device))
         self._scaler.update(float(self._scaler_state["scale"]))
         self._scaler.load_state_dict(self._scaler_state)
+
+
+def host_copy(tensor: Tensor, copy: Tensor | None = None) -> Tensor:
+    """Copy a tensor to host memory, into ``copy`` if there is one; a GPU does it asynchronously."""
+    if copy is None:
+        copy = torch.empty_like(tensor, device="cpu", requires_grad=False)
+        copy = copy.pin_memory() if tensor.is_cuda else copy
+    return copy.copy_(tensor, non_blocking=tensor.is_cuda)
