@@ -71,22 +71,6 @@ class TrainingMemory:
         gib = _device_gib(self._cfg)
         return None if gib is None else -ranks.largest_over_ranks({"gib": -gib})["gib"]
 
-    def hardware(self, world_size: int, method: str, device_gib: float | None) -> Hardware:
-        """Return the hardware to plan for, with a memory profile if the plan needs one.
-
-        Raises:
-            ConfigError: for a budget that cannot be, or a dataset without annotations.
-        """
-        return Hardware.for_training(
-            self._cfg,
-            world_size,
-            method=method,
-            device_gib=device_gib,
-            engine=ENGINE,
-            make_profile=self.profile,
-            make_variants=self.variants,
-        )
-
     def profile(self) -> MemoryProfile:
         """Measure on all ranks, or predict: with fake tensors, or with real steps on a CPU."""
         if not self.measures:

@@ -16,10 +16,11 @@ from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
 from d2scale.config.keys import set_key
 from d2scale.config.loading import flatten
-from d2scale.d2go.memory import TrainingMemory, check_memory
+from d2scale.d2go.memory import ENGINE, TrainingMemory, check_memory
 from d2scale.d2go.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.formats import plan_table
+from d2scale.planning.hardware import Hardware
 from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_faults, method_of
 from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
 from d2scale.planning.schedule import schedule_faults
@@ -112,7 +113,15 @@ def _plan_on_ranks(cfg: Any, world_size: int, method: str, memory: TrainingMemor
     device_gib = memory.device_gib()
     if ranks.rank() == 0 or memory.measures:
         try:
-            hardware = memory.hardware(world_size, method, device_gib)
+            hardware = Hardware.for_training(
+                cfg,
+                world_size,
+                method=method,
+                device_gib=device_gib,
+                engine=ENGINE,
+                make_profile=memory.profile,
+                make_variants=memory.variants,
+            )
             outcome = make_plan(cfg, hardware, method=method)
             if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
                 refuse_more_than_all(outcome, memory.batches.images)

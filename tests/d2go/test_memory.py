@@ -1,5 +1,7 @@
 """How much fits into a d2go training, told without a GPU and taken by the scaling method."""
 
+import json
+
 import pytest
 import torch
 
@@ -120,13 +122,9 @@ def train(tmp_path):
     write_shapes_dataset(tmp_path, train_images=48, val_images=1, seed=0)
     d2go = D2Go(tmp_path, tmp_path)
 
-    def run(processes, budget_gib, status=0):
-        return d2go(
-            *(RECIPE, "D2SCALE.MEMORY.BUDGET_GIB", str(budget_gib)),
-            processes=processes,
-            runner="limited_runner.LimitedRunner",
-            status=status,
-        )
+    def run(processes, budget_gib, **options):
+        options = {"runner": "limited_runner.LimitedRunner", "processes": processes, **options}
+        return d2go(RECIPE, "D2SCALE.MEMORY.BUDGET_GIB", str(budget_gib), **options)
 
     return run
 
@@ -145,6 +143,15 @@ def test_a_run_fills_a_simulated_budget_and_stays_within_it(train, tmp_path, pro
     ]
     assert len(used) >= 1
     assert 0.1 < max(used) < budget_gib
+
+
+@pytest.mark.timeout(900)
+def test_ranks_measure_together_before_they_train(train, tmp_path):
+    output = train(2, 0.0, runner="measuring_runner.MeasuringRunner", DEVICE_BYTES=8 * 10**8)
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert f"at most {plan['ims_per_gpu']} images per GPU fit in 0.75 GiB, as measured" in output
+    assert 1 < plan["ims_per_gpu"] <= 24
+    assert (tmp_path / "out" / "model_final.pth").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,16 @@
+"""A runner whose ranks measure on simulated devices before they train on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+from d2scale.d2go import memory
+from d2scale.d2go.runner import Runner
+from d2scale.memory.devices import SimulatedDevice
+
+memory._on_cuda = lambda cfg: True
+memory._cuda_device = lambda: SimulatedDevice(int(os.environ["DEVICE_BYTES"]))
+
+
+class MeasuringRunner(Runner):
+    """Takes a CPU for a GPU of DEVICE_BYTES when memory is measured."""
