@@ -42,7 +42,7 @@ def applied_plan(cfg: Any) -> Plan | None:
 
 
 def names_own_method(cfg: Any) -> bool:
-    """Tell whether ``SOLVER.AUTO_SCALING_METHODS`` names a method of d2scale."""
+    """Return whether ``SOLVER.AUTO_SCALING_METHODS`` names a method of d2scale."""
     return any(name.startswith(METHOD_PREFIX) for name in cfg.SOLVER.AUTO_SCALING_METHODS)
 
 
@@ -66,8 +66,8 @@ def leave_scaling_to_training(cfg: Any) -> None:
 def scale_for_training(cfg: Any, memory: TrainingMemory, *, resume: bool) -> None:
     """Scale ``cfg`` in place by the method of d2scale that it names, if it names one.
 
-    d2go calls methods only where the world size differs from the recipe's, this works on any.
-    Every rank must call it.
+    d2go itself calls methods only where the world size differs from the recipe's. Every rank must
+    call this.
 
     Raises:
         ConfigError: on every rank, if the ranks were given different recipes; and what
