@@ -93,7 +93,9 @@ def or_none(rule: Rule) -> Rule:
 
 def type_of_default(key: str, default: Any) -> Rule:
     """Allow values of the type of the key's default, and anything if that is None."""
-    kind = "a list" if isinstance(default, list | tuple) else type(default).__name__
+    kind = type(default).__name__
+    if isinstance(default, list | tuple):
+        kind = f"a list of {type(default[0]).__name__}" if default else "a list"
     return Rule(
         key,
         f"{kind}, such as {default!r}",

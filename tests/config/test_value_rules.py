@@ -121,3 +121,8 @@ def test_values_of_the_wrong_type_end_every_command_in_one_line(
     assert line.startswith(f"d2scale: error: {key} is ")
     assert printed.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_names_the_type_of_the_entries():
+    (fault,) = type_of_default("SOLVER.STEPS", (30000,)).faults(("a", 5))
+    assert fault.allowed == "a list of int, such as (30000,)"
