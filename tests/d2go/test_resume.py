@@ -1,11 +1,12 @@
 """d2go's own command resumes by images seen: another world size, another method, old files."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from d2go_commands import META_FCOS, errors
+from d2go_commands import META_FCOS, D2Go, errors
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -31,17 +32,24 @@ def train(d2go):
     return run
 
 
-@pytest.fixture
-def halfway(train, tmp_path):
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, datasets):
     """A folder as two processes leave it that were killed after iteration 1 of 4."""
-    train(2)
-    out = tmp_path / "out"
+    folder = tmp_path_factory.mktemp("stopped")
+    D2Go(folder, datasets)(RECIPE, processes=2)
+    out = folder / "out"
     for name in ("model_0000003.pth", "model_final.pth"):
         (out / name).unlink()
     (out / "last_checkpoint").write_text("model_0000001.pth")
     lines = (out / "metrics.json").read_text().splitlines(keepends=True)
     (out / "metrics.json").write_text("".join(lines[:2]))
     return out
+
+
+@pytest.fixture
+def halfway(stopped, tmp_path):
+    """Another such folder, where ``train`` goes on."""
+    return shutil.copytree(stopped, tmp_path / "out")
 
 
 def rates(out):
