@@ -1,24 +1,7 @@
 import pytest
 
-from d2scale.config import load_recipe
 from d2scale.errors import ConfigError
-from d2scale.planning.hardware import Hardware
-from d2scale.planning.memory_profile import GIB, MemoryProfile, Phase
-from d2scale.planning.plan import make_plan
-
-PROFILE = MemoryProfile(
-    (Phase("optimizer", 2 * GIB, 0), Phase("backward", GIB, GIB)), source="measured"
-)
-
-
-def plan_of(path, gpus, method=None, opts=(), **hardware):
-    cfg, _ = load_recipe(str(path), opts)
-    return make_plan(cfg, Hardware.from_cfg(cfg, gpus, **hardware), method=method)
-
-
-def with_profile(path, gpus, method, budget_gib, opts=()):
-    cfg, _ = load_recipe(str(path), opts)
-    return make_plan(cfg, Hardware(gpus, budget_gib, PROFILE), method=method)
+from plans import plan_of, with_profile
 
 
 def test_memory_decides_the_micro_batches_of_a_given_total(recipes):
