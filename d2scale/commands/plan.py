@@ -26,7 +26,7 @@ def add_parser(commands: Commands) -> None:
     add("--gpus", type=int, default=1, metavar="N", help="GPUs to run on (1)")
     add("--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU")
     add("--method", help="per_gpu, keep_total or max_memory")
-    add("--lr-rule", help="auto, linear, sqrt or none")
+    add("--lr-rule", help="auto, linear, sqrt, none or gain")
     add("--ims-per-gpu", type=int, metavar="M", help="images in one forward")
     add("--profile", metavar="FILE", help="memory profile")
     help_text = "list float32, AMP, activation checkpointing and both, instead of one plan"

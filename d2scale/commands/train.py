@@ -27,6 +27,7 @@ def add_parser(commands: Commands) -> None:
     add("--machine-rank", type=int, default=0, metavar="N")
     add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
     add("--method", help="per_gpu, keep_total or max_memory")
+    add("--lr-rule", help="auto, linear, sqrt, none or gain (D2SCALE.LR_RULE)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     help_text = "resume with another recipe than the training was started with"
     add("--allow-changed-recipe", action="store_true", help=help_text)
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     from d2scale.engine.launch import Topology
     from d2scale.engine.run import train
 
+    if arguments.lr_rule is not None:
+        cfg.D2SCALE.LR_RULE = arguments.lr_rule
     if arguments.allow_changed_recipe:
         cfg.D2SCALE.ALLOW_CHANGED_RECIPE = True
     machines = (arguments.num_machines, arguments.machine_rank, arguments.dist_url)

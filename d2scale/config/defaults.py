@@ -25,9 +25,13 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     """Add the ``D2SCALE`` keys to ``cfg``, in place. Works on any engine's node type."""
     node = type(cfg)
     cfg.D2SCALE = node()
-    # How the learning rate follows the batch ratio: auto, linear, sqrt or none.
-    # auto is linear for SGD and sqrt for Adam-like optimizers.
+    # How the learning rate follows the batch ratio: auto, linear, sqrt, none or gain (by what a
+    # step is worth, measured while training). auto is sqrt for Adam-like optimizers; for SGD it is
+    # gain with the method max_memory, and else linear.
     cfg.D2SCALE.LR_RULE = "auto"
+    # By the gain rule: images in a step of the recipe whose iterations this config counts, as the
+    # plan of a run sets it. 0: SOLVER.IMS_PER_BATCH.
+    cfg.D2SCALE.RECIPE_IMS_PER_BATCH = 0
     cfg.D2SCALE.IMS_PER_GPU = 0  # in one forward and backward of one GPU; 0: from the memory
     cfg.D2SCALE.MAX_IMS_PER_BATCH = 0  # limit of the batch that d2scale_max_memory chooses; 0: none
     # Micro-batches in one optimizer step. 0: decide from IMS_PER_GPU and the memory.

@@ -122,7 +122,7 @@ def _plan_on_ranks(cfg: Any, world_size: int, method: str, memory: TrainingMemor
                 make_profile=memory.profile,
                 make_variants=memory.variants,
             )
-            outcome = make_plan(cfg, hardware, method=method)
+            outcome = make_plan(cfg, hardware, method=method, follows_gain=False)
             if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
                 refuse_more_than_all(outcome, memory.batches.images)
             _refuse_uneven_split(outcome)

@@ -12,19 +12,28 @@ from d2scale.engine.data.loader import TrainLoader
 from d2scale.engine.telemetry.metrics import StepMetrics, is_due
 from d2scale.engine.telemetry.reporter import Reporter
 from d2scale.errors import D2ScaleError
+from d2scale.step.clock import StepClock
 
 
 class CheckpointHook:
-    """Saves ``model_0004999.pth`` after every 5000th step, and ``model_final.pth`` at the end.
+    """Saves ``model_0004999.pth`` after every 5000th iteration, ``model_final.pth`` at the end.
 
-    The state of ``loader`` is kept with the weights. With ``period`` 0 only the last is saved.
+    The states of ``loader`` and ``clock`` are kept with the weights. With ``period`` 0 only the
+    last is saved.
     """
 
     def __init__(
-        self, checkpointer: RunCheckpointer, loader: TrainLoader, *, period: int, max_iter: int
+        self,
+        checkpointer: RunCheckpointer,
+        loader: TrainLoader,
+        clock: StepClock,
+        *,
+        period: int,
+        max_iter: int,
     ) -> None:
         self._checkpointer = checkpointer
         self._loader = loader
+        self._clock = clock
         self._period = period
         self._max_iter = max_iter
         self._progress: dict[str, Any] = {}
@@ -36,11 +45,12 @@ class CheckpointHook:
             "iteration": step.iteration,
             "images_seen": step.images_seen,
             "sampler": self._loader.state_dict(),
+            "clock": self._clock.state_dict(),
         }
         self._saved = False
         if is_due(step, self._period):
             self.save()
-        if step.iteration + 1 == self._max_iter:
+        if step.iterations >= self._max_iter:
             self._save("model_final")
 
     def save(self) -> None:
@@ -70,7 +80,7 @@ class CheckpointHook:
 
 
 class EvaluationHook:
-    """Evaluates after every ``period`` steps but the last: a run ends with an evaluation anyway.
+    """Evaluates after every ``period`` iterations but the last: a run ends with one anyway.
 
     ``evaluate`` returns metrics by name on the first rank, nothing elsewhere; ``reporter`` writes
     them. With ``period`` 0 there are none.
@@ -90,7 +100,7 @@ class EvaluationHook:
         self._max_iter = max_iter
 
     def __call__(self, step: StepMetrics) -> None:
-        if is_due(step, self._period) and step.iteration + 1 != self._max_iter:
+        if is_due(step, self._period) and step.iterations < self._max_iter:
             self.evaluate(step.iteration, step.images_seen)
 
     def evaluate(self, iteration: int, images_seen: int) -> dict[str, float]:

@@ -105,7 +105,7 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper | None:
 
 
 class LearningRateSchedule:
-    """The learning rate of every parameter group as a function of the iteration alone.
+    """The learning rate of every parameter group as a function of the iteration, times a gain.
 
     It keeps no state, so a resumed run needs only the iteration. ``multiplier`` maps progress in
     [0, 1) to a factor of the learning rates that the groups of ``optimizer`` have now.
@@ -120,9 +120,12 @@ class LearningRateSchedule:
         self._max_iter = max_iter
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
 
-    def set(self, iteration: int) -> float:
-        """Set the learning rates for ``iteration`` and return that of the largest group."""
-        factor = self._multiplier(iteration / self._max_iter)
+    def set(self, iteration: float, gain: float = 1.0) -> float:
+        """Set the learning rates to ``gain`` times those of ``iteration``.
+
+        Returned is the rate of the largest group.
+        """
+        factor = self._multiplier(iteration / self._max_iter) * gain
         groups = self._optimizer.param_groups
         for group, base_lr in zip(groups, self._base_lrs, strict=True):
             group["lr"] = base_lr * factor

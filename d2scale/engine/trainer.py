@@ -12,6 +12,7 @@ import torch
 from d2scale.engine.solver import LearningRateSchedule
 from d2scale.engine.telemetry import abnormal
 from d2scale.engine.telemetry.metrics import StepMetrics
+from d2scale.step.clock import StepClock
 from d2scale.step.micro_batches import MicroBatch, StepLosses
 from d2scale.step.optimizer_step import OptimizerStep
 from d2scale.step.ranks import rank
@@ -30,7 +31,7 @@ class Trainer:
         *,
         seed: int,  # of random draws inside the model (dropout, say)
         folder: Path | None = None,  # gets the images of a step whose loss is not finite
-        start_iteration: int = 0,
+        clock: StepClock | None = None,  # where the training stands; None: at its beginning
         images_before: int = 0,  # that earlier runs have shown
     ) -> None:
         self._step = step
@@ -40,49 +41,62 @@ class Trainer:
         scaler = step.options.scaler
         self._skipped_steps = None if scaler is None else abnormal.SkippedSteps(scaler)
         self._folder = folder
-        self.next_iteration = start_iteration
+        self.clock = clock or StepClock()
         self.images_seen = images_before
 
     def train(self, max_iter: int, hooks: Sequence[Hook]) -> None:
-        """Take steps until ``max_iter`` are done, and call all hooks after each.
+        """Take steps until ``max_iter`` iterations are done, and call all hooks after each step.
 
         Raises D2ScaleError if the loss is not finite, or a step does not fit into memory (the
         weights are those before that step), or a scaler skips step after step.
         """
-        while self.next_iteration < max_iter:
+        while self.clock.iterations < max_iter:
             metrics = self.take_step()
             for hook in hooks:
                 hook(metrics)
 
+    @property
+    def next_iteration(self) -> int:
+        """The iteration of the schedule in which the next step begins, from 0."""
+        return int(self.clock.iterations)
+
     def take_step(self) -> StepMetrics:
         """Take one optimizer step."""
-        iteration = self.next_iteration
+        clock, iteration, done = self.clock, self.next_iteration, self.clock.iterations
         start = time.perf_counter()
         rank_batch = next(self._data)
         data_seconds = time.perf_counter() - start
         if self._skipped_steps is not None:
             self._skipped_steps.check(iteration)
-        lr = self._schedule.set(iteration)
-        seed_step(self._seed, iteration)
+        lr = self._schedule.set(done)
+        seed_step(self._seed, clock.number)
 
-        def refuse_not_finite(losses: StepLosses) -> None:
+        def before_update(losses: StepLosses) -> None:
+            nonlocal lr
             abnormal.check_finite(losses.losses, iteration, lr)
+            lr = self._schedule.set(done, clock.gain_with(losses))
 
+        measure = clock.measures(one_part=self._step.is_one_part(rank_batch))
         try:
-            result = self._step(rank_batch, refuse_not_finite)
+            result = self._step(rank_batch, before_update, measure=measure)
         except abnormal.NotFiniteLossError as error:
             if self._folder is not None:
                 abnormal.write_not_finite_step(error, rank_batch, self._folder)
             raise
-        self.next_iteration = iteration + 1
+        clock.advance()
         self.images_seen += result.images
         return StepMetrics(
-            iteration=iteration,
+            iteration=clock.iteration,
+            iterations_before=done,
+            iterations=clock.iterations,
+            steps=clock.number,
             losses=result.losses,
             lr=lr,
             seconds=time.perf_counter() - start,
             data_seconds=data_seconds,
             images_seen=self.images_seen,
+            gain=clock.gain if clock.recipe_ims_per_batch else None,
+            noise_scale=clock.noise_scale,
         )
 
 

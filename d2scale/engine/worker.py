@@ -37,6 +37,7 @@ from d2scale.run_folder.contents import write_config, write_machine, write_plan
 from d2scale.run_folder.files import make_folder
 from d2scale.run_folder.lock import run_lock
 from d2scale.step import ranks
+from d2scale.step.clock import StepClock
 from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.norms import without_synchronised_norms
 from d2scale.step.optimizer_step import OptimizerStep
@@ -116,6 +117,7 @@ class _Training(NamedTuple):
     schedule: LearningRateSchedule
     checkpointer: RunCheckpointer
     position: Position
+    clock: StepClock
 
 
 def _train(job: Job, plan: Plan) -> Results:
@@ -149,11 +151,24 @@ def _prepare(job: Job, plan: Plan) -> _Training:
         position = resume_training(checkpointer, cfg, plan, recipe, seed)
     if position is None:
         load_initial_weights(model, cfg.MODEL.WEIGHTS)
-        position = Position(next_iteration=0, images_seen=0, seed=seed)
+        position = Position(iterations=0, images_seen=0, recipe_images=0, seed=seed)
     logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
     step.on_split = RunRecord(checkpointer, plan, recipe, position.seed).record_split
     ranks.broadcast_model(model)
-    return _Training(cfg, step, schedule, checkpointer, position)
+    return _Training(cfg, step, schedule, checkpointer, position, _clock(cfg, position))
+
+
+def _clock(cfg: CfgNode, position: Position) -> StepClock:
+    """Return the clock of a training, at the position where it begins or goes on."""
+    by_gain = cfg.D2SCALE.LR_RULE == "gain"
+    recipe_images = cfg.D2SCALE.RECIPE_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH
+    clock = StepClock(
+        recipe_ims_per_batch=recipe_images if by_gain else None,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        measured_period=cfg.WRITER_PERIOD,
+    )
+    clock.resume(position.iterations, position.recipe_images, position.clock)
+    return clock
 
 
 def _open_loader(cfg: CfgNode, position: Position) -> TrainLoader:
@@ -202,7 +217,7 @@ def _write_facts(cfg: CfgNode, plan: Plan) -> None:
 
 
 def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Reporter) -> Results:
-    cfg, step, schedule, checkpointer, position = training
+    cfg, step, schedule, checkpointer, position, clock = training
     max_iter = cfg.SOLVER.MAX_ITER
     trainer = Trainer(
         step,
@@ -210,11 +225,11 @@ def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Repo
         schedule,
         seed=position.seed,
         folder=checkpointer.folder,
-        start_iteration=position.next_iteration,
+        clock=clock,
         images_before=position.images_seen,
     )
     checkpoints = CheckpointHook(
-        checkpointer, loader, period=cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=max_iter
+        checkpointer, loader, clock, period=cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=max_iter
     )
     evaluation = EvaluationHook(
         partial(evaluate_datasets, cfg, step.model),

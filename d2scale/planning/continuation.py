@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from d2scale.config.keys import differences
 from d2scale.planning.formats import table
+from d2scale.planning.learning_rate import LR_RULE
 from d2scale.planning.progress import (
     Changes,
     Progress,
@@ -27,10 +30,16 @@ _ORDER_KEYS = frozenset(
 class Continuation:
     """Where a resumed training starts, and what has changed since it stopped."""
 
-    first_iteration: int  # counted in steps of the current plan
+    iterations: float  # of the current plan's schedule that are done; a whole number but for gain
+    recipe_images: float  # of the recipe's training that the steps so far were worth
     changes: Changes  # of the recipe; the user has allowed them
     warnings: tuple[str, ...]  # to log
     notes: tuple[str, ...]  # to log
+
+    @property
+    def first_iteration(self) -> int:
+        """The iteration of the current plan's schedule that comes next."""
+        return math.ceil(self.iterations)
 
     @property
     def keeps_order(self) -> bool:
@@ -64,23 +73,50 @@ def continue_training(
         CheckpointError: if the recipe has changed without the user's consent.
     """
     changes = recipe_changes(stopped, recipe)
+    changes |= _rule_change(stopped.plan, plan)
     if not allow_changes:
         refuse_changes(changes)
-    first = next_iteration(
-        stopped.images_seen,
-        recipe_images=recipe["SOLVER.MAX_ITER"] * recipe["SOLVER.IMS_PER_BATCH"],
-        ims_per_batch=plan["ims_per_batch"],
-        max_iter=max_iter,
-    )
+    images = stopped.images_seen if stopped.recipe_images is None else stopped.recipe_images
+    iterations = _iterations(images, recipe, plan, max_iter)
     warnings = [stopped.assumption] if stopped.assumption else []
     if changes:
         warnings.append(f"the recipe has changed, as allowed:\n{_table(changes)}")
     place = (
         f"{stopped.images_seen} images seen in {stopped.iteration + 1} iterations: going on with "
-        f"iteration {first} of {max_iter}"
+        f"iteration {math.ceil(iterations)} of {max_iter}"
     )
     notes = (*_plan_notes(stopped, recipe, plan), place)
-    return Continuation(first, changes, tuple(warnings), notes)
+    return Continuation(iterations, images, changes, tuple(warnings), notes)
+
+
+def _iterations(
+    images: float, recipe: Mapping[str, Any], plan: Mapping[str, Any], max_iter: int
+) -> float:
+    """Return the iterations of a plan's schedule that ``images`` of the recipe are worth."""
+    # Images for which an iteration of the recipe counts.
+    count = _recipe_ims_per_batch(plan) or recipe["SOLVER.IMS_PER_BATCH"]
+    if plan.get("lr_rule") == "gain":
+        return min(images / count, float(max_iter))
+    return next_iteration(
+        round(images),
+        recipe_images=recipe["SOLVER.MAX_ITER"] * count,
+        ims_per_batch=plan["ims_per_batch"],
+        max_iter=max_iter,
+    )
+
+
+def _recipe_ims_per_batch(plan: Mapping[str, Any]) -> float | None:
+    """Return the images of a recipe's step by a plan of it, None if that does not say."""
+    ratio = plan.get("batch_ratio")
+    return round(plan["ims_per_batch"] / ratio) if ratio else None
+
+
+def _rule_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
+    """Return the learning-rate rule if another one took effect until now."""
+    rescaled = all(plan.get("batch_ratio", 1.0) != 1.0 for plan in (old, new))
+    if not rescaled or not {"lr_rule"} <= {*old} & {*new}:
+        return {}
+    return differences({LR_RULE: old["lr_rule"]}, {LR_RULE: new["lr_rule"]})
 
 
 def _plan_notes(

@@ -43,6 +43,7 @@ def plan_table(plan: Plan) -> str:
         ("total batch", plan.ims_per_batch),
         ("batch ratio", f"{plan.batch_ratio:g}"),
         ("learning-rate rule", plan.lr_rule),
+        ("optimizer steps", _steps(plan)),
         ("predicted peak memory", memory),
     ]
     lines = [f"{name + ':':23}{value}" for name, value in facts]
@@ -50,6 +51,14 @@ def plan_table(plan: Plan) -> str:
     rows = [(key, old, new) for key, (old, new) in plan.changes.items()]
     changes = table(["config key", "old value", "new value"], rows) if rows else "No key changes."
     return "\n".join([*lines, "", changes])
+
+
+def _steps(plan: Plan) -> str:
+    least, most = plan.steps
+    if least == most:
+        return str(least)
+    expected = f", about {plan.expected_steps} expected" if plan.expected_steps else ""
+    return f"{least} to {most}{expected}"
 
 
 def plan_yaml(plan: Plan, recipe_path: str, settings: Mapping[str, Any], folder: str) -> str:

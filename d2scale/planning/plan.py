@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +12,9 @@ from d2scale.config.value_rules import judge, one_of
 from d2scale.errors import ConfigError, DataError, Fault
 from d2scale.planning import rules
 from d2scale.planning.batch import BATCH_RULES, decide_batch
+from d2scale.planning.gain import NoisePoint, steps_needed
 from d2scale.planning.hardware import Hardware
+from d2scale.planning.learning_rate import LR_RULE, choose_rule, rule_notes
 from d2scale.planning.methods import METHODS, method_faults, method_of
 from d2scale.planning.schedule import Schedule, schedule_faults
 
@@ -25,10 +29,12 @@ class Plan:
     accumulation_steps: int  # most micro-batches of any rank in one optimizer step (a)
     ims_per_batch: int  # images in one optimizer step (B)
     batch_ratio: float  # k = B / B0
-    lr_rule: str  # linear, sqrt or none
+    lr_rule: str  # linear, sqrt, none or gain
+    steps: tuple[int, int]  # fewest and most optimizer steps of the whole training
     predicted_peak_gib: float | None  # device memory of one rank, None if no profile is at hand
     changes: dict[str, tuple[Any, Any]]  # config key to (recipe's value, planned value)
     notes: tuple[str, ...]  # the reasons, and what the user should know
+    expected_steps: int | None = None  # by the gain rule, if the noise scale is known
 
     def apply(self, cfg: Any) -> Any:
         """Return a copy of ``cfg`` with the planned values; keys it lacks are passed over."""
@@ -56,50 +62,73 @@ class Plan:
             notes=(*self.notes, note),
         )
 
+    def with_noise(self, noise: Sequence[NoisePoint]) -> Plan:
+        """Return the plan with the steps to expect if the noise scale is that of another run.
+
+        ``noise`` has one point at least. Without the gain rule nothing changes.
+        """
+        if self.lr_rule != "gain":
+            return self
+        recipe_ims_per_batch = round(self.ims_per_batch / self.batch_ratio)
+        max_iter = self.steps[0 if self.batch_ratio < 1 else 1]
+        steps = steps_needed(noise, max_iter, self.ims_per_batch, recipe_ims_per_batch)
+        return replace(self, expected_steps=math.ceil(steps))
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values, in the documented order."""
         content = dict(vars(self))
         content["changes"] = {key: list(pair) for key, pair in self.changes.items()}
-        content["notes"] = list(self.notes)
+        content["steps"], content["notes"] = list(self.steps), list(self.notes)
         return content
 
 
 def make_plan(
-    cfg: Any, hardware: Hardware, *, method: str | None = None, lr_rule: str | None = None
+    cfg: Any,
+    hardware: Hardware,
+    *,
+    method: str | None = None,
+    lr_rule: str | None = None,
+    follows_gain: bool = True,
 ) -> Plan:
     """Decide how the recipe in ``cfg`` runs on ``hardware``.
 
     Args:
         cfg: a detectron2, d2go or d2scale config; it is not changed.
-        method: one of ``METHODS``; None takes the one that ``SOLVER.AUTO_SCALING_METHODS``
-            names, or else ``keep_total``, which changes nothing about the training.
+        method: one of ``METHODS``; None: the one that ``SOLVER.AUTO_SCALING_METHODS`` names, or
+            else ``keep_total``, which changes nothing about the training.
         lr_rule: one of ``rules.LR_RULES``; None takes ``D2SCALE.LR_RULE``.
+        follows_gain: whether what will train can follow the gain rule.
 
     Raises:
         ConfigError: with all faults of the recipe and the request.
     """
-    lr_rule = lr_rule or get_key(cfg, "D2SCALE.LR_RULE", "auto")
-    if faults := [*schedule_faults(cfg), *_request_faults(cfg, method, lr_rule)]:
-        raise ConfigError(faults)
-    if method is None:
-        method = method_of(get_key(cfg, "SOLVER.AUTO_SCALING_METHODS", ()))
+    method, lr_rule = _checked_request(cfg, method, lr_rule)
     schedule = Schedule.from_cfg(cfg)
     batch = decide_batch(cfg, method, schedule, hardware)
-    rule = rules.resolve_lr_rule(lr_rule, schedule.optimizer)
-    planned = schedule.scaled(batch.ims_per_batch, hardware.world_size, rule)
+    total = batch.ims_per_batch
+    rule = choose_rule(lr_rule, method, schedule, total, follows_gain=follows_gain)
+    planned = schedule.scaled(total, hardware.world_size, rule)
     accumulates = batch.accumulation_steps > 1
     return Plan(
         method=method,
         world_size=hardware.world_size,
         ims_per_gpu=batch.ims_per_gpu,
         accumulation_steps=batch.accumulation_steps,
-        ims_per_batch=batch.ims_per_batch,
-        batch_ratio=batch.ims_per_batch / schedule.ims_per_batch,
+        ims_per_batch=total,
+        batch_ratio=total / schedule.recipe_ims_per_batch,
         lr_rule=rule,
+        steps=_steps(planned),
         predicted_peak_gib=hardware.peak_gib(batch.ims_per_gpu, accumulates=accumulates),
-        changes=differences(schedule.to_config(), planned.to_config()),
-        notes=(*batch.notes, *_schedule_notes(schedule, planned, lr_rule)),
+        changes=_changes(cfg, schedule, planned, rule),
+        notes=(*batch.notes, *rule_notes(lr_rule, rule, schedule, planned)),
     )
+
+
+def _steps(planned: Schedule) -> tuple[int, int]:
+    """Return the fewest and the most optimizer steps that the training may take."""
+    images = planned.max_iter * planned.recipe_ims_per_batch
+    least, most = sorted((planned.max_iter, -(-images // planned.ims_per_batch)))
+    return least, most
 
 
 def refuse_more_than_all(plan: Plan, images: int) -> None:
@@ -113,24 +142,27 @@ def refuse_more_than_all(plan: Plan, images: int) -> None:
         raise DataError([Fault("images in DATASETS.TRAIN", images, allowed, advice)])
 
 
+def _changes(
+    cfg: Any, schedule: Schedule, planned: Schedule, rule: str
+) -> dict[str, tuple[Any, Any]]:
+    changes = differences(schedule.to_config(), planned.to_config())
+    if rule == "gain":  # the other rules have done their work once the schedule is scaled
+        changes |= differences({LR_RULE: get_key(cfg, LR_RULE)}, {LR_RULE: rule})
+    return changes
+
+
+def _checked_request(cfg: Any, method: str | None, lr_rule: str | None) -> tuple[str, str]:
+    """Return the method and the rule that are asked for; ConfigError with all faults."""
+    lr_rule = lr_rule or get_key(cfg, LR_RULE, "auto")
+    if faults := [*schedule_faults(cfg), *_request_faults(cfg, method, lr_rule)]:
+        raise ConfigError(faults)
+    return method or method_of(get_key(cfg, "SOLVER.AUTO_SCALING_METHODS", ())), lr_rule
+
+
 def _request_faults(cfg: Any, method: str | None, lr_rule: str) -> list[Fault]:
     if method is None:
         faults = method_faults(get_key(cfg, "SOLVER.AUTO_SCALING_METHODS", ()))
     else:
         faults = one_of("method", METHODS).faults(method)
-    faults += one_of("D2SCALE.LR_RULE", rules.LR_RULES).faults(lr_rule)
+    faults += one_of(LR_RULE, rules.LR_RULES).faults(lr_rule)
     return faults + judge(cfg, BATCH_RULES)
-
-
-def _schedule_notes(schedule: Schedule, planned: Schedule, lr_rule: str) -> list[str]:
-    notes = []
-    known = schedule.optimizer.startswith(("sgd", "adam"))
-    if lr_rule == "auto" and not known and planned.base_lr != schedule.base_lr:
-        notes.append(
-            f"optimizer {schedule.optimizer} is not known; its learning rate is scaled linearly "
-            "(D2SCALE.LR_RULE chooses)"
-        )
-    extra = planned.max_iter * planned.ims_per_batch - schedule.max_iter * schedule.ims_per_batch
-    if extra:
-        notes.append(f"the last step rounds up: {extra} images more than the recipe's training")
-    return notes

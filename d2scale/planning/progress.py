@@ -53,6 +53,9 @@ class Progress:
     plan: Mapping[str, Any]  # Plan.to_json() of the run that stopped
     seed: int | None = None  # of order and augmentation; None if not known
     sampler: dict[str, Any] | None = None  # position in the order of images; None if not known
+    # Images of the recipe's training that the steps were worth; by the gain rule not those that
+    # were shown. None: those that were shown.
+    recipe_images: float | None = None
     assumption: str = ""  # what was taken for granted, if the checkpoint has no record
 
     @classmethod

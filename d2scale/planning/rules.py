@@ -12,7 +12,8 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-LR_RULES = ("auto", "linear", "sqrt", "none")
+# gain is followed while training: see planning/gain.py.
+LR_RULES = ("auto", "linear", "sqrt", "none", "gain")
 
 
 def split_evenly(total: int, parts: int) -> tuple[int, ...]:
@@ -47,11 +48,21 @@ def micro_batch_counts(images: int, ims_per_gpu: int) -> tuple[int, ...]:
     return tuple(sorted({-(-images // size) for size in range(1, min(images, ims_per_gpu) + 1)}))
 
 
-def resolve_lr_rule(rule: str, optimizer: str) -> str:
-    """Turn ``auto`` into the rule that suits the optimizer: sqrt if Adam-like, else linear."""
+def resolve_lr_rule(rule: str, optimizer: str, *, prefers_gain: bool = False) -> str:
+    """Turn ``auto`` into the rule that suits the optimizer.
+
+    That is sqrt if it is Adam-like, gain for SGD where the caller ``prefers_gain``, else linear.
+    """
     if rule != "auto":
         return rule
-    return "sqrt" if optimizer.lower().startswith("adam") else "linear"
+    if optimizer.lower().startswith("adam"):
+        return "sqrt"
+    return "gain" if prefers_gain and follows_gain(optimizer) else "linear"
+
+
+def follows_gain(optimizer: str) -> bool:
+    """Return whether the gain rule's theory holds for an optimizer: it is that of SGD."""
+    return optimizer.lower().startswith("sgd")
 
 
 def scale_learning_rate(learning_rate: float, ratio: Fraction, rule: str) -> float:

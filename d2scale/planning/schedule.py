@@ -37,7 +37,10 @@ _RULES = (
     whole("SOLVER.MAX_ITER", 1, advice="set the recipe's length"),
     Rule("SOLVER.STEPS", "iterations from 1, strictly increasing", _are_moments),
     *(whole(key, 0, advice="set it to 0 for never") for key in ITERATION_KEYS),
+    whole("D2SCALE.RECIPE_IMS_PER_BATCH", 0, advice="set it to 0 for SOLVER.IMS_PER_BATCH"),
 )
+# Images in a step of the recipe whose iterations a config counts; 0: SOLVER.IMS_PER_BATCH.
+RECIPE_IMS_PER_BATCH = "D2SCALE.RECIPE_IMS_PER_BATCH"
 _EMA_DECAY = number("MODEL_EMA.DECAY", least=0, most=1, advice="set it to 0.999")
 
 
@@ -46,7 +49,10 @@ class Schedule:
     """The part of a recipe that depends on its total batch."""
 
     reference_world_size: int  # GPUs that the recipe was written for (N0)
-    ims_per_batch: int  # images in one optimizer step (B0)
+    ims_per_batch: int  # images in one optimizer step
+    # Images for which one iteration of the schedule counts (B0): those of a step, but by the gain
+    # rule those of the recipe's.
+    recipe_ims_per_batch: int
     base_lr: float  # learning rate per step
     base_lr_end: float  # the one a cosine schedule ends with
     max_iter: int  # optimizer steps in the whole training
@@ -66,6 +72,7 @@ class Schedule:
         return cls(
             reference_world_size=cfg.SOLVER.REFERENCE_WORLD_SIZE,
             ims_per_batch=cfg.SOLVER.IMS_PER_BATCH,
+            recipe_ims_per_batch=get_key(cfg, RECIPE_IMS_PER_BATCH, 0) or cfg.SOLVER.IMS_PER_BATCH,
             base_lr=cfg.SOLVER.BASE_LR,
             base_lr_end=get_key(cfg, "SOLVER.BASE_LR_END", 0.0),
             max_iter=cfg.SOLVER.MAX_ITER,
@@ -77,7 +84,9 @@ class Schedule:
 
     def to_config(self) -> dict[str, Any]:
         """Return the schedule as dotted config keys, sorted."""
+        counts_steps = self.recipe_ims_per_batch == self.ims_per_batch
         values: dict[str, Any] = {
+            RECIPE_IMS_PER_BATCH: 0 if counts_steps else self.recipe_ims_per_batch,
             "SOLVER.BASE_LR": self.base_lr,
             "SOLVER.BASE_LR_END": self.base_lr_end,
             "SOLVER.IMS_PER_BATCH": self.ims_per_batch,
@@ -103,24 +112,24 @@ class Schedule:
             SOLVER: {REFERENCE_WORLD_SIZE: 1, IMS_PER_BATCH: 2, BASE_LR: 0.00015625,
                      MAX_ITER: 5760000, STEPS: [3840000, 5120000], WARMUP_ITERS: 64000}
 
+        By the ``gain`` rule only the total batch and the ranks change: the schedule is read at the
+        recipe's steps done.
+
         Raises:
             ConfigError: if the training becomes too short for its learning-rate drops.
         """
-        ratio = Fraction(ims_per_batch, self.ims_per_batch)
+        rescaled = replace(self, reference_world_size=world_size, ims_per_batch=ims_per_batch)
+        if lr_rule == "gain":
+            return rescaled
+        ratio = Fraction(ims_per_batch, self.recipe_ims_per_batch)
         max_iter = rules.scale_max_iter(self.max_iter, ratio)
         try:
             steps = rules.scale_steps(self.steps, ratio, max_iter)
         except ValueError as error:
-            allowed = (
-                f"fewer than {max_iter} steps, because with {ims_per_batch} images a step the "
-                f"training has {max_iter} iterations"
-            )
-            advice = "use a smaller batch (D2SCALE.MAX_IMS_PER_BATCH) or fewer SOLVER.STEPS"
-            raise ConfigError([Fault("SOLVER.STEPS", self.steps, allowed, advice)]) from error
+            raise ConfigError([self._too_many_drops(ims_per_batch, max_iter)]) from error
         return replace(
-            self,
-            reference_world_size=world_size,
-            ims_per_batch=ims_per_batch,
+            rescaled,
+            recipe_ims_per_batch=ims_per_batch,
             base_lr=rules.scale_learning_rate(self.base_lr, ratio, lr_rule),
             base_lr_end=rules.scale_learning_rate(self.base_lr_end, ratio, lr_rule),
             max_iter=max_iter,
@@ -128,6 +137,14 @@ class Schedule:
             iterations={k: rules.scale_count(v, ratio) for k, v in self.iterations.items()},
             ema_decay=self.ema_decay and rules.scale_ema_decay(self.ema_decay, ratio),
         )
+
+    def _too_many_drops(self, ims_per_batch: int, max_iter: int) -> Fault:
+        allowed = (
+            f"fewer than {max_iter} steps, because with {ims_per_batch} images a step the "
+            f"training has {max_iter} iterations"
+        )
+        advice = "use a smaller batch (D2SCALE.MAX_IMS_PER_BATCH) or fewer SOLVER.STEPS"
+        return Fault("SOLVER.STEPS", self.steps, allowed, advice)
 
 
 def schedule_faults(cfg: Any) -> list[Fault]:

@@ -64,7 +64,7 @@ class GradientAverager:
     def __init__(
         self, parameters: Sequence[nn.Parameter], compress: torch.dtype | None = None
     ) -> None:
-        self._parameters = tuple(parameters)
+        self.parameters = tuple(parameters)
         self._buckets: list[_Bucket] = []
         self._order: list[_Bucket] = []
         # Reductions that have begun: bucket, its buffer, the handle to wait for.
@@ -75,7 +75,7 @@ class GradientAverager:
         self.counts = torch.zeros(0, dtype=torch.int64)
         if ranks.world_size() == 1:
             return
-        for (device, dtype), members in _by_kind(self._parameters, compress).items():
+        for (device, dtype), members in _by_kind(self.parameters, compress).items():
             buckets = _buckets(members)
             size = max(bucket.numel for bucket in buckets)
             buffers = deque(torch.zeros(size, device=device, dtype=dtype) for _ in range(BUFFERS))
@@ -84,7 +84,7 @@ class GradientAverager:
             self._buckets += buckets
             self.buffers += buffers
         self._order = list(self._buckets)
-        self.counts = torch.zeros(len(self._parameters) + len(self._buckets), dtype=torch.int64)
+        self.counts = torch.zeros(len(self.parameters) + len(self._buckets), dtype=torch.int64)
         # The first call makes the backend allocate what it needs, while there is memory.
         for buffer in self.buffers:
             dist.all_reduce(buffer)
@@ -120,10 +120,10 @@ class GradientAverager:
         finally:
             for hook in hooks:
                 hook.remove()
-        with_gradient = [parameter.grad is not None for parameter in self._parameters]
+        with_gradient = [parameter.grad is not None for parameter in self.parameters]
         late = [not bucket.started for bucket in self._buckets]
         self.counts.copy_(torch.tensor([*with_gradient, *late]))
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._complete_all(use=True)
@@ -132,8 +132,8 @@ class GradientAverager:
         """Take the zeros back that stand for gradients no rank has, once ``counts`` are summed."""
         if not self._buckets:
             return
-        used, late = self.counts.split([len(self._parameters), len(self._buckets)])
-        for parameter, count in zip(self._parameters, used.tolist(), strict=True):
+        used, late = self.counts.split([len(self.parameters), len(self._buckets)])
+        for parameter, count in zip(self.parameters, used.tolist(), strict=True):
             if not count:
                 parameter.grad = None
         # A bucket with a parameter that is not always used would hold up those behind it. All

@@ -25,6 +25,7 @@ from d2scale.planning.rules import split_evenly
 from d2scale.step import ranks
 from d2scale.step.agreement import run_alone, run_together
 from d2scale.step.averaging import GradientAverager
+from d2scale.step.noise import GradientNoise, SquaredNorms
 from d2scale.step.norms import trained_norms
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,22 @@ class StepLosses:
     names: tuple[str, ...]
     values: Tensor  # shape (names,), float64, on the model's device
     images: int  # of the step, over all ranks and micro-batches
+    # What GradientNoise.of_parts takes: two sums of squares and the parts, float64, on the device;
+    # None if the step did not measure.
+    squares: Tensor | None = None
 
     @cached_property
     def losses(self) -> dict[str, float]:
         """Value by name. The first use waits for the device."""
         return dict(zip(self.names, self.values.tolist(), strict=True))
+
+    @cached_property
+    def noise(self) -> GradientNoise | None:
+        """What the step has measured, None if that is nothing. The first use waits."""
+        if self.squares is None:
+            return None
+        weighted, total, parts = self.squares.tolist()
+        return GradientNoise.of_parts(weighted, total, parts=round(parts), images=self.images)
 
     @property
     def total(self) -> float:
@@ -86,6 +98,7 @@ class ForwardBackward:
         self._precision = precision
         self._scaler = scaler
         self._device = next(model.parameters()).device
+        self._squared_norms = SquaredNorms(averager.parameters)
         self._warned = False
         # Context managers around "forward" and "backward", for what watches them.
         self.phase: PhaseMarker = lambda name: nullcontext()
@@ -96,8 +109,11 @@ class ForwardBackward:
         *,
         agrees: bool = True,
         prepare: Callable[[], None] | None = None,
+        measure: bool = False,
     ) -> StepLosses:
         """Run all micro-batches of this rank, and ``prepare`` before the first forward.
+
+        ``measure`` the noise of the gradient on all ranks, or on none.
 
         Raises:
             AgreedOutOfMemoryError: on every rank, if one runs out of memory and ``agrees``; the
@@ -114,11 +130,30 @@ class ForwardBackward:
             names = sorted(totals)
             summed = ranks.sum_over_ranks(torch.stack([totals[name] for name in names]))
             totals = dict(zip(names, summed, strict=True))
-        work = partial(self._accumulate, micro_batches, totals, int(images), joins=agrees)
-        names, values = run("forward or backward", work, self._averager.counts)
+        work = partial(
+            self._accumulate, micro_batches, totals, int(images), joins=agrees, measure=measure
+        )
+        names, values, squares = run("forward or backward", work, self._averager.counts)
         self._averager.drop_unused()
-        means = ranks.sum_over_ranks(values) / ranks.world_size()
-        return StepLosses(tuple(names), means, int(images))
+        if measure:
+            parts = squares.new_tensor(len(micro_batches))
+            values = torch.cat([values, self._squares(squares, parts, int(images))])
+        summed = ranks.sum_over_ranks(values)
+        means = summed[: len(names)] / ranks.world_size()
+        measured = summed[len(names) :] if measure else None
+        return StepLosses(tuple(names), means, int(images), measured)
+
+    def _squares(self, squares: Tensor, parts: Tensor, images: int) -> Tensor:
+        """Return this rank's terms of ``StepLosses.squares``, whose sum over the ranks it is."""
+        world_size = ranks.world_size()
+        # A part's gradient is that of a rank's objective; its contribution to the mean is less.
+        weighted = squares * images / world_size**2
+        # All ranks have the same gradient by now.
+        total = self._squared_norms.of_gradients() / world_size
+        if self._scaler is not None:
+            scale = self._scaler.scale(torch.ones((), device=self._device)).double()
+            weighted, total = weighted / scale**2, total / scale**2
+        return torch.stack([weighted, total, parts])
 
     def _normalizers(
         self, micro_batches: Sequence[MicroBatch], prepare: Callable[[], None] | None
@@ -144,11 +179,17 @@ class ForwardBackward:
         images: int,
         *,
         joins: bool,
-    ) -> tuple[list[str], Tensor]:
-        """Run all micro-batches; return loss names and their sums on this rank, float64."""
+        measure: bool,
+    ) -> tuple[list[str], Tensor, Tensor]:
+        """Run all micro-batches; return loss names and their sums on this rank, float64.
+
+        The last is the sum, if it is to ``measure``, of the squared norms of the micro-batches'
+        gradients, each over its images.
+        """
         exact, world_size = self._exact, ranks.world_size()
         normalizers = exact.finish_normalizers(totals, world_size) if exact else None
         sums: Tensor | None = None
+        squares = torch.zeros((), dtype=torch.float64, device=self._device)
         with self._averager.taking_part(joins=joins):
             for index, micro_batch in enumerate(micro_batches):
                 with self.phase("forward"):
@@ -157,14 +198,15 @@ class ForwardBackward:
                     objective = torch.stack(list(losses.values())).sum() * weight
                 last = index == len(micro_batches) - 1
                 with self.phase("backward"):
-                    self._backward(objective, last=last)
+                    square = self._backward(objective, last=last, measure=measure)
+                squares = squares + square / len(micro_batch)
                 names = sorted(losses)
                 # Some losses are sums of shape (1,), as detectron2 has them.
                 parts = [losses[name].detach().double().reshape(()) for name in names]
                 values = torch.stack(parts) * weight
                 sums = values if sums is None else sums + values
         assert sums is not None
-        return names, sums
+        return names, sums, squares
 
     def _forward(
         self, micro_batch: MicroBatch, normalizers: Mapping[str, Tensor] | None
@@ -176,11 +218,17 @@ class ForwardBackward:
         # As detectron2's trainer has it.
         return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
-    def _backward(self, objective: Tensor, *, last: bool) -> None:
+    def _backward(self, objective: Tensor, *, last: bool, measure: bool) -> Tensor | float:
+        """Return the squared norm of the gradient of this pass, 0 if it is not to ``measure``."""
         if self._scaler is not None:
             objective = self._scaler.scale(objective)
         with self._averager.last_backward() if last else nullcontext():
-            objective.backward()
+            if not measure:
+                objective.backward()
+                return 0.0
+            with self._squared_norms.of_backward() as norms:
+                objective.backward()
+            return self._squared_norms.total(norms)
 
     def _warn_once(self, micro_batches: int) -> None:
         if self._warned or (micro_batches == 1 and ranks.world_size() == 1):

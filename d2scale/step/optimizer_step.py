@@ -89,24 +89,35 @@ class OptimizerStep:
     def phase(self, marker: PhaseMarker) -> None:
         self._forward_backward.phase = marker
 
+    def is_one_part(self, rank_batch: MicroBatch) -> bool:
+        """Return whether a step is one forward on one rank: it is cut in two to measure noise."""
+        return ranks.world_size() == 1 and len(rank_batch) <= self.ims_per_gpu
+
     def __call__(
-        self, rank_batch: MicroBatch, before_update: BeforeUpdate | None = None
+        self,
+        rank_batch: MicroBatch,
+        before_update: BeforeUpdate | None = None,
+        *,
+        measure: bool = False,
     ) -> StepLosses:
-        """Take one step with this rank's images.
+        """Take one step with this rank's images; ``measure`` the noise of its gradient.
 
         ``before_update`` is called with the losses when the gradients of the whole step are there,
-        at every attempt. It makes no collective calls.
+        at every attempt. It makes no collective calls, and may set learning rates. All ranks
+        ``measure``, or none.
 
         Raises:
             StepDoesNotFitError: on every rank, if one image at a time is too much; model and
                 optimizer are as before the step.
         """
         if self.options.on_oom != "split" or not self._can_agree:
-            return self._attempt(rank_batch, before_update, agrees=False)
+            return self._attempt(rank_batch, before_update, agrees=False, measure=measure)
         self._undo.forget()
         while True:
             try:
-                losses = self._attempt(rank_batch, before_update, agrees=True, undoable=True)
+                losses = self._attempt(
+                    rank_batch, before_update, agrees=True, undoable=True, measure=measure
+                )
             except AgreedOutOfMemoryError as error:
                 failure = error.with_traceback(None)
             else:
@@ -143,12 +154,18 @@ class OptimizerStep:
         *,
         agrees: bool,
         undoable: bool = False,
+        measure: bool = False,
     ) -> StepLosses:
         self.optimizer.zero_grad(set_to_none=True)
-        micro_batches = cut(rank_batch, self.ims_per_gpu)
+        ims_per_gpu = self.ims_per_gpu
+        if measure and self.is_one_part(rank_batch):
+            ims_per_gpu = -(-len(rank_batch) // 2)
+        micro_batches = cut(rank_batch, ims_per_gpu)
         # Copies are made beside the forward, and agreed on together with the loss normalizers.
         prepare = self._undo.remember if undoable else None
-        losses = self._forward_backward(micro_batches, agrees=agrees, prepare=prepare)
+        losses = self._forward_backward(
+            micro_batches, agrees=agrees, prepare=prepare, measure=measure
+        )
         self._undo.settle()
         run = run_together if agrees else run_alone
         run("the optimizer", partial(self._update, losses, before_update))

@@ -10,6 +10,7 @@ from d2scale.engine.hooks import CheckpointHook, EvaluationHook
 from d2scale.engine.telemetry.metrics import StepMetrics
 from d2scale.engine.telemetry.reporter import Reporter
 from d2scale.errors import D2ScaleError
+from d2scale.step.clock import StepClock
 from standins import StandIn
 
 CPU = torch.device("cpu")
@@ -33,13 +34,17 @@ class Remembering:
         pass
 
 
-def step(iteration):
-    return StepMetrics(iteration, {"loss": 1.0}, 0.1, 0.5, 0.1, 4 * (iteration + 1))
+def step(iteration, iterations_before=None, iterations=None):
+    """A step; by default it is worth one iteration."""
+    before = iteration if iterations_before is None else iterations_before
+    done = iteration + 1 if iterations is None else iterations
+    number = iteration + 1
+    return StepMetrics(iteration, {"loss": 1.0}, 0.1, 0.5, 0.1, 4 * number, before, done, number)
 
 
 def saved_names(folder, period, max_iter=10, model=None):
     checkpointer = RunCheckpointer(model or StandIn(), str(folder))
-    save = CheckpointHook(checkpointer, Sampler(), period=period, max_iter=max_iter)
+    save = CheckpointHook(checkpointer, Sampler(), StepClock(), period=period, max_iter=max_iter)
     for iteration in range(max_iter):
         save(step(iteration))
     return sorted(path.name for path in folder.glob("*.pth"))

@@ -26,7 +26,8 @@ def test_keep_total_on_three_gpus_keeps_the_total_and_reports_the_uneven_split(r
 
 
 def test_max_memory_with_15_images_on_two_gpus_is_the_exact_third_experiment(recipes):
-    plan = plan_of(recipes / "experiment-1-baseline.yaml", 2, "max_memory", ims_per_gpu=15)
+    opts = ("D2SCALE.LR_RULE", "linear")
+    plan = plan_of(recipes / "experiment-1-baseline.yaml", 2, "max_memory", opts, ims_per_gpu=15)
     new = {key: value for key, (_, value) in plan.changes.items()}
     assert new["SOLVER.IMS_PER_BATCH"] == 30
     assert new["SOLVER.BASE_LR"] == 0.01875
@@ -69,7 +70,7 @@ def test_the_budget_keeps_back_what_fraction_says(recipes):
         ((), 0, "keep_total", "number of GPUs is 0"),
         ((), 17, "keep_total", r"SOLVER\.IMS_PER_BATCH is 16"),
         ((), 1, "fill", "per_gpu, keep_total, max_memory"),
-        (("D2SCALE.LR_RULE", "cubic"), 1, "per_gpu", "auto, linear, sqrt, none"),
+        (("D2SCALE.LR_RULE", "cubic"), 1, "per_gpu", "auto, linear, sqrt, none, gain"),
         (("D2SCALE.MEMORY.FRACTION", "1.5"), 1, "per_gpu", "at most 1"),
         (("D2SCALE.IMS_PER_GPU", "-1"), 1, "per_gpu", r"D2SCALE\.IMS_PER_GPU is -1"),
         (("D2SCALE.MAX_IMS_PER_BATCH", "-1"), 1, "per_gpu", r"MAX_IMS_PER_BATCH is -1"),
@@ -117,9 +118,11 @@ def test_json_has_the_documented_keys(recipes):
         "ims_per_batch",
         "batch_ratio",
         "lr_rule",
+        "steps",
         "predicted_peak_gib",
         "changes",
         "notes",
+        "expected_steps",
     ]
     assert content["changes"] == {"SOLVER.REFERENCE_WORLD_SIZE": [2, 1]}
     assert content["predicted_peak_gib"] is None

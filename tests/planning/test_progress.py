@@ -28,8 +28,9 @@ def stopped(cfg, plan, images=160):
     return Progress(images // plan.ims_per_batch - 1, images, recipe_of(cfg), plan.to_json())
 
 
-def plan_of(cfg, gpus=1, method="keep_total", m=2):
-    return make_plan(cfg, Hardware.from_cfg(cfg, gpus, ims_per_gpu=m), method=method)
+def plan_of(cfg, gpus=1, method="keep_total", m=2, lr_rule="linear"):
+    hardware = Hardware.from_cfg(cfg, gpus, ims_per_gpu=m)
+    return make_plan(cfg, hardware, method=method, lr_rule=lr_rule)
 
 
 @pytest.mark.parametrize("total", [1, 3, 4, 7, 16, 30, 1000])

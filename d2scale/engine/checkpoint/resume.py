@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -12,7 +13,7 @@ from fvcore.common.config import CfgNode
 from d2scale import __version__
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.errors import CheckpointError, Fault
-from d2scale.planning.continuation import continue_training
+from d2scale.planning.continuation import Continuation, continue_training
 from d2scale.planning.plan import Plan
 from d2scale.planning.progress import RECORD, Progress
 from d2scale.run_folder.contents import write_plan
@@ -25,11 +26,18 @@ logger = logging.getLogger(__name__)
 class Position:
     """Where a training begins or goes on."""
 
-    next_iteration: int  # in the steps of the plan that runs now
+    iterations: float  # of the schedule that are done
     images_seen: int  # in all finished steps
+    recipe_images: float  # of the recipe's training that they were worth
     seed: int  # of order and augmentation
+    clock: dict[str, Any] | None = None  # its state
     sampler: dict[str, Any] | None = None  # its state; None: the order begins
-    same_steps: bool = True  # the iterations before next_iteration were steps of this plan
+    same_steps: bool = True  # the iterations so far were steps of this plan
+
+    @property
+    def next_iteration(self) -> int:
+        """The iteration of the schedule that comes next, from 0."""
+        return math.ceil(self.iterations)
 
 
 def resume_training(
@@ -59,12 +67,24 @@ def resume_training(
     )
     checkpointer.load(*last)
     continuation.log(logger)
-    first, sampler = continuation.first_iteration, stopped.sampler
-    same_steps = first == stopped.iteration + 1
-    if stopped.seed is not None and sampler is not None and continuation.keeps_order:
-        return Position(first, stopped.images_seen, stopped.seed, sampler, same_steps)
-    logger.info("the order of images begins anew")
-    return Position(first, stopped.images_seen, seed, None, same_steps)
+    return _position(stopped, continuation, last[1].get("clock"), seed)
+
+
+def _position(
+    stopped: Progress, continuation: Continuation, clock: dict[str, Any] | None, seed: int
+) -> Position:
+    position = Position(
+        iterations=continuation.iterations,
+        images_seen=stopped.images_seen,
+        recipe_images=continuation.recipe_images,
+        seed=seed,
+        clock=clock,
+        same_steps=continuation.first_iteration == stopped.iteration + 1,
+    )
+    if stopped.seed is None or stopped.sampler is None or not continuation.keeps_order:
+        logger.info("the order of images begins anew")
+        return position
+    return replace(position, seed=stopped.seed, sampler=stopped.sampler)
 
 
 def _progress_in(content: Mapping[str, Any], recipe: Mapping[str, Any]) -> Progress:
@@ -79,6 +99,8 @@ def _progress_in(content: Mapping[str, Any], recipe: Mapping[str, Any]) -> Progr
         plan=record.get("plan", {}),
         seed=record.get("seed"),
         sampler=content["sampler"],
+        # Checkpoints of older versions have no clock.
+        recipe_images=content.get("clock", {}).get("recipe_images"),
     )
 
 

@@ -10,23 +10,29 @@ from fvcore.common.history_buffer import HistoryBuffer
 
 # Steps whose median says how long the rest will take.
 _ETA_WINDOW = 1000
+_SECONDS_AN_ITERATION = "seconds an iteration"
 
 
 @dataclass(frozen=True)
 class StepMetrics:
     """The metrics of one optimizer step."""
 
-    iteration: int  # number of the step, from 0
+    iteration: int  # of the schedule in which the step has ended, from 0
     losses: Mapping[str, float]  # by name, over the whole step
     lr: float
     seconds: float  # duration of the step on this rank, waiting for data included
     data_seconds: float  # the part of it spent waiting for data
     images_seen: int  # since the training began, this step included
+    iterations_before: float  # of the schedule that were done before the step
+    iterations: float  # that are done now
+    steps: int  # number of the step, from 1
+    gain: float | None = None  # iterations that the step was worth, by the gain rule
+    noise_scale: float | None = None  # images; None before the first measurement
 
 
 def is_due(step: StepMetrics, period: int) -> bool:
-    """Return whether a number of steps is done that ``period`` divides; with 0 never."""
-    return period > 0 and (step.iteration + 1) % period == 0
+    """Return whether the step has reached iterations that ``period`` divides; with 0 never."""
+    return period > 0 and step.iterations // period > step.iterations_before // period
 
 
 class MetricHistory:
@@ -45,10 +51,11 @@ class MetricHistory:
             **step.losses,
             "time": step.seconds,
             "data_time": step.data_seconds,
+            _SECONDS_AN_ITERATION: step.seconds / (step.iterations - step.iterations_before),
         }
         for name, value in values.items():
             buffer = self._buffers.setdefault(name, HistoryBuffer(_ETA_WINDOW))
-            buffer.update(value, step.iteration)
+            buffer.update(value, step.steps)
         self._last = step
 
     def times(self) -> dict[str, float]:
@@ -58,14 +65,24 @@ class MetricHistory:
     def scalars(self) -> dict[str, float]:
         """Return what ``metrics.json`` shows after the last step, under detectron2's names."""
         assert self._last is not None
-        left = self._max_iter - self._last.iteration - 1
+        left = max(0.0, self._max_iter - self._last.iterations)
+        seconds_an_iteration = self._buffers[_SECONDS_AN_ITERATION].median(_ETA_WINDOW)
         return {
+            **self._noise(),
             **{name: self._median(name) for name in ("total_loss", *self._last.losses)},
             **self.times(),
             "lr": self._last.lr,
-            "eta_seconds": float(self._buffers["time"].median(_ETA_WINDOW)) * left,
+            "eta_seconds": float(seconds_an_iteration) * left,
             "images_seen": self._last.images_seen,
         }
+
+    def _noise(self) -> dict[str, float]:
+        """Return the noise scale, if it was measured, and what the gain rule counts."""
+        assert self._last is not None
+        values = {"noise_scale": self._last.noise_scale, "gain": self._last.gain}
+        if self._last.gain is not None:
+            values |= {"recipe_steps": self._last.iterations, "steps": self._last.steps}
+        return {name: value for name, value in values.items() if value is not None}
 
     def line(self, extra: Mapping[str, float]) -> str:
         """Return detectron2's log line; ``extra`` may hold ``max_mem_mb``."""
@@ -80,6 +97,7 @@ class MetricHistory:
             f"data_time: {self._buffers['data_time'].avg(self._window):.4f}",
             f"last_data_time: {self._last.data_seconds:.4f}",
             f"lr: {self._last.lr:.5g}",
+            *(f"{name}: {value:.4g}" for name, value in self._noise().items()),
         ]
         if "max_mem_mb" in extra:
             parts.append(f"max_mem: {extra['max_mem_mb']:.0f}M")

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from d2scale.engine.telemetry.logs import METRICS_LOGGER, on_terminal
-from d2scale.engine.telemetry.metrics import MetricHistory, StepMetrics, is_due
+from d2scale.engine.telemetry.metrics import MetricHistory, StepMetrics
 from d2scale.engine.telemetry.writers import Writer
 from d2scale.step.ranks import largest_over_ranks
 
@@ -50,8 +50,8 @@ class Reporter:
         self._history.add(step)
         loss = sum(step.losses.values())
         self._bar.set_postfix(loss=f"{loss:.4g}", lr=f"{step.lr:.3g}", refresh=False)
-        self._bar.update()
-        if not is_due(step, self._period) and step.iteration + 1 != self._max_iter:
+        self._bar.update(min(step.iteration + 1, self._max_iter) - self._bar.n)
+        if step.steps % self._period and step.iterations < self._max_iter:
             return
         values = self._history.times()
         if self._device.type == "cuda":

@@ -24,6 +24,7 @@ from d2scale.planning.progress import RECORD
 from d2scale.run_folder.lock import run_lock
 from training_processes import RECIPE
 
+LINEAR = ("D2SCALE.LR_RULE", "linear")
 ALLOWED = ("D2SCALE.ALLOW_CHANGED_RECIPE", True)
 
 
@@ -146,7 +147,7 @@ def test_goes_on_with_another_total_batch_at_the_same_image(
 ):
     expected = content(undisturbed)
     train_until(monkeypatch, recipe("run"), 4)
-    cfg = recipe("run", "D2SCALE.IMS_PER_GPU", 3)
+    cfg = recipe("run", "D2SCALE.IMS_PER_GPU", 3, *LINEAR)
     train(cfg, resume=True, method="max_memory")
     run = tmp_path / "run"
     # 16 of 32 images are seen: 6 steps of 3 are left of 11, which show 18.
@@ -201,7 +202,8 @@ def test_another_dataset_if_allowed_begins_a_new_order(recipe, tmp_path, monkeyp
 
 
 def test_resumes_with_the_config_that_the_run_has_left(recipe, tmp_path, monkeypatch):
-    train_until(monkeypatch, recipe("run", "D2SCALE.IMS_PER_GPU", 2), 3, method="max_memory")
+    cfg = recipe("run", "D2SCALE.IMS_PER_GPU", 2, *LINEAR)
+    train_until(monkeypatch, cfg, 3, method="max_memory")
     train(load_cfg(str(tmp_path / "run" / "config.yaml")), resume=True)
     assert len(steps_told(tmp_path / "run")) == 16
 
@@ -234,7 +236,8 @@ def test_checkpoint_without_a_record_resumes_at_the_recipes_own_batch(
     old = torch.load(path, weights_only=True)
     kept = {key: old[key] for key in ("model", "optimizer", "iteration")}
     torch.save({**kept, "scheduler": {"last_epoch": 4}}, path)
-    train(recipe("run", "D2SCALE.IMS_PER_GPU", 2), resume=True, method="max_memory")
+    cfg = recipe("run", "D2SCALE.IMS_PER_GPU", 2, *LINEAR)
+    train(cfg, resume=True, method="max_memory")
     text = log(run)
     assert "assuming this recipe, run at its own total batch, so 4 iterations of 4 images" in text
     assert "the order of images begins anew" in text

@@ -24,6 +24,9 @@ def step(iteration, loss=1.0, seconds=0.5):
         seconds=seconds,
         data_seconds=0.1,
         images_seen=4 * (iteration + 1),
+        iterations_before=iteration,
+        iterations=iteration + 1,
+        steps=iteration + 1,
     )
 
 

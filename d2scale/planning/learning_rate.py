@@ -1,0 +1,89 @@
+"""Choose the rule by which a plan's learning rate follows its total batch, and say why."""
+
+from __future__ import annotations
+
+import math
+
+from d2scale.errors import ConfigError, Fault
+from d2scale.planning import rules
+from d2scale.planning.schedule import Schedule
+
+LR_RULE = "D2SCALE.LR_RULE"
+
+
+def choose_rule(
+    asked: str, method: str, schedule: Schedule, ims_per_batch: int, *, follows_gain: bool
+) -> str:
+    """Return the rule for a recipe that runs with ``ims_per_batch`` images a step.
+
+    ``auto`` is the gain rule where the batch has changed for its own sake, with SGD, if what will
+    train ``follows_gain``. benchmarks/README.md has the evidence: of all rules it alone keeps the
+    recipe's quality.
+
+    Raises:
+        ConfigError: if the gain rule is asked for and cannot be followed.
+    """
+    rule = rules.resolve_lr_rule(
+        asked,
+        schedule.optimizer,
+        prefers_gain=follows_gain and _batch_is_chosen(method, schedule, ims_per_batch),
+    )
+    if rule == "gain" and (fault := _gain_fault(schedule, ims_per_batch, follows_gain)):
+        raise ConfigError([fault])
+    return rule
+
+
+def _batch_is_chosen(method: str, schedule: Schedule, ims_per_batch: int) -> bool:
+    """Return whether the batch differs from the recipe's because another one was asked for.
+
+    One image has no parts to measure, and one step nothing to learn from.
+    """
+    asked = method == "max_memory" or schedule.ims_per_batch != schedule.recipe_ims_per_batch
+    measurable = 1 < ims_per_batch <= schedule.max_iter * schedule.recipe_ims_per_batch
+    return asked and measurable and ims_per_batch != schedule.recipe_ims_per_batch
+
+
+def _gain_fault(schedule: Schedule, ims_per_batch: int, follows_gain: bool) -> Fault | None:
+    """Return why the gain rule cannot be followed, None if it can."""
+    allowed = "auto, linear, sqrt or none"
+    fewest = schedule.max_iter * schedule.recipe_ims_per_batch / ims_per_batch
+    if not follows_gain:
+        where = "where d2scale does not take the optimizer steps"
+        advice = "take linear, or train with d2scale train or d2scale's Runner"
+    elif not rules.follows_gain(schedule.optimizer):
+        where = f"with SOLVER.OPTIMIZER {schedule.optimizer}"
+        advice = "take sqrt: the gain rule is proven for SGD alone"
+    elif ims_per_batch < 2:
+        where = "with a total batch of one image"
+        advice = "take a larger batch: noise is measured between two parts of a step"
+    elif fewest < 1 or math.ceil(fewest) <= len(schedule.steps):
+        where = f"with a batch of {ims_per_batch} images"
+        advice = (
+            f"take a smaller batch (D2SCALE.MAX_IMS_PER_BATCH): {schedule.max_iter} steps of "
+            f"{schedule.recipe_ims_per_batch} images could become {math.ceil(fewest)}"
+        )
+    else:
+        return None
+    return Fault(LR_RULE, "gain", f"{allowed} {where}", advice)
+
+
+def rule_notes(asked: str, rule: str, schedule: Schedule, planned: Schedule) -> list[str]:
+    """Return what the user should know about the rule that was chosen."""
+    if rule == "gain":
+        low, high = sorted((1.0, planned.ims_per_batch / planned.recipe_ims_per_batch))
+        return [
+            f"a step counts for {low:.3g} to {high:.3g} of the recipe's {schedule.max_iter}, by "
+            "the noise of its gradient; rate, warm-up, drops and periods are read on that count"
+        ]
+    notes = []
+    known = schedule.optimizer.startswith(("sgd", "adam"))
+    if asked == "auto" and not known and planned.base_lr != schedule.base_lr:
+        notes.append(
+            f"optimizer {schedule.optimizer} is not known; its learning rate is scaled linearly "
+            "(D2SCALE.LR_RULE chooses)"
+        )
+    extra = planned.max_iter * planned.ims_per_batch
+    extra -= schedule.max_iter * schedule.recipe_ims_per_batch
+    if extra:
+        notes.append(f"the last step rounds up: {extra} images more than the recipe's training")
+    return notes
