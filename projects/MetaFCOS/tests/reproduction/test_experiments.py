@@ -74,9 +74,20 @@ def test_only_known_experiments_are_chosen():
 )
 def test_the_exact_large_batch_is_what_max_memory_plans(recipe, large, ims_per_gpu):
     cfg = load_cfg(recipe)
-    planned = make_plan(cfg, Hardware(2, ims_per_gpu=ims_per_gpu), method="max_memory").apply(cfg)
+    hardware = Hardware(2, ims_per_gpu=ims_per_gpu)
+    planned = make_plan(cfg, hardware, method="max_memory", lr_rule="linear").apply(cfg)
     shipped = load_cfg(large)
     assert shipped.SOLVER == planned.SOLVER
     assert shipped.TEST == planned.TEST
     assert shipped.INPUT == planned.INPUT
     assert images_of(shipped) == images_of(cfg)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [LARGE.recipe("full", "published"), LARGE.recipe("full", "exact"), LARGE.recipe("small", "")],
+)
+def test_the_published_large_batch_names_its_rule_itself(recipe):
+    # On other GPUs too, where auto would take the gain rule.
+    plan = make_plan(load_cfg(recipe), Hardware(4, ims_per_gpu=15), method="max_memory")
+    assert plan.lr_rule == "linear"
