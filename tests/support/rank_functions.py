@@ -278,3 +278,12 @@ def compressed_gradients():
             (parameter / 3).sum().backward()
         means.append(parameter.grad.item())
     return means
+
+
+def measured_noise(model_classes, rank_sizes):
+    """The noise of one step for each model, in micro-batches of the given sizes on each rank."""
+    micro_batches = split(make_samples(sum(map(sum, rank_sizes))), rank_sizes)[rank()]
+    return [
+        forward_backward(model_class(torch.float64))(micro_batches, measure=True).noise
+        for model_class in model_classes
+    ]
