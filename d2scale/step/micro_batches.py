@@ -196,9 +196,9 @@ class ForwardBackward:
                     losses = self._forward(micro_batch, normalizers)
                     weight = 1.0 if exact else len(micro_batch) * world_size / images
                     objective = torch.stack(list(losses.values())).sum() * weight
-                last = index == len(micro_batches) - 1
+                first, last = index == 0, index == len(micro_batches) - 1
                 with self.phase("backward"):
-                    square = self._backward(objective, last=last, measure=measure)
+                    square = self._backward(objective, first=first, last=last, measure=measure)
                 squares = squares + square / len(micro_batch)
                 names = sorted(losses)
                 # Some losses are sums of shape (1,), as detectron2 has them.
@@ -218,17 +218,21 @@ class ForwardBackward:
         # As detectron2's trainer has it.
         return {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
-    def _backward(self, objective: Tensor, *, last: bool, measure: bool) -> Tensor | float:
+    def _backward(
+        self, objective: Tensor, *, first: bool, last: bool, measure: bool
+    ) -> Tensor | float:
         """Return the squared norm of the gradient of this pass, 0 if it is not to ``measure``."""
         if self._scaler is not None:
             objective = self._scaler.scale(objective)
-        with self._averager.last_backward() if last else nullcontext():
-            if not measure:
-                objective.backward()
-                return 0.0
-            with self._squared_norms.of_backward() as norms:
-                objective.backward()
-            return self._squared_norms.total(norms)
+        # The first pass leaves its own gradient, unless the last one averages it over the ranks.
+        leaves_its_own = first and (not last or ranks.world_size() == 1)
+        hooked = measure and not leaves_its_own
+        watched = self._squared_norms.of_backward(watch=hooked)
+        with self._averager.last_backward() if last else nullcontext(), watched as norms:
+            objective.backward()
+        if not measure:
+            return 0.0
+        return self._squared_norms.total(norms) if hooked else self._squared_norms.of_gradients()
 
     def _warn_once(self, micro_batches: int) -> None:
         if self._warned or (micro_batches == 1 and ranks.world_size() == 1):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from d2scale.planning import gain
+from d2scale.step.private_torch import norms_of
 
 # What an average remembers of the measurement before.
 DECAY = 0.9
@@ -110,8 +111,10 @@ class SquaredNorms:
         self._parameters = tuple(parameters)
 
     @contextmanager
-    def of_backward(self) -> Iterator[list[Tensor]]:
+    def of_backward(self, *, watch: bool = True) -> Iterator[list[Tensor]]:
         """Within the context, which is one backward pass, put norms into the list that it yields.
+
+        Without ``watch`` it stays empty.
 
         A hook on a leaf sees the sum of this pass alone, before it is added to ``.grad``, also
         where a parameter is used several times.
@@ -120,7 +123,7 @@ class SquaredNorms:
         completed: set[int] = set()
         hooks = [
             parameter.register_hook(partial(_add_norm, norms, completed, index))
-            for index, parameter in enumerate(self._parameters)
+            for index, parameter in enumerate(self._parameters if watch else ())
         ]
         try:
             yield norms
@@ -130,8 +133,10 @@ class SquaredNorms:
 
     def of_gradients(self) -> Tensor:
         """Return the squared norm of all gradients together, float64."""
-        gradients = (parameter.grad for parameter in self._parameters)
-        return self.total([_norm(gradient) for gradient in gradients if gradient is not None])
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if any(_is_half(gradient) for gradient in gradients):
+            return self.total([_norm(gradient) for gradient in gradients])
+        return self.total(norms_of(gradients))
 
     def total(self, norms: Sequence[Tensor]) -> Tensor:
         """Return the sum of the squares of ``norms``, float64, on the parameters' device."""
@@ -151,5 +156,9 @@ def _add_norm(norms: list[Tensor], completed: set[int], index: int, gradient: Te
 
 def _norm(gradient: Tensor) -> Tensor:
     # A norm in half precision would overflow.
-    dtype = torch.float32 if gradient.dtype.itemsize < 4 else gradient.dtype
+    dtype = torch.float32 if _is_half(gradient) else None
     return torch.linalg.vector_norm(gradient.detach(), dtype=dtype)
+
+
+def _is_half(gradient: Tensor) -> bool:
+    return gradient.dtype.itemsize < 4

@@ -26,6 +26,13 @@ def test_the_engine_accumulates_into_leaves():
     assert leaf.grad.tolist() == [6.0, 6.0]
 
 
+def test_norms_of_many_tensors():
+    assert private_torch.norms_of([]) == []
+    norms = private_torch.norms_of([torch.full((4,), 2.0), torch.tensor([[3.0, 4.0]]).double()])
+    assert [norm.item() for norm in norms] == [4.0, 5.0]
+    assert [norm.dtype for norm in norms] == [torch.float32, torch.float64]
+
+
 def test_modules_can_share_their_tensors():
     source, module = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
     private_torch.share_tensors(module, source)
