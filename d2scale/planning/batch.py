@@ -14,6 +14,8 @@ from d2scale.planning import rules
 from d2scale.planning.hardware import IMS_PER_GPU, Hardware
 from d2scale.planning.schedule import Schedule
 
+# How a plan's note begins to say that no more images fit, after their number.
+FIT_IN = "images per GPU fit in"
 _CAP, _STEPS = "D2SCALE.MAX_IMS_PER_BATCH", "D2SCALE.ACCUMULATION_STEPS"
 BATCH_RULES = (
     whole(_CAP, 0, advice="set it to 0 for no limit"),
@@ -141,7 +143,7 @@ def _reason_for_largest(hardware: Hardware, largest: int) -> str:
     assert hardware.profile is not None
     more = hardware.peak_gib(largest + 1, accumulates=False)
     return (
-        f"at most {largest} images per GPU fit in {hardware.room_gib:.2f} GiB, as "
+        f"at most {largest} {FIT_IN} {hardware.room_gib:.2f} GiB, as "
         f"{hardware.profile.source}; {largest + 1} would take {more:.2f} GiB"
     )
 

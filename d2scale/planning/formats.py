@@ -1,9 +1,10 @@
-"""Print plans and memory profiles as tables, and write a plan as a config for other engines."""
+"""Print plans, profiles and advice as tables, and write a plan as a config for other engines."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import yaml
@@ -11,6 +12,7 @@ from tabulate import tabulate
 
 from d2scale.config.keys import as_json
 from d2scale.config.upstream import is_plain_detectron2
+from d2scale.planning.advice import Advice, Row
 from d2scale.planning.memory_profile import GIB, MemoryProfile
 from d2scale.planning.plan import Plan
 
@@ -119,3 +121,24 @@ def _points(profile: MemoryProfile) -> str:
 
 def _gib(nbytes: int | None) -> str | None:
     return None if nbytes is None else f"{nbytes / GIB:.2f}"
+
+
+def advice_table(advice: Advice) -> str:
+    """Return the batches of an advice as a table, the best one, why it is best, and the notes."""
+    headers = ["images per GPU", "GPUs", "total batch", "setting", "images/s", "efficiency"]
+    headers += ["images needed", "steps", "time", ""]
+    rows = [(*_cells_of(row), "best" if row is advice.best else None) for row in advice.rows]
+    best = advice.best.candidate
+    where = f"{best.ims_per_gpu} per GPU, GPUs: {best.world_size}, {best.setting}"
+    notes = [f"note: {note}" for note in advice.notes]
+    lines = [table(headers, rows), "", f"best: {best.ims_per_batch} images a step ({where})"]
+    return "\n".join([*lines, f"why: {advice.reason}", *notes])
+
+
+def _cells_of(row: Row) -> Iterator[Any]:
+    batch = row.candidate
+    yield from (batch.ims_per_gpu, batch.world_size, batch.ims_per_batch, batch.setting)
+    speed = batch.images_per_second
+    yield "not measured" if speed is None else f"{speed:.4g}"
+    yield from (f"{row.efficiency:.2f}", row.images, row.steps)
+    yield "not measured" if row.seconds is None else str(timedelta(seconds=round(row.seconds)))

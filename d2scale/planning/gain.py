@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 
@@ -67,6 +67,16 @@ def steps_needed(
         (end - begin) / gain_of(scale, ims_per_batch, recipe_ims_per_batch)
         for begin, end, scale in _pieces(noise, max_iter)
     )
+
+
+def typical_noise_scale(noise: Sequence[NoisePoint], max_iter: int) -> float:
+    """Return the median noise scale over the recipe's ``max_iter`` steps, in images.
+
+    ``noise`` is as for :func:`steps_needed`.
+    """
+    pieces = sorted((scale, end - begin) for begin, end, scale in _pieces(noise, max_iter))
+    steps = accumulate(count for _, count in pieces)
+    return pieces[bisect_left([*steps], max_iter / 2)][0]
 
 
 def _pieces(noise: Sequence[NoisePoint], max_iter: int) -> Iterator[tuple[float, float, float]]:
