@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 _TITLES = {
     "total_loss": "total loss",
     "lr": "learning rate",
+    "noise_scale": "noise scale in images",
+    "gain": "the recipe's steps that a step is worth",
     "time": "seconds a step",
     "data_time": "seconds a step waits for data",
 }
 # The part of the axis over which a smoothed point is the mean.
+_LOGARITHMIC = {"noise_scale"}  # over powers of ten, all of them of interest
 _WINDOW = 1 / 20
 _FEWEST_IN_WINDOW = 5
 _FEWEST_TO_SMOOTH = 10
@@ -51,7 +54,14 @@ def draw_curves(runs: Sequence[Run]) -> tuple[Picture, ...]:
 
 
 def _any_points(runs: Sequence[Run], name: str, axis: Axis) -> bool:
-    return any(len(run.history.curve(name, axis)[0]) for run in runs)
+    return any(len(_points(run, name, axis)[0]) for run in runs)
+
+
+def _points(run: Run, name: str, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+    """Return places on the axis, and values that can be drawn: shape (points,)."""
+    places, values = run.history.curve(name, axis)
+    drawn = values > 0 if name in _LOGARITHMIC else np.isfinite(values)
+    return places[drawn], values[drawn]
 
 
 def draw_overview(runs: Sequence[Run]) -> Picture | None:
@@ -64,10 +74,10 @@ def draw_overview(runs: Sequence[Run]) -> Picture | None:
 
 
 def curve_names(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Return the names of the curves: the losses first, then learning rate and times."""
+    """Return the names of the curves: losses, learning rate, noise of the gradient, times."""
     names = {name for run in runs for name in run.history.names()}
     losses = sorted(name for name in names if name.startswith("loss"))
-    wanted = ("total_loss", *losses, "lr", "time", "data_time")
+    wanted = ("total_loss", *losses, "lr", "noise_scale", "gain", "time", "data_time")
     return tuple(name for name in wanted if name in names)
 
 
@@ -114,7 +124,7 @@ def _draw(runs: Sequence[Run], names: Sequence[str], axis: Axis, theme: Theme) -
 
 
 def _plot(axes: Axes, runs: Sequence[Run], name: str, axis: Axis, theme: Theme) -> None:
-    curves = [(number, *run.history.curve(name, axis)) for number, run in enumerate(runs)]
+    curves = [(number, *_points(run, name, axis)) for number, run in enumerate(runs)]
     curves = [curve for curve in curves if len(curve[1])]
     end = max((places[-1] for _, places, _ in curves), default=0.0)
     scale, unit = _unit(axis, end)
@@ -128,14 +138,20 @@ def _plot(axes: Axes, runs: Sequence[Run], name: str, axis: Axis, theme: Theme) 
         # The learning rate is known exactly: smoothing would only blur it.
         if name != "lr" and len(values) >= _FEWEST_TO_SMOOTH:
             axes.plot(places / scale, values, color=colour, linewidth=0.7, alpha=0.4)
-            main = smooth(places, values, width)
+            main = _smooth(name, places, values, width)
         marker = "o" if len(values) == 1 else None
         label, places = _plain(runs[number].name), places / scale
         axes.plot(places, main, label=label, marker=marker, color=colour, ls=dashes, lw=2.0)
         smoothed.append(main)
     _style(axes, name, unit, theme)
     if curves:
-        _limit(axes, np.concatenate([values for _, _, values in curves]), smoothed)
+        _limit(axes, name, np.concatenate([values for _, _, values in curves]), smoothed)
+
+
+def _smooth(name: str, places: np.ndarray, values: np.ndarray, width: float) -> np.ndarray:
+    if name in _LOGARITHMIC:
+        return np.exp(smooth(places, np.log(values), width))
+    return smooth(places, values, width)
 
 
 def _unit(axis: Axis, end: float) -> tuple[float, str]:
@@ -148,23 +164,33 @@ def _unit(axis: Axis, end: float) -> tuple[float, str]:
     return 1.0, "seconds of training"
 
 
-def _limit(axes: Axes, values: np.ndarray, smoothed: list[np.ndarray]) -> None:
+def _limit(axes: Axes, name: str, values: np.ndarray, smoothed: list[np.ndarray]) -> None:
     """Let a few outliers, such as the first step's time, leave the picture."""
+    if name in _LOGARITHMIC:
+        values, smoothed = np.log(values), [np.log(line) for line in smoothed]
     low, high = np.quantile(values, (0.005, 0.995))
     low = min([low, *(line.min() for line in smoothed)])
-    high = max([high, *(np.quantile(line, 0.98) for line in smoothed)])
+    # The noise is an average already, and may grow to the very end.
+    share = 1.0 if name in ("noise_scale", "gain") else 0.98
+    high = max([high, *(np.quantile(line, share) for line in smoothed)])
     if high > low:
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        limits = np.array([low - 0.05 * (high - low), high + 0.05 * (high - low)])
+        axes.set_ylim(*(np.exp(limits) if name in _LOGARITHMIC else limits))
 
 
 def _style(axes: Axes, name: str, unit: str, theme: Theme) -> None:
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     axes.set_facecolor(theme.paper)
     # With a place of its own the title is not laid out around the ticks, which takes time.
     axes.set_title(_plain(title_of(name)), color=theme.ink, fontsize=13, loc="left", y=1.0)
     axes.set_xlabel(unit, color=theme.ink, fontsize=12)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if name in _LOGARITHMIC:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.tick_params(colors=theme.ink, labelsize=11)
     axes.grid(color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -22,13 +22,14 @@ Axis = Literal["images", "iterations", "time"]
 AXES: dict[Axis, str] = {"images": "images seen", "iterations": "iterations", "time": "time"}
 
 # Positions on the axes, not curves.
-_PLACES = ("iteration", "images_seen", "elapsed_seconds", "wall_time")
+_PLACES = ("iteration", "steps", "images_seen", "elapsed_seconds", "wall_time")
 
 
 class Row(NamedTuple):
     """The metrics at one moment of a training."""
 
-    iteration: int  # the last one done, from 0
+    iteration: int  # the last one done, from 0; by the gain rule of the recipe's
+    steps: float  # that the optimizer took
     images_seen: float  # since the training began; nan if unknown
     seconds: float  # of training until then; nan if unknown
     values: Mapping[str, float]  # scalars by name; nan where the file has null or no finite value
@@ -144,13 +145,14 @@ def _to_history(
 ) -> History:
     rows: list[dict[str, float]] = []
     repeated = 0
+    steps_at = _step_counter(lines)
     for line in lines:
         row = dict(line)
-        if "images_seen" not in row:
-            if rows and not _is_step(row):
-                # detectron2 numbers the evaluation after the last step as one more.
-                row["iteration"] = min(row["iteration"], rows[-1]["iteration"])
-            row["images_seen"] = (row["iteration"] + 1) * (ims_per_batch or math.nan)
+        if "images_seen" not in row and rows and not _is_step(row):
+            # detectron2 numbers the evaluation after the last step as one more.
+            row["iteration"] = min(row["iteration"], rows[-1]["iteration"])
+        row.setdefault("steps", steps_at(row["iteration"]))
+        row.setdefault("images_seen", row["steps"] * (ims_per_batch or math.nan))
         if _is_step(row):
             # A resumed run repeats the steps after its checkpoint.
             kept = bisect_right(rows, _key(row), key=_key)
@@ -159,7 +161,7 @@ def _to_history(
         _insert(rows, row)
     if not all("images_seen" in line for line in lines):
         notes.append(
-            "the images seen are not recorded; they are iterations times IMS_PER_BATCH"
+            "the images seen are not recorded; they are steps times IMS_PER_BATCH"
             if ims_per_batch
             else "neither the images seen nor IMS_PER_BATCH are known: no axis of images"
         )
@@ -168,8 +170,24 @@ def _to_history(
     history = []
     for row, seconds in zip(rows, _seconds(rows, notes), strict=True):
         values = {name: value for name, value in row.items() if name not in _PLACES}
-        history.append(Row(int(row["iteration"]), row["images_seen"], seconds, values))
+        places = int(row["iteration"]), row["steps"], row["images_seen"]
+        history.append(Row(*places, seconds, values))
     return History(tuple(history), tuple(notes))
+
+
+def _step_counter(lines: Sequence[Mapping[str, float]]) -> Callable[[float], float]:
+    """Return what gives the steps that were taken when an iteration, from 0, is done."""
+    # By the gain rule iterations are the recipe's: lines of training record the steps, those of
+    # an evaluation do not.
+    known = {
+        0.0: 0.0,
+        **{line["iteration"] + 1: line["steps"] for line in lines if "steps" in line},
+    }
+    iterations = sorted(known)
+    if len(known) == 1:
+        return lambda iteration: iteration + 1
+    steps = [known[iteration] for iteration in iterations]
+    return lambda iteration: float(np.interp(iteration + 1, iterations, steps))
 
 
 def _key(row: Mapping[str, float]) -> float:
@@ -204,11 +222,11 @@ def _seconds(rows: list[dict[str, float]], notes: list[str]) -> list[float]:
         return [row["wall_time"] - rows[0]["wall_time"] for row in rows]
     if rows:
         notes.append("wall time is not known; it is the sum of the step times, without evaluations")
-    seconds, total, before, last = [], 0.0, -1.0, math.nan
+    seconds, total, before, last = [], 0.0, 0.0, math.nan
     for row in rows:
         last = row.get("time", last)
         if math.isfinite(last):
-            total += last * max(row["iteration"] - before, 0.0)
-        before = row["iteration"]
+            total += last * max(row["steps"] - before, 0.0)
+        before = row["steps"]
         seconds.append(total if math.isfinite(last) else math.nan)
     return seconds

@@ -93,5 +93,5 @@ def _parse_run(content: Mapping[str, Any], settings: Mapping[str, Any], test_set
         results={name: float(value) for name, value in content["results"].items()},
         class_results={name: float(value) for name, value in content["class_results"].items()},
         total_seconds=float(content["total_seconds"]),
-        seconds_per_iteration=float(content["seconds_per_iteration"]),
+        seconds_per_step=float(content["seconds_per_iteration"]),
     )

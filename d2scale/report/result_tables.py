@@ -16,7 +16,7 @@ from d2scale.report.comparison import (
     why_not_comparable_to_published,
 )
 from d2scale.report.document import Cell, Section, Table
-from d2scale.report.formatting import NOTHING, join_names, show_metric
+from d2scale.report.formatting import NOTHING, join_names, show_count, show_metric
 from d2scale.report.noise import COVERAGE, RESAMPLES
 from d2scale.report.published import Publication
 from d2scale.report.training_tables import time_saved
@@ -56,6 +56,10 @@ def summary_lines(runs: Sequence[EvaluatedRun]) -> tuple[str, ...]:
         if (saved := time_saved(run.run, runs[0].run)) is not None:
             less = "less" if saved > 0 else "more"
             text += f"; {abs(saved):.0%} {less} time than {runs[0].run.name}"
+        if efficiency := run.run.efficiency:
+            steps = f"{show_count(run.run.steps)} steps of {run.run.ims_per_batch} images"
+            worth = f"each image worth {efficiency:.2f} of one in the recipe's batch"
+            text += f"; by the gain rule {steps}, {worth}"
         lines.append(f"{text}.")
     if len(runs) > 1 and any(run.noise is not None for run in runs):
         lines.append(_NOT_NOISE)

@@ -44,7 +44,7 @@ class Run:
     results: Mapping[str, float] = field(default_factory=dict)  # percent, by published column
     class_results: Mapping[str, float] = field(default_factory=dict)  # AP of each class, percent
     total_seconds: float | None = None  # with the evaluations in between, without the last
-    seconds_per_iteration: float | None = None  # mean
+    seconds_per_step: float | None = None  # mean
     max_memory_mib: float | None = None  # largest memory allocated on a GPU
     notes: tuple[str, ...] = ()  # what is missing or had to be computed
 
@@ -60,23 +60,65 @@ class Run:
         return limit if limit and self.engine == "d2scale" else _OFFICIAL_MAX_DETS
 
     @property
-    def planned_images(self) -> int | None:
-        """Images that the settings ask for."""
-        iterations = _whole_number(self.settings.get("SOLVER.MAX_ITER"))
-        return iterations * self.ims_per_batch if iterations and self.ims_per_batch else None
+    def follows_gain(self) -> bool:
+        """Whether steps counted for what they were worth, so that iterations are the recipe's."""
+        return self.settings.get("D2SCALE.LR_RULE") == "gain"
+
+    @property
+    def recipe_ims_per_batch(self) -> int | None:
+        """Total batch of the steps that the iterations count."""
+        of_recipe = _whole_number(self.settings.get("D2SCALE.RECIPE_IMS_PER_BATCH"))
+        return of_recipe if self.follows_gain and of_recipe else self.ims_per_batch
+
+    @property
+    def planned_steps(self) -> tuple[int, int] | None:
+        """Fewest and most optimizer steps of the whole training."""
+        max_iter = _whole_number(self.settings.get("SOLVER.MAX_ITER"))
+        if not max_iter or not self.ims_per_batch or not self.recipe_ims_per_batch:
+            return (max_iter, max_iter) if max_iter else None
+        steps_of_images = -(-max_iter * self.recipe_ims_per_batch // self.ims_per_batch)
+        return min(max_iter, steps_of_images), max(max_iter, steps_of_images)
+
+    @property
+    def planned_images(self) -> tuple[int, int] | None:
+        """Fewest and most images of the whole training."""
+        if not self.planned_steps or not self.ims_per_batch:
+            return None
+        least, most = self.planned_steps
+        return least * self.ims_per_batch, most * self.ims_per_batch
+
+    @property
+    def steps(self) -> float | None:
+        """Optimizer steps since the training began."""
+        return self.history.rows[-1].steps if self.history.rows else None
 
     @property
     def images_seen(self) -> float | None:
         """Images since the training began; of a published run by its settings."""
         if self.engine == "published":
-            return self.planned_images
+            return self.planned_images[0] if self.planned_images else None
         images = self.history.rows[-1].images_seen if self.history.rows else math.nan
         return images if math.isfinite(images) else None
 
     @property
+    def recipe_images(self) -> float | None:
+        """Images of the recipe's training that the steps were worth: but for gain those seen."""
+        recipe_steps = self.history.last("recipe_steps")
+        if not self.follows_gain or recipe_steps is None or not self.recipe_ims_per_batch:
+            return self.images_seen
+        return recipe_steps * self.recipe_ims_per_batch
+
+    @property
+    def efficiency(self) -> float | None:
+        """Progress of an image over that in the recipe's batch, by the gain rule's measurements."""
+        if not self.follows_gain or not self.images_seen or not self.recipe_images:
+            return None
+        return self.recipe_images / self.images_seen
+
+    @property
     def images_per_second(self) -> float | None:
-        """Images of the total batch by the mean seconds of an iteration."""
-        images, seconds = self.ims_per_batch, self.seconds_per_iteration
+        """Images of the total batch by the mean seconds of a step."""
+        images, seconds = self.ims_per_batch, self.seconds_per_step
         return images / seconds if images and seconds else None
 
 
@@ -118,7 +160,7 @@ def read_run(folder: Path, name: str) -> Run:
         results=results,
         class_results=class_results,
         total_seconds=log.total_seconds or _total_seconds(history),
-        seconds_per_iteration=log.seconds_per_iteration or history.mean("time"),
+        seconds_per_step=_seconds_per_step(history, log),
         max_memory_mib=history.largest("max_mem_mb") or log.max_memory_mib,
         notes=(*history.notes, *notes),
     )
@@ -200,6 +242,12 @@ def _results_of(row: Row, notes: list[str]) -> tuple[dict[str, float], dict[str,
     by_class = {n.removeprefix("AP-"): v for n, v in values.items() if n.startswith("AP-")}
     # d2go's prefix is default/NAME, that of several test sets NAME.
     return overall, by_class, prefix.rpartition("/")[2]
+
+
+def _seconds_per_step(history: History, log: LogFacts) -> float | None:
+    # The log divides by iterations, which by the gain rule are not the steps taken.
+    by_gain = history.last("gain") is not None
+    return (None if by_gain else log.seconds_per_iteration) or history.mean("time")
 
 
 def _total_seconds(history: History) -> float | None:

@@ -14,8 +14,8 @@ from d2scale.report.runs import Run
 # How each row shows a run, by the title of the row.
 Rows = Mapping[str, Callable[[Run], str]]
 
-# Of the first run's images. The published run whose schedule was rounded saw 0.94 of them; a run
-# that saw fewer than this has not saved time but trained less.
+# Of the first run's images, by the gain rule of what they were worth. The published run whose
+# schedule was rounded saw 0.94 of them; a run below this has not saved time but trained less.
 _SAME_LENGTH = 0.9
 
 _SETTINGS = {
@@ -31,6 +31,16 @@ _SETTINGS = {
 }
 
 
+_ITERATIONS_BY_GAIN = (
+    "By the gain rule iterations are those of the recipe: a step counts for as many of them as it "
+    "is worth (its gain), at the learning rate above times its gain"
+)
+_EFFICIENCY = (
+    "Efficiency: the images in the recipe's batch over those in this one that train as far, by the "
+    "noise that was measured."
+)
+
+
 def settings_section(runs: Sequence[Run], publications: Sequence[Publication]) -> Section:
     """Return how the runs were trained, one column a run."""
     runs = [*runs, *(run for publication in publications for run in publication.runs)]
@@ -41,6 +51,7 @@ def settings_section(runs: Sequence[Run], publications: Sequence[Publication]) -
         "accumulation steps": lambda run: show_number(run.plan.get("accumulation_steps")),
         "total batch": lambda run: show_number(run.ims_per_batch),
         "scaling method": lambda run: show_number(run.plan.get("method")),
+        "learning-rate rule": _lr_rule,
         **{title: partial(_setting, key=key) for title, key in _SETTINGS.items()},
         "images seen": lambda run: show_count(run.images_seen),
         "machine": lambda run: show_number(run.machine.get("description")),
@@ -49,6 +60,8 @@ def settings_section(runs: Sequence[Run], publications: Sequence[Publication]) -
         f"{source.title}: {source.source}. Ran on {source.machine}. {' '.join(source.notes)}"
         for source in publications
     ]
+    if by_gain := [run.name for run in runs if run.follows_gain]:
+        notes.append(f"{_ITERATIONS_BY_GAIN}: {', '.join(by_gain)}.")
     return Section("Settings", tables=(_by_run("How they were trained", rows, runs, notes),))
 
 
@@ -66,6 +79,12 @@ def _setting(run: Run, key: str) -> str:
     return "none" if value == "" else show_number(value, 12)
 
 
+def _lr_rule(run: Run) -> str:
+    """Return the rule by which the rate followed the batch, if the batch is not the recipe's."""
+    rescaled = run.plan.get("batch_ratio", 1.0) != 1.0
+    return show_number(run.plan.get("lr_rule") if rescaled else None)
+
+
 def _images_per_gpu(run: Run) -> str:
     images = run.plan.get("ims_per_gpu")
     if images is None and run.ims_per_batch and run.world_size:
@@ -80,7 +99,7 @@ def throughput_section(runs: Sequence[Run], publications: Sequence[Publication])
     rows: Rows = {
         "total time": lambda run: show_duration(run.total_seconds),
         "time saved against the first": lambda run: saved[id(run)],
-        "seconds an iteration": lambda run: show_number(run.seconds_per_iteration),
+        "seconds a step": lambda run: show_number(run.seconds_per_step),
         "images a second": lambda run: show_number(run.images_per_second),
         "GPU memory allocated, fullest GPU": lambda run: show_memory(run.max_memory_mib),
         "GPU memory reserved, fullest GPU": lambda run: show_memory(
@@ -96,18 +115,20 @@ def throughput_section(runs: Sequence[Run], publications: Sequence[Publication])
         notes.append(f"Memory of the first GPU, which alone is logged: {', '.join(first_gpu)}.")
     tables = [_by_run("Time and memory", rows, [run for group in groups for run in group], notes)]
     if planned := [run for run in runs if run.plan]:
-        tables.append(_by_run("The plan and what was measured", _PLAN_ROWS, planned))
+        notes = [_EFFICIENCY] if any(run.efficiency for run in planned) else []
+        tables.append(_by_run("The plan and what was measured", _PLAN_ROWS, planned, notes))
     return Section("Throughput", tables=tuple(tables))
 
 
 def time_saved(run: Run, first: Run) -> float | None:
     """Return the share of the first run's time that another one saved; negative if it took more.
 
-    None if a time is not known, or the run was shown a smaller part of the images.
+    None if a time is not known, or the run trained for a smaller part of the images.
     """
     if run is first or not first.total_seconds or run.total_seconds is None:
         return None
-    if run.images_seen and first.images_seen and run.images_seen < _SAME_LENGTH * first.images_seen:
+    images, first_images = run.recipe_images, first.recipe_images
+    if images and first_images and images < _SAME_LENGTH * first_images:
         return None
     return 1 - run.total_seconds / first.total_seconds
 
@@ -132,12 +153,17 @@ def _share_reserved(run: Run) -> str:
 
 
 def _images_a_step(run: Run) -> str:
-    """Return the images seen from the first report to the last, by the iterations between."""
+    """Return the images seen from the first report to the last, by the steps between."""
     rows = [row for row in run.history.rows if "total_loss" in row.values]
-    if len(rows) < 2 or rows[-1].iteration == rows[0].iteration:
+    if len(rows) < 2 or rows[-1].steps == rows[0].steps:
         return NOTHING
     images = rows[-1].images_seen - rows[0].images_seen
-    return show_number(images / (rows[-1].iteration - rows[0].iteration))
+    return show_number(images / (rows[-1].steps - rows[0].steps))
+
+
+def _span(span: tuple[int, int] | None) -> str:
+    """Return ``250``, or ``125 to 250`` if the length is not known beforehand."""
+    return NOTHING if span is None else " to ".join(map(show_count, dict.fromkeys(span)))
 
 
 def _predicted(run: Run) -> str:
@@ -157,8 +183,13 @@ _PLAN_ROWS: Rows = {
     "iterations, done": lambda run: show_count(
         run.history.rows[-1].iteration + 1 if run.history.rows else None
     ),
-    "images, planned": lambda run: show_count(run.planned_images),
+    "optimizer steps, planned": lambda run: _span(run.planned_steps),
+    "optimizer steps, taken": lambda run: show_count(run.steps),
+    "images, planned": lambda run: _span(run.planned_images),
     "images, seen": lambda run: show_count(run.images_seen),
+    "efficiency against the recipe's batch": lambda run: (
+        NOTHING if run.efficiency is None else f"{run.efficiency:.0%}"
+    ),
     "peak memory, predicted": _predicted,
     "peak memory, allocated": lambda run: show_memory(run.max_memory_mib),
     "peak memory, predicted to allocated": _prediction_error,

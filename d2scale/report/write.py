@@ -24,6 +24,16 @@ _CURVES = (
     "Thin: as reported. Thick: the mean over a twentieth of the axis. Different batch sizes line "
     "up against images seen only."
 )
+_NO_CURVES = "No run has any curve."
+_BY_GAIN = (
+    "A run by the gain rule counts its recipe's iterations, and lines up with the recipe against "
+    "those; it shows more images where its batch is larger."
+)
+_NOISE_SCALE = (
+    "Noise scale: the images at which the noise of a step's gradient equals its signal. The gain "
+    "of larger batches is small below it and nears their ratio above it. It is missing where it "
+    "was infinite, or a step had one part only."
+)
 
 
 def write_report(
@@ -86,7 +96,7 @@ def make_document(
     curves = draw_curves(runs)
     sections = [
         results_section(evaluated, publications),
-        Section("Curves", (_CURVES if curves else "No run has any curve.",), pictures=curves),
+        Section("Curves", _about_curves(runs) if curves else (_NO_CURVES,), pictures=curves),
         throughput_section(runs, publications),
         settings_section(runs, publications),
         *(examples_section(group, notes) for group in comparable_groups(evaluated)),
@@ -98,6 +108,12 @@ def make_document(
         notes=tuple(notes),
         overview=draw_overview(runs),
     )
+
+
+def _about_curves(runs: Sequence[Run]) -> tuple[str, ...]:
+    by_gain = any(run.follows_gain for run in runs)
+    noise = any(run.history.last("noise_scale") is not None for run in runs)
+    return (_CURVES, *[_BY_GAIN] * by_gain, *[_NOISE_SCALE] * noise)
 
 
 def _pictures(document: Document) -> dict[str, bytes]:

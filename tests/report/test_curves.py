@@ -7,7 +7,7 @@ from PIL import Image
 from d2scale.report.curves import curve_names, draw_curves, draw_overview, smooth
 from d2scale.report.runs import read_run
 from d2scale.report.styles import DARK, LIGHT, line_of
-from run_folders import step_lines
+from run_folders import GAIN_CONFIG, gain_lines, step_lines
 
 
 @pytest.fixture
@@ -116,3 +116,30 @@ def test_lines_and_text_stand_out_from_the_paper(theme):
 
     assert all(contrast(line, theme.paper) > 3 for line in theme.lines)
     assert contrast(theme.ink, theme.paper) > 7
+
+
+def test_noise_scale_and_gain_are_drawn_where_they_are(make_run, runs):
+    gain = read_run(make_run("gain", lines=gain_lines(), config=GAIN_CONFIG), "gain")
+    assert curve_names([*runs, gain])[4:7] == ("lr", "noise_scale", "gain")
+    names = {picture.name for picture in draw_curves([gain])}
+    assert {"noise_scale-images.png", "gain-iterations.png"} <= names
+    nothing = step_lines(4)
+    nothing[0]["noise_scale"], nothing[1]["noise_scale"] = None, 0.0
+    run = read_run(make_run("nothing", lines=nothing), "nothing")
+    assert not [picture for picture in draw_curves([run]) if "noise" in picture.name]
+
+
+def test_the_noise_scale_is_drawn_on_powers_of_ten(make_run):
+    # From 10 to 10 000 in even steps of its logarithm: a straight line, half of it in each half.
+    lines = gain_lines(160)
+    for number, line in enumerate(lines):
+        line["noise_scale"] = 10 ** (1 + 3 * number / (len(lines) - 1))
+    run = read_run(make_run("gain", lines=lines, config=GAIN_CONFIG), "gain")
+    (picture,) = [each for each in draw_curves([run]) if each.name == "noise_scale-images.png"]
+    image = pixels(picture.light)
+    middle = image.shape[1] * 15 // 28
+    counts = [near(half, LIGHT.lines[0]) for half in (image[:, :middle], image[:, middle:])]
+    assert min(counts) > 0.5 * max(counts)
+    height = image.shape[0]
+    places = np.argwhere(np.abs(image - np.array([0, 114, 178])).max(axis=2) < 24)
+    assert np.median(places[:, 0]) == pytest.approx(0.46 * height, abs=0.12 * height)

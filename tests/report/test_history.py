@@ -5,6 +5,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from d2scale.report.history import read_history
+from run_folders import gain_lines
 
 
 def write(folder, lines, rest=""):
@@ -52,7 +53,7 @@ def test_images_are_computed_where_detectron2_does_not_report_them(tmp_path):
     history = read_history(tmp_path, 4)
     assert history.rows[0].images_seen == 80
     assert history.rows[0].seconds == 10
-    assert any("iterations times IMS_PER_BATCH" in note for note in history.notes)
+    assert any("steps times IMS_PER_BATCH" in note for note in history.notes)
     assert any("sum of the step times" in note for note in history.notes)
     unknown = read_history(tmp_path, None)
     assert len(unknown.curve("total_loss", "images")[0]) == 0
@@ -128,3 +129,36 @@ def test_events_that_are_no_events(tmp_path):
 
 def test_an_empty_folder_has_no_rows(tmp_path):
     assert read_history(tmp_path, 4).rows == ()
+
+
+def without(lines, *names):
+    return [{key: value for key, value in line.items() if key not in names} for line in lines]
+
+
+def test_by_the_gain_rule_steps_are_not_iterations(tmp_path):
+    write(tmp_path, gain_lines())
+    history = read_history(tmp_path, 16)
+    last = history.rows[-1]
+    assert (last.iteration, last.steps, last.images_seen) == (19, 16, 256)
+    assert history.curve("gain", "iterations")[0][-1] == 20
+    assert "steps" not in last.values
+    # Where neither is recorded, images and seconds are those of the steps, not of the iterations.
+    write(tmp_path, without(gain_lines(), "images_seen", "elapsed_seconds"))
+    assert read_history(tmp_path, 16).rows[-1][2:4] == (256, 8.0)
+
+
+def test_an_evaluation_by_the_gain_rule_stands_where_its_iteration_was(tmp_path):
+    # As detectron2 writes it: without steps, late, and after the end with one more iteration.
+    evaluations = [{"iteration": 9, "bbox/AP": 1.0}, {"iteration": 20, "bbox/AP": 2.0}]
+    write(tmp_path, [*without(gain_lines(), "images_seen"), *evaluations])
+    history = read_history(tmp_path, 16)
+    places, values = history.curve("bbox/AP")
+    assert (places.tolist(), values.tolist()) == ([128, 256], [1, 2])
+    assert history.rows[-1].values["gain"] == 1.25
+
+
+def test_an_infinite_noise_scale_is_no_point(tmp_path):
+    lines = gain_lines(8)
+    lines[1]["noise_scale"] = None
+    write(tmp_path, lines)
+    assert len(read_history(tmp_path, 16).curve("noise_scale")[1]) == 3

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from d2scale.report.runs import read_run
-from run_folders import step_lines
+from run_folders import GAIN_CONFIG, GAIN_PLAN, gain_lines, step_lines
 
 
 def test_a_run_of_d2scale(make_run):
@@ -96,3 +96,34 @@ def test_an_empty_folder(tmp_path):
     run = read_run(tmp_path, "run")
     assert (run.engine, run.results, run.history.rows) == ("unknown", {}, ())
     assert any("config.yaml" in note for note in run.notes)
+
+
+def gain_run(make_run, lines=None, **settings):
+    config = {**GAIN_CONFIG, **settings}
+    return read_run(make_run("gain", lines or gain_lines(), config=config, plan=GAIN_PLAN), "gain")
+
+
+def test_a_run_by_the_gain_rule(make_run):
+    run = gain_run(make_run)
+    assert (run.steps, run.images_seen, run.recipe_images) == (16, 256, 160)
+    assert run.efficiency == 0.625
+    assert (run.planned_steps, run.planned_images) == ((10, 20), (160, 320))
+    assert (run.seconds_per_step, run.images_per_second) == (0.5, 32)
+
+
+def test_a_run_by_the_gain_rule_that_has_not_ended_or_not_begun(make_run):
+    assert gain_run(make_run, gain_lines(8)).efficiency == 0.625
+    run = read_run(make_run("none", [], config=GAIN_CONFIG), "none")
+    assert (run.steps, run.images_seen, run.efficiency) == (None, None, None)
+
+
+def test_without_the_gain_rule_there_is_no_efficiency(make_run):
+    run = read_run(make_run(lines=step_lines(noise_scale=5.0)), "run")
+    assert (run.efficiency, run.recipe_images, run.planned_steps) == (None, 160, (20, 20))
+
+
+def test_d2gos_speed_is_not_that_of_a_step_by_the_gain_rule(make_run):
+    folder = make_run("d2go", gain_lines(), config={**GAIN_CONFIG, "D2GO_DATA": {"X": 1}})
+    speed = "Overall training speed: 20 iterations in 0:00:08 (0.4000 s / it)\n"
+    (folder / "log.txt").write_text(speed)
+    assert read_run(folder, "d2go").seconds_per_step == 0.5

@@ -3,10 +3,10 @@ import pytest
 from d2scale.report.comparison import evaluate_runs
 from d2scale.report.formatting import show_duration, show_metric, show_number
 from d2scale.report.published import read_published
-from d2scale.report.result_tables import results_section
+from d2scale.report.result_tables import results_section, summary_lines
 from d2scale.report.runs import read_run
-from d2scale.report.training_tables import settings_section, throughput_section
-from run_folders import detections, step_lines
+from d2scale.report.training_tables import settings_section, throughput_section, time_saved
+from run_folders import GAIN_CONFIG, GAIN_PLAN, detections, gain_lines, step_lines
 
 
 def column(table, number):
@@ -84,6 +84,49 @@ def test_plan_against_what_was_measured(runs):
     assert first["peak memory, allocated"] == "8.00 GiB"
     assert first["peak memory, predicted to allocated"] == "+25.0%"
     assert second["peak memory, predicted"] == "not predicted"
+
+
+@pytest.fixture
+def gain_run(make_run):
+    folder = make_run("gain", lines=gain_lines(), config=GAIN_CONFIG, plan=GAIN_PLAN)
+    return read_run(folder, "gain")
+
+
+def test_the_gain_rule_side_by_side(runs, gain_run):
+    time, plan = throughput_section([*runs, gain_run], ()).tables
+    first, gain = column(plan, 1), column(plan, 3)
+    assert (gain["images a step, measured"], gain["iterations, done"]) == ("16", "20")
+    assert first["optimizer steps, planned"] == first["optimizer steps, taken"] == "20"
+    assert gain["optimizer steps, planned"] == "10 to 20"
+    assert gain["optimizer steps, taken"] == "16"
+    assert (gain["images, planned"], gain["images, seen"]) == ("160 to 320", "256")
+    efficiency = "efficiency against the recipe's batch"
+    assert (gain[efficiency], first[efficiency]) == ("62%", "–")  # noqa: RUF001
+    assert any(note.startswith("Efficiency") for note in plan.notes)
+    assert column(time, 3)["seconds a step"] == "0.5"
+    settings = settings_section([*runs, gain_run], ()).tables[0]
+    assert column(settings, 3)["learning-rate rule"] == "gain"
+    assert settings.notes[-1].endswith("times its gain: gain.")
+
+
+def test_length_is_what_the_steps_were_worth(runs, make_run, gain_run):
+    # 256 images, worth 160: as long as the runs that showed 160.
+    assert time_saved(runs[0], gain_run) == pytest.approx(1 - 10 / 8)
+    # A batch of half the recipe's shows fewer images, and has trained as far.
+    config = {**GAIN_CONFIG, "SOLVER": {"IMS_PER_BATCH": 4, "MAX_ITER": 20}}
+    small = gain_lines(32, gain=0.625, batch=4)
+    run = read_run(make_run("small", lines=small, config=config, plan=GAIN_PLAN), "small")
+    assert run.images_seen == 128
+    assert time_saved(run, runs[0]) == pytest.approx(1 - 16 / 10)
+    half = read_run(make_run("half", lines=gain_lines(8), config=GAIN_CONFIG), "half")
+    assert time_saved(half, runs[0]) is None
+
+
+def test_the_summary_names_steps_and_worth_of_the_gain_rule(runs, make_run):
+    results = {"AP": 1.0}
+    folder = make_run("gain", gain_lines(), results, config=GAIN_CONFIG, plan=GAIN_PLAN)
+    (line,) = summary_lines(evaluate_runs([read_run(folder, "gain")], []))
+    assert "by the gain rule 16 steps of 16 images, each image worth 0.62 of one" in line
 
 
 def test_runs_without_a_gpu_have_no_memory_and_say_so(runs):

@@ -7,8 +7,9 @@ import pytest
 
 from d2scale.errors import DataError
 from d2scale.report import write_report
-from d2scale.report.write import read_runs
-from run_folders import detections, step_lines
+from d2scale.report.runs import read_run
+from d2scale.report.write import _about_curves, read_runs
+from run_folders import GAIN_CONFIG, detections, step_lines
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,15 @@ def test_a_whole_report(two_runs, tmp_path):
     assert sorted(os.listdir(output.parent)) == ["report.html", "report.md", "report_files"]
     assert len(files.notes) == 2
     assert all("computed from its detections" in note for note in files.notes)
+
+
+def test_the_curves_explain_the_noise_and_the_gain_rule_where_they_are_shown(make_run):
+    plain = read_run(make_run("plain", lines=few_lines()), "plain")
+    noisy = read_run(make_run("noisy", lines=few_lines(noise_scale=5.0)), "noisy")
+    gain = read_run(make_run("gain", lines=few_lines(), config=GAIN_CONFIG), "gain")
+    texts = ["\n".join(_about_curves([run])) for run in (plain, noisy, gain)]
+    assert ["Noise scale: the images" in text for text in texts] == [False, True, False]
+    assert ["against those" in text for text in texts] == [False, False, True]
 
 
 def test_faults_of_a_run_are_noted_and_the_rest_is_reported(two_runs, make_run, tmp_path):
@@ -123,11 +133,16 @@ def test_names_and_settings_cannot_break_the_page(make_run, tmp_path):
         {"total_loss": 1e300, "time": -1.0},
         {"images_seen": None, "elapsed_seconds": "late"},
         {"lr": True},
+        {"steps": None, "recipe_steps": "many", "gain": -1.0, "noise_scale": -1e300},
+        {"steps": -3, "recipe_steps": 1e300, "gain": 1e300, "noise_scale": 1e300},
     ],
 )
 def test_strange_values_end_in_a_report_too(make_run, tmp_path, values):
-    files = write_report([make_run(lines=few_lines(**values))], tmp_path / "report.html")
-    assert files.html.exists()
+    folders = [
+        make_run("one", lines=few_lines(**values)),
+        make_run("gain", lines=few_lines(**values), config=GAIN_CONFIG),
+    ]
+    assert write_report(folders, tmp_path / "report.html").html.exists()
 
 
 def test_strange_settings_end_in_a_report_too(make_run, tmp_path):

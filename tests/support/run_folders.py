@@ -1,6 +1,7 @@
 """What run folders hold, made by hand."""
 
 import json
+import math
 
 import numpy as np
 
@@ -44,4 +45,26 @@ def step_lines(steps=20, batch=8, **others):
             **others,
         }
         for step in range(1, steps, 2)
+    ]
+
+
+GAIN_CONFIG = {
+    "SOLVER": {"IMS_PER_BATCH": 16, "MAX_ITER": 20},
+    "D2SCALE": {"LR_RULE": "gain", "RECIPE_IMS_PER_BATCH": 8},
+}
+GAIN_PLAN = {"lr_rule": "gain", "batch_ratio": 2.0}
+
+
+def gain_lines(steps=16, gain=1.25, batch=16, **others):
+    """Return lines of metrics.json of a run by the gain rule, one every second step."""
+    return [
+        {
+            **line,
+            "iteration": math.ceil(gain * line["iteration"] + gain) - 1,
+            "recipe_steps": gain * (line["iteration"] + 1),
+            "steps": line["iteration"] + 1,
+            "gain": gain,
+            "noise_scale": 10.0 ** (1 + line["iteration"] / 5),
+        }
+        for line in step_lines(steps, batch, **others)
     ]
