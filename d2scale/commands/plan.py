@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from d2scale.commands.common import Commands, add_command, add_recipe, emit
+from d2scale.errors import ConfigError, Fault
+
+if TYPE_CHECKING:
+    from d2scale.run_folder.measurements import RecipeNoise
 
 _EPILOG = """\
 example:
@@ -29,6 +36,8 @@ def add_parser(commands: Commands) -> None:
     add("--lr-rule", help="auto, linear, sqrt, none or gain")
     add("--ims-per-gpu", type=int, metavar="M", help="images in one forward")
     add("--profile", metavar="FILE", help="memory profile")
+    help_text = "a run, or what d2scale advise wrote as JSON, to expect so many steps by its noise"
+    add("--noise", metavar="RUN", help=help_text)
     help_text = "list float32, AMP, activation checkpointing and both, instead of one plan"
     add("--explore", action="store_true", help=help_text)
     add("--format", choices=("table", "json", "yaml"), default="table")
@@ -43,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from d2scale.planning.plan import make_plan
 
     cfg, settings = load_recipe(arguments.config, arguments.opts)
+    noise = _read_noise(arguments, cfg)
     hardware = Hardware.from_cfg(
         cfg,
         arguments.gpus,
@@ -59,6 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
         emit(text + "\n", arguments.output)
         return 0
     plan = make_plan(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
+    if noise is not None:
+        plan = plan.with_noise(noise.points)
+        if plan.expected_steps is None:
+            print(f"note: --noise tells nothing of the rule {plan.lr_rule}", file=sys.stderr)
     if arguments.format == "yaml":
         folder = os.path.dirname(os.path.abspath(arguments.output or "plan.yaml"))
         recipe = os.path.abspath(resolve_config_path(arguments.config))
@@ -69,3 +83,17 @@ def run(arguments: argparse.Namespace) -> int:
         text = plan_table(plan)
     emit(text.rstrip("\n") + "\n", arguments.output)
     return 0
+
+
+def _read_noise(arguments: argparse.Namespace, cfg: Any) -> RecipeNoise | None:
+    """Return the noise that the user names; ConfigError if it is of another recipe than ``cfg``."""
+    from d2scale.run_folder.measurements import read_noise, recipe_to_compare
+
+    if arguments.noise is None:
+        return None
+    if arguments.explore:
+        advice = "leave one of them out: no training by the gain rule is planned there"
+        raise ConfigError([Fault("--noise", arguments.noise, "without --explore", advice)])
+    noise = read_noise(Path(arguments.noise), "--noise")
+    noise.refuse_other_recipe(recipe_to_compare(cfg, arguments.config))
+    return noise

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
-from d2scale.commands.common import Commands, add_command
+from d2scale.commands.common import Commands, add_command, let_idle_threads_sleep
 
 _EPILOG = """\
 example, two processes on the small form:
@@ -39,10 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from d2scale.config import load_cfg
 
     cfg = load_cfg(arguments.config_file, arguments.opts)
-    if cfg.MODEL.DEVICE == "cpu":
-        # Idle threads should sleep, not spin: a step on two busy cores took 0.6 s instead of 4 s.
-        # OpenMP reads this when torch is imported.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_idle_threads_sleep(cfg)
     from d2scale.engine.launch import Topology
     from d2scale.engine.run import train
 

@@ -72,6 +72,16 @@ def planned_cfg(cfg: Any, plan: Plan) -> Any:
     return planned
 
 
+def largest_ims_per_gpu(cfg: Any) -> int | None:
+    """Return the images per GPU that ``max_memory`` would choose on this one device.
+
+    None on a CPU without ``D2SCALE.MEMORY.BUDGET_GIB``. ConfigError if one image does not fit.
+    """
+    device_gib = _device_gib(device_of(cfg)) if cfg.MODEL.DEVICE == "cuda" else None
+    hardware = _hardware(cfg, 1, "max_memory", device_gib, partial(_make_profile, cfg))
+    return hardware.largest_fit()
+
+
 def _plan(
     cfg: Any,
     ranks: int,
@@ -79,7 +89,17 @@ def _plan(
     device_gib: float | None,
     make_profile: Callable[[], MemoryProfile] | None,
 ) -> Plan:
-    hardware = Hardware.for_training(
+    return make_plan(cfg, _hardware(cfg, ranks, method, device_gib, make_profile), method=method)
+
+
+def _hardware(
+    cfg: Any,
+    ranks: int,
+    method: str | None,
+    device_gib: float | None,
+    make_profile: Callable[[], MemoryProfile] | None,
+) -> Hardware:
+    return Hardware.for_training(
         cfg,
         ranks,
         method=method,
@@ -88,7 +108,6 @@ def _plan(
         make_profile=make_profile,
         make_variants=lambda: predict_variants(cfg, _worst_case(cfg)),
     )
-    return make_plan(cfg, hardware, method=method)
 
 
 def _make_profile(cfg: Any) -> MemoryProfile:

@@ -56,14 +56,14 @@ def train(
     """
     topology = topology or Topology()
     resume = resume or int(os.environ.get(RESTARTS, "0")) > 0
-    cfg, notes = _for_this_machine(cfg)
+    cfg, notes = for_this_machine(cfg)
     images = _check(cfg, topology, resume=resume, eval_only=eval_only, method=method)
     job = Job(cfg, method, resume, eval_only, images, notes)
     results: Results = launch(run_rank, [job], topology, use_cuda=cfg.MODEL.DEVICE == "cuda")
     return results
 
 
-def _for_this_machine(cfg: CfgNode) -> tuple[CfgNode, tuple[str, ...]]:
+def for_this_machine(cfg: CfgNode) -> tuple[CfgNode, tuple[str, ...]]:
     """Fall back to what there is: a CPU for CUDA, and bfloat16 for float16, which needs CUDA."""
     cfg = cfg.clone()
     cfg.defrost()

@@ -202,7 +202,8 @@ def _reason(best: Row, recipe: Row | None, rows: Sequence[Row]) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row.candidate.ims_per_batch} images a step"
+    count = row.candidate.ims_per_batch
+    return f"{count} image{'s' if count > 1 else ''} a step"
 
 
 def _circumstances(row: Row) -> str:
@@ -246,7 +247,7 @@ def _notes(known: Sequence[Candidate], noise: Sequence[NoisePoint], max_iter: in
     if until < _MOST_OF_A_TRAINING * max_iter:
         yield (
             f"the noise is that of the first {until:.0f} of {max_iter} steps of the recipe: it "
-            "grows in a training, so a larger batch is worth at least that"
+            "grows in a training, so a larger batch is worth at least that, a smaller one at most"
         )
     settings = " / ".join(candidate.setting for candidate in known)
     if missing := [name for name in _SETTINGS if name not in settings]:

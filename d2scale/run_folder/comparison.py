@@ -74,7 +74,7 @@ def _candidates(
 ) -> tuple[list[Candidate], list[str]]:
     """Return the candidates of one machine, the first one's, and a note for each one left out."""
     candidates: list[Candidate] = []
-    first, notes = measurements[0], []
+    first, notes = measurements[0], list[str]()
     own = name_of_machine(first.machine)
     for one in measurements:
         other, source = name_of_machine(one.machine), one.noise.source
@@ -86,6 +86,7 @@ def _candidates(
             notes.append(f"the speed of {source} is left out: it ran on {other}, not {own}")
         else:
             candidates += one.candidates
+            notes += one.notes
     return candidates, notes
 
 

@@ -81,6 +81,7 @@ class Measurements:
     candidates: tuple[Candidate, ...]  # batches with their speeds; none: no step was timed
     machine: Mapping[str, Any]  # machine.json, empty if there is none
     keeps_quality: bool  # its steps were the recipe's own, or followed the gain rule
+    notes: tuple[str, ...] = ()  # for the reader
 
 
 def recipe_to_compare(
@@ -121,14 +122,14 @@ def read_noise(path: Path, argument: str) -> RecipeNoise:
 def _of_advice(path: Path) -> RecipeNoise:
     content = read_json(path)
     try:
-        points = tuple(
+        points = [
             NoisePoint(_real(steps), math.inf if scale is None else _real(scale))
             for steps, scale in content["noise"]
-        )
-        noise = RecipeNoise(str(path), {**content["recipe"]}, points)
+        ]
+        noise = RecipeNoise(str(path), {**content["recipe"]}, tuple(sorted(points)))
         if noise.max_iter < 1 or noise.ims_per_batch < 1:
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise _broken(path, "what d2scale advise --format json -o has written") from None
     return noise
 
@@ -234,11 +235,12 @@ def _points(lines: Sequence[_Line], ims_per_batch: int) -> tuple[NoisePoint, ...
         line.images_seen / ims_per_batch if line.recipe_steps is None else line.recipe_steps
         for line in lines
     )
-    return tuple(
+    points = (
         NoisePoint(place, line.noise_scale)
         for place, line in zip(places, lines, strict=True)
         if line.noise_scale is not None
     )
+    return tuple(sorted(points))
 
 
 def setting_of(cfg: Any) -> str:

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 
 from d2scale.cli import main
+from d2scale.planning.advice import Candidate
+from d2scale.planning.gain import NoisePoint
+from d2scale.run_folder.measurements import Measurements, recipe_to_compare
 from measured_runs import MACHINE, metric_lines, write_metrics, write_run
 
 
@@ -165,3 +171,119 @@ class TestBadInput:
 
     def test_an_output_that_cannot_be_written(self, runs, capsys):
         assert "--output" in error_of(capsys, *runs, "-o", "no/advice.json")
+
+
+class TestConfig:
+    """What it measures by itself is tested in tests/benchmark/test_first_steps.py."""
+
+    @pytest.fixture
+    def config(self, runs, tmp_path, monkeypatch):
+        """The recipe of the runs; measuring it here takes no time."""
+        self.asked = []
+
+        def measure(cfg, options):
+            self.asked.append((cfg, options))
+            noise = recipe_to_compare(cfg, "the config")
+            if options.measures_noise:
+                noise = replace(noise, points=(NoisePoint(100, 8.0),))
+            here = Candidate(32, 1, 32, "float32", 40.0, "measured here")
+            return Measurements(noise, (here,), MACHINE, True, ("a note of measuring",))
+
+        monkeypatch.setattr("d2scale.benchmark.first_steps.measure_first_steps", measure)
+        return "recipe.yaml"
+
+    def test_a_config_alone_measures_everything_here(self, config, capsys):
+        options = ["--steps", "20", "--minutes", "3", "--max-ims-per-gpu", "5", "--variants"]
+        assert main(["advise", config, *options, "MODEL.DEVICE", "cpu"]) == 0
+        ((cfg, asked),) = self.asked
+        assert (asked.steps, asked.minutes, asked.max_ims_per_gpu) == (20, 3.0, 5)
+        assert asked.variants
+        assert asked.measures_noise
+        assert cfg.MODEL.DEVICE == "cpu"
+        printed = capsys.readouterr()
+        assert "note: a note of measuring" in printed.out
+        assert printed.err == "measuring here, for about 3 minutes at most\n"
+
+    def test_pairs_may_follow_the_config_at_once(self, config, capsys):
+        assert main(["advise", config, "SEED", "3", "MODEL.DEVICE", "cpu"]) == 0
+        assert (self.asked[0][0].SEED, self.asked[0][0].MODEL.DEVICE) == (3, "cpu")
+
+    def test_runs_give_the_noise_and_their_speeds(self, config, runs, capsys):
+        assert main(["advise", *runs, config, "--format", "json"]) == 0
+        assert not self.asked[0][1].measures_noise
+        content = json.loads(capsys.readouterr().out)
+        assert [row["images_per_second"] for row in content["rows"]] == [10, 16, 40]
+
+    def test_runs_of_another_machine_give_their_noise_alone(self, config, runs, tmp_path, capsys):
+        (tmp_path / "double/machine.json").write_text('{"device": "NVIDIA A100"}')
+        assert main(["advise", *runs, config]) == 0
+        out = capsys.readouterr().out
+        assert "| 16 " not in out
+        assert "the speed of double is left out: it ran on NVIDIA A100, not a processor" in out
+
+    def test_mistakes_are_found_before_minutes_are_spent(self, config, runs, capsys):
+        line = error_of(capsys, *runs, config, "SOLVER.BASE_LR", "0.5")
+        assert "SOLVER.BASE_LR is 0.001; allowed: 0.5, as in recipe.yaml" in line
+        assert "--output" in error_of(capsys, config, "-o", "no/advice.json")
+        assert "CONFIG is" in error_of(capsys, config, config)
+        assert "KEY VALUE is" in error_of(capsys, *runs, "SEED", "3")
+        assert "SEED" in error_of(capsys, config, "SEED")
+        assert "nowhere.yaml" in error_of(capsys, "nowhere.yaml")
+        assert self.asked == []
+
+
+class TestPlanWithNoise:
+    @pytest.fixture
+    def plan(self, runs):
+        return ["recipe.yaml", "--method", "max_memory", "--ims-per-gpu", "16"]
+
+    def test_the_steps_to_expect_are_in_the_table_and_in_json(self, plan, capsys):
+        assert main(["plan", *plan, "--noise", "recipe"]) == 0
+        assert "50 to 100, about 75 expected" in capsys.readouterr().out
+        assert main(["plan", *plan, "--noise", "double", "--format", "json"]) == 0
+        assert json.loads(capsys.readouterr().out)["expected_steps"] == 75
+
+    def test_what_advise_wrote_says_the_same(self, plan, runs, capsys):
+        assert main(["advise", *runs, "--format", "json", "-o", "advice.json"]) == 0
+        assert main(["plan", *plan, "--noise", "advice.json"]) == 0
+        assert "about 75 expected" in capsys.readouterr().out
+
+    def test_another_rule_has_its_steps_without(self, plan, capsys):
+        assert main(["plan", *plan, "--noise", "recipe", "--lr-rule", "linear"]) == 0
+        printed = capsys.readouterr()
+        assert "expected" not in printed.out
+        assert printed.err == "note: --noise tells nothing of the rule linear\n"
+
+    def test_it_needs_no_torch(self, plan):
+        code = (
+            "import sys; from d2scale.cli import main; status = main(sys.argv[1:]);"
+            "sys.exit('torch' in sys.modules or status)"
+        )
+        command = [sys.executable, "-c", code, "plan", *plan, "--noise", "recipe"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def test_mistakes_are_one_line(self, plan, tmp_path, capsys):
+        def error(*arguments):
+            return error_of(capsys, *plan, *arguments, command="plan")
+
+        assert "--noise is 'nowhere'" in error("--noise", "nowhere")
+        assert "--noise is 'recipe'" in error("--noise", "recipe", "--explore")
+        line = error("--noise", "recipe", "SOLVER.MAX_ITER", "200")
+        assert "SOLVER.MAX_ITER is 200; allowed: 100, as in recipe" in line
+        write_run(tmp_path / "silent", noise_scale="none")
+        assert "--noise is 'silent'" in error("--noise", "silent")
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "{",
+            "{}",
+            '{"noise": 3, "recipe": {}}',
+            '{"noise": [[1, "x"]], "recipe": {"SOLVER.MAX_ITER": 1, "SOLVER.IMS_PER_BATCH": 1}}',
+            '{"noise": [[1, 1]], "recipe": {"SOLVER.MAX_ITER": 0, "SOLVER.IMS_PER_BATCH": 1}}',
+            '{"noise": [[1, 1]], "recipe": []}',
+        ],
+    )
+    def test_a_broken_file_is_one_line(self, plan, tmp_path, capsys, content):
+        (tmp_path / "advice.json").write_text(content)
+        assert "advice.json" in error_of(capsys, *plan, "--noise", "advice.json", command="plan")

@@ -104,7 +104,7 @@ def test_noise_of_the_beginning_is_called_what_it_is():
     notes = advice_of(candidate(8, 1.0), noise=[NoisePoint(20, 8.0)]).notes
     (note,) = (note for note in notes if "first" in note)
     assert note.startswith("the noise is that of the first 20 of 100 steps of the recipe: it grows")
-    assert note.endswith("a larger batch is worth at least that")
+    assert note.endswith("a larger batch is worth at least that, a smaller one at most")
     assert not any("first" in note for note in advice_of(candidate(8, 1.0)).notes)
 
 
