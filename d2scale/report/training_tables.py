@@ -80,9 +80,12 @@ def _setting(run: Run, key: str) -> str:
 
 
 def _lr_rule(run: Run) -> str:
-    """Return the rule by which the rate followed the batch, if the batch is not the recipe's."""
-    rescaled = run.plan.get("batch_ratio", 1.0) != 1.0
-    return show_number(run.plan.get("lr_rule") if rescaled else None)
+    """Return the rule that the config names, or that took effect on another batch."""
+    rule = run.settings.get("D2SCALE.LR_RULE", "auto")
+    if rule == "auto":
+        rescaled = run.plan.get("batch_ratio", 1.0) != 1.0
+        rule = run.plan.get("lr_rule") if rescaled else None
+    return show_number(rule)
 
 
 def _images_per_gpu(run: Run) -> str:

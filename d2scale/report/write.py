@@ -30,9 +30,9 @@ _BY_GAIN = (
     "those; it shows more images where its batch is larger."
 )
 _NOISE_SCALE = (
-    "Noise scale: the images at which the noise of a step's gradient equals its signal. The gain "
-    "of larger batches is small below it and nears their ratio above it. It is missing where it "
-    "was infinite, or a step had one part only."
+    "Noise scale: the images at which the noise of a step's gradient equals its signal. For "
+    "batches well below it twice the images are worth nearly two steps, for batches well above it "
+    "hardly more than one. It is missing where it was infinite, or a step had one part only."
 )
 
 

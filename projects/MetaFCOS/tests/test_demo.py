@@ -6,6 +6,9 @@ from d2scale.cli import main
 from d2scale.coco.catalog import ROOT_VARIABLE
 from d2scale.run_folder.lock import run_lock
 from meta_fcos import demo
+from meta_fcos.reproduction.experiments import EXPERIMENTS, chosen
+
+OPTIONS = demo.OPTIONS
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +18,10 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "nowhere"))
     options = replace(demo.OPTIONS, images_seen=17, only="2", images=(24, 2))
     monkeypatch.setattr(demo, "OPTIONS", options)
+
+
+def test_the_demo_shows_the_gain_rule_beside_what_was_published():
+    assert chosen(OPTIONS.only) == EXPERIMENTS
 
 
 def test_the_demo_plans_trains_and_ends_with_the_report(tmp_path, capsys):

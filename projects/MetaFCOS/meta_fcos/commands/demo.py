@@ -9,7 +9,7 @@ from d2scale.commands.common import Commands, add_command
 
 def add_parser(commands: Commands) -> None:
     """Add ``d2scale demo``."""
-    text = "plan, train and compare the three published experiments in small"
+    text = "plan, train and compare the published experiments and the gain rule in small"
     parser = add_command(commands, "demo", text, run)
     parser.add_argument("--output-dir", default="demo", metavar="DIR", help="run folders (demo)")
 

@@ -28,7 +28,8 @@ def add_parser(commands: Commands) -> None:
     help_text = "for experiments 1 and 3, published on two; one runs them too (two, if there are)"
     names = ("--num-gpus", "--num-processes")
     add(*names, dest="num_gpus", type=int, metavar="N", help=help_text)
-    add("--only", metavar="1,3", help="numbers of experiments (all)")
+    help_text = "experiments: 1, 2, 3, or gain, the batch of 3 by the gain rule (1,2,3)"
+    add("--only", metavar="1,gain", help=help_text)
     help_text = (
         "experiment 3 as published, rate and length as if the batch had doubled, or by its "
         "ratio of 30/16 (published); small doubles"

@@ -1,4 +1,4 @@
-"""The three published experiments: their recipes, and their schedules at another length."""
+"""The published experiments and one beside them: their recipes, and schedules at other lengths."""
 
 from __future__ import annotations
 
@@ -18,19 +18,14 @@ _REPORTS = 60
 
 @dataclass(frozen=True)
 class Experiment:
-    """A published experiment."""
+    """An experiment."""
 
-    number: int
-    name: str
-    gpus: int  # Quadro RTX 5000 that it was published on
-    time: str  # that it took there
+    word: str  # that --only chooses it by
+    title: str  # its name in tables
+    gpus: int  # Quadro RTX 5000 that it was published on, or is written for
+    time: str  # that it took there; empty if it was not published
     full: str  # name of its recipe
     small: str  # name of its recipe for a CPU
-
-    @property
-    def title(self) -> str:
-        """Its name in tables."""
-        return f"{self.number} {self.name}"
 
     @property
     def folder(self) -> str:
@@ -42,16 +37,20 @@ class Experiment:
         # Experiment 3 in full is as "published", its rate and length set as if the batch had
         # doubled, or "exact", by its true ratio of 30/16. In small the batch doubles.
         name = self.full if form == "full" else self.small
-        if self.number == 3 and form == "full" and third_method == "exact":
+        if self.word == "3" and form == "full" and third_method == "exact":
             name = "experiment-3-exact"
         return f"d2scale://MetaFCOS/{name}.yaml"
 
 
-EXPERIMENTS: tuple[Experiment, ...] = (
-    Experiment(1, "baseline", 2, "11:17:36", "experiment-1-baseline", "small-cpu"),
-    Experiment(2, "same batch", 1, "20:15:22", "experiment-2-same-batch", "small-cpu"),
-    Experiment(3, "large batch", 2, "9:49:10", "experiment-3-large-batch", "small-cpu-large-batch"),
+BASELINE = Experiment("1", "1 baseline", 2, "11:17:36", "experiment-1-baseline", "small-cpu")
+SAME_BATCH = Experiment("2", "2 same batch", 1, "20:15:22", "experiment-2-same-batch", "small-cpu")
+LARGE_BATCH = Experiment(
+    "3", "3 large batch", 2, "9:49:10", "experiment-3-large-batch", "small-cpu-large-batch"
 )
+# The batch of experiment 3 by the gain rule, where the publication took the linear one.
+GAIN = Experiment("gain", "3 large batch by gain", 2, "", "experiment-3-gain", "small-cpu-gain")
+PUBLISHED: tuple[Experiment, ...] = (BASELINE, SAME_BATCH, LARGE_BATCH)
+EXPERIMENTS: tuple[Experiment, ...] = (BASELINE, SAME_BATCH, GAIN, LARGE_BATCH)
 
 
 def images_of(cfg: Any) -> int:
@@ -61,12 +60,17 @@ def images_of(cfg: Any) -> int:
 
 def length_faults(images_seen: int, recipes: Sequence[Any]) -> list[Fault]:
     """Return what is wrong with cutting every one of ``recipes`` to ``images_seen``."""
-    least = max(len(cfg.SOLVER.STEPS) * cfg.SOLVER.IMS_PER_BATCH + 1 for cfg in recipes)
+    least = max(len(cfg.SOLVER.STEPS) * _most_ims_per_batch(cfg) + 1 for cfg in recipes)
     most = min(images_of(cfg) for cfg in recipes)
     if least <= images_seen <= most:
         return []
     allowed = f"{least} (a step for each learning rate) to {most} (the recipe's whole training)"
     return [Fault("--images-seen", images_seen, allowed, "choose a number between them")]
+
+
+def _most_ims_per_batch(cfg: Any) -> int:
+    """Return the images of a step, of those that max_memory chooses the most."""
+    return int(cfg.D2SCALE.MAX_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH)
 
 
 def length_settings(cfg: Any, images_seen: int | None) -> dict[str, Any]:
@@ -99,15 +103,14 @@ def length_settings(cfg: Any, images_seen: int | None) -> dict[str, Any]:
     }
 
 
-def chosen(numbers: str | None) -> tuple[Experiment, ...]:
-    """Return the experiments of a list such as ``1,3``, in the published order; all for None."""
-    if numbers is None:
-        return EXPERIMENTS
-    words = [word.strip() for word in numbers.split(",")]
-    experiments = tuple(one for one in EXPERIMENTS if str(one.number) in words)
+def chosen(only: str | None) -> tuple[Experiment, ...]:
+    """Return the experiments of a list such as ``1,gain``, in their order; PUBLISHED for None."""
+    if only is None:
+        return PUBLISHED
+    words = [word.strip() for word in only.split(",")]
+    experiments = tuple(one for one in EXPERIMENTS if one.word in words)
     if len(experiments) < len(set(words)):
-        allowed = "some of 1, 2, 3, separated by commas"
-        raise ConfigError(
-            [Fault("--only", numbers, allowed, "correct it, or leave it out for all")]
-        )
+        allowed = "some of 1, 2, 3, gain, separated by commas"
+        advice = "correct it, or leave it out for the published three"
+        raise ConfigError([Fault("--only", only, allowed, advice)])
     return experiments

@@ -16,7 +16,7 @@ _FEWEST = 3
 
 @dataclass(frozen=True)
 class FinalLoss:
-    """The mean loss over the last sixth of a training's images."""
+    """The mean loss over the last sixth of a training's iterations."""
 
     mean: float
     error: float  # standard error of the mean; nan for too few points
@@ -26,17 +26,18 @@ class FinalLoss:
         return f"{self.mean:.4f}" + ("" if math.isnan(self.error) else f" ± {self.error:.4f}")
 
 
-def final_loss(images_seen: Sequence[float], losses: Sequence[float]) -> FinalLoss | None:
-    """Return the mean of the losses over the last sixth of the images, and its standard error.
+def final_loss(iterations: Sequence[float], losses: Sequence[float]) -> FinalLoss | None:
+    """Return the mean of the losses over the last sixth of the iterations, and its standard error.
 
     The rate is constant there, so the values scatter about one level: their standard deviation
     over the root of their number is the noise that the choice of images leaves in the mean. None
-    without losses; ``images_seen`` is ascending, one for each of them.
+    without losses; ``iterations`` (by the gain rule the recipe's: its rate drops by those) is
+    ascending, one for each of them.
     """
     if not losses:
         return None
-    first = _WINDOW_BEGINS * images_seen[-1]
-    window = [loss for seen, loss in zip(images_seen, losses, strict=True) if seen > first]
+    first = _WINDOW_BEGINS * iterations[-1]
+    window = [loss for done, loss in zip(iterations, losses, strict=True) if done > first]
     enough = len(window) >= _FEWEST
     error = statistics.stdev(window) / math.sqrt(len(window)) if enough else math.nan
     return FinalLoss(statistics.fmean(window), error, len(window))

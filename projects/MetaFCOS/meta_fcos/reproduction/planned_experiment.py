@@ -30,7 +30,7 @@ class Machine:
     """What the experiments run on."""
 
     device: str  # cuda or cpu
-    ranks: int  # of the experiments that were published on two GPUs, one to a GPU
+    ranks: int  # of the experiments that are written for two GPUs, one to a GPU
     name: str
     gib: float | None = None  # memory of one GPU, None for a CPU
 
@@ -83,7 +83,7 @@ class PlannedExperiment:
 
     @property
     def on_fewer_gpus(self) -> bool:
-        """Whether fewer GPUs than published take its steps in more micro-batches."""
+        """Whether fewer GPUs than it is written for take its steps in more micro-batches."""
         return self.plan.world_size < self.experiment.gpus
 
 
@@ -108,17 +108,27 @@ def plan_experiment(
         if machine.gib is None:
             # The profiles are of GPUs.
             hardware = replace(hardware, profile=None, variants=())
-        plan = make_plan(changed, hardware, method="keep_total")
+        plan = make_plan(changed, hardware)
         return PlannedExperiment(experiment, recipe, dict(settings), changed, plan, machine)
 
-    # On fewer GPUs than published, a step runs in micro-batches no larger than one of those GPUs
-    # had, and so with the same result: D2SCALE.EXACT.
     here = planned()
-    published_ims_per_gpu = -(-cfg.SOLVER.IMS_PER_BATCH // experiment.gpus)
-    if here.on_fewer_gpus and here.plan.ims_per_gpu > published_ims_per_gpu:
-        settings["D2SCALE.IMS_PER_GPU"] = published_ims_per_gpu
+    if here.on_fewer_gpus and (same_steps := _settings_for_same_steps(here)):
+        settings |= same_steps
         here = planned()
     return here
+
+
+def _settings_for_same_steps(planned: PlannedExperiment) -> dict[str, int]:
+    """Return what lets fewer GPUs than an experiment is written for take the same steps.
+
+    They run in micro-batches no larger than one of those GPUs had, and so with the same result:
+    D2SCALE.EXACT.
+    """
+    gpus, plan = planned.experiment.gpus, planned.plan
+    if plan.method == "max_memory":  # it fills every GPU as one of those was
+        return {"D2SCALE.ACCUMULATION_STEPS": -(-gpus // plan.world_size)}
+    ims_per_gpu = -(-planned.cfg.SOLVER.IMS_PER_BATCH // gpus)
+    return {"D2SCALE.IMS_PER_GPU": ims_per_gpu} if plan.ims_per_gpu > ims_per_gpu else {}
 
 
 def is_finished(folder: Path) -> bool:

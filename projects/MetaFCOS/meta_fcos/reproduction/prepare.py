@@ -19,7 +19,13 @@ from d2scale.engine.models import load_initial_weights, new_model
 from d2scale.errors import ConfigError, D2ScaleError, Fault, collecting
 from d2scale.run_folder.lock import refuse_locked
 from meta_fcos.reproduction.data import SMALL_IMAGES, Data, read_subset, small_data, whole_coco
-from meta_fcos.reproduction.experiments import EXPERIMENTS, Experiment, chosen, length_faults
+from meta_fcos.reproduction.experiments import (
+    EXPERIMENTS,
+    PUBLISHED,
+    Experiment,
+    chosen,
+    length_faults,
+)
 from meta_fcos.reproduction.folder import folder_faults
 from meta_fcos.reproduction.planned_experiment import (
     Machine,
@@ -38,7 +44,7 @@ class ReproductionOptions:
     form: str | None = None  # full, small, or None: full on a machine with a GPU
     images_seen: int | None = None  # images that each training shows; None: its recipe's
     num_gpus: int | None = None  # see Machine.at_hand
-    only: str | None = None  # numbers of experiments, such as 1,3; None: all
+    only: str | None = None  # words of experiments, such as 1,gain; None: the published ones
     third_method: str = "published"  # or exact, see Experiment.recipe
     images: tuple[int, int] = SMALL_IMAGES
 
@@ -54,7 +60,7 @@ class Reproduction:
     data: Data
     subset: Mapping[str, Mapping[str, Any]]  # annotations of the data, where COCO is cut
     training_images: int  # that have boxes; 0 where it was not counted
-    experiments: tuple[PlannedExperiment, ...]  # asked for or finished, in the published order
+    experiments: tuple[PlannedExperiment, ...]  # asked for or finished, in their order
     finished: tuple[Experiment, ...]
 
 
@@ -68,7 +74,7 @@ def prepare(options: ReproductionOptions) -> Reproduction:
     form = options.form or ("full" if torch.cuda.is_available() else "small")
     folder = Path(options.output_dir)
     faults: list[Fault] = []
-    asked, machine, data = EXPERIMENTS, None, None
+    asked, machine, data = PUBLISHED, None, None
     with collecting(faults):
         asked = chosen(options.only)
     finished = tuple(one for one in EXPERIMENTS if is_finished(folder / one.folder))

@@ -1,4 +1,4 @@
-"""The published comparison on this machine: three trainings and a report."""
+"""The published comparison on this machine: trainings and a report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from meta_fcos.reproduction.folder import claim
 from meta_fcos.reproduction.planned_experiment import PlannedExperiment, is_finished
 from meta_fcos.reproduction.prepare import Reproduction, ReproductionOptions, prepare
 from meta_fcos.reproduction.process import run_command
-from meta_fcos.reproduction.summary import count, loss_verdicts, plan_table, result_table
+from meta_fcos.reproduction.summary import (
+    count,
+    loss_verdicts,
+    plan_table,
+    result_table,
+    rule_verdict,
+)
 
 REPORT = "report.html"
 
@@ -65,7 +71,7 @@ def _notes(reproduction: Reproduction) -> Iterator[str]:
     split = [one.experiment.title for one in reproduction.experiments if one.on_fewer_gpus]
     if split:
         yield (
-            f"{' and '.join(split)}: published on two GPUs; on {count(machine.ranks, machine.unit)}"
+            f"{' and '.join(split)}: written for two GPUs; on {count(machine.ranks, machine.unit)}"
             " every step is taken in micro-batches,\nits losses normalised over the whole step: "
             "the same training, to rounding."
         )
@@ -91,8 +97,9 @@ def _train(planned: PlannedExperiment, datasets: Path) -> None:
 def _results(reproduction: Reproduction) -> Iterator[str]:
     experiments = reproduction.experiments
     yield f"\nThe experiments side by side\n\n{result_table(experiments)}"
-    if verdicts := loss_verdicts(experiments):
-        yield f"\n{verdicts}"
+    for verdict in (loss_verdicts(experiments), rule_verdict(experiments)):
+        if verdict:
+            yield f"\n{verdict}"
     # The report shows detections on images of the validation data.
     with datasets_under(reproduction.data.root):
         folders = [planned.folder for planned in experiments]

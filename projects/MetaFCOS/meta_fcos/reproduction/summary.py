@@ -10,8 +10,15 @@ from tabulate import tabulate
 from d2scale.coco.accumulate import METRICS
 from d2scale.report.formatting import show_metric
 from d2scale.report.history import History, read_history
+from meta_fcos.reproduction.experiments import BASELINE, GAIN, LARGE_BATCH
 from meta_fcos.reproduction.final_loss import NOISE_ERRORS, FinalLoss, compare, final_loss
 from meta_fcos.reproduction.planned_experiment import PlannedExperiment, standing
+
+_RULES = {
+    BASELINE: "batch of the recipe",
+    LARGE_BATCH: "large batch by the linear rule, as published",
+    GAIN: "large batch by the gain rule",
+}
 
 
 def plan_table(experiments: Sequence[PlannedExperiment]) -> str:
@@ -20,22 +27,30 @@ def plan_table(experiments: Sequence[PlannedExperiment]) -> str:
 
 
 def _plan_column(planned: PlannedExperiment) -> dict[str, str]:
-    plan, machine = planned.plan, planned.machine
-    solver = plan.apply(planned.cfg).SOLVER
+    plan, machine, experiment = planned.plan, planned.machine, planned.experiment
+    solver, rule = plan.apply(planned.cfg).SOLVER, planned.cfg.D2SCALE.LR_RULE
+    published = f"{count(experiment.gpus, 'GPU')}, in {experiment.time}"
     column = {
-        "published on": f"{count(planned.experiment.gpus, 'GPU')}, in {planned.experiment.time}",
+        "published on": published if experiment.time else "",
         "runs on": count(plan.world_size, machine.unit),
         "a step on each": f"{plan.accumulation_steps} x {plan.ims_per_gpu} images",
         "total batch": str(plan.ims_per_batch),
+        "LR_RULE": "" if rule == "auto" else rule,
         "BASE_LR": f"{solver.BASE_LR:g}",
         "WARMUP_ITERS": str(solver.WARMUP_ITERS),
         "STEPS": ", ".join(map(str, solver.STEPS)),
         "MAX_ITER": str(solver.MAX_ITER),
-        "images seen": str(solver.MAX_ITER * plan.ims_per_batch),
+        "optimizer steps": _span(plan.steps),
+        "images seen": _span([steps * plan.ims_per_batch for steps in plan.steps]),
     }
     if plan.predicted_peak_gib is not None and machine.gib is not None:
         column["predicted memory"] = f"{plan.predicted_peak_gib:.1f} of {machine.gib:.1f} GiB"
     return {**column, "standing": standing(planned.folder)}
+
+
+def _span(ends: Sequence[int]) -> str:
+    """Return ``250``, or ``125 to 250`` where the noise of the gradient will tell."""
+    return " to ".join(map(str, dict.fromkeys(ends)))
 
 
 def count(number: int, what: str) -> str:
@@ -56,6 +71,7 @@ def _result_column(planned: PlannedExperiment) -> dict[str, str]:
     return {
         "total batch": str(planned.plan.ims_per_batch),
         "MAX_ITER": str(planned.cfg.SOLVER.MAX_ITER),
+        "optimizer steps": f"{history.rows[-1].steps:.0f}" if history.rows else "",
         "images seen": f"{history.rows[-1].images_seen:.0f}" if history.rows else "",
         "seconds a step": f"{median(seconds):.3f}" if len(seconds) else "",
         "final total_loss": "" if loss is None else str(loss),
@@ -70,7 +86,7 @@ def loss_verdicts(experiments: Sequence[PlannedExperiment]) -> str:
         history = read_history(planned.folder, planned.plan.ims_per_batch)
         losses[planned.experiment] = _final_loss(history)
     (first, baseline), *others = losses.items()
-    if first.number != 1 or baseline is None or not others:
+    if first != BASELINE or baseline is None or not others:
         return ""
     lines = [
         f"final loss of {experiment.title} against {first.title}: {compare(loss, baseline)}"
@@ -78,15 +94,31 @@ def loss_verdicts(experiments: Sequence[PlannedExperiment]) -> str:
         if loss is not None
     ]
     lines.append(
-        "(the mean over the last sixth of the images ± its standard error, of which up to "
+        "(the mean over the last sixth of the iterations ± its standard error, of which up to "
         f"{NOISE_ERRORS:g} count as noise)"
     )
     return "\n".join(lines)
 
 
 def _final_loss(history: History) -> FinalLoss | None:
-    images, losses = history.curve("total_loss")
-    return final_loss(images.tolist(), losses.tolist())
+    iterations, losses = history.curve("total_loss", "iterations")
+    return final_loss(iterations.tolist(), losses.tolist())
+
+
+def rule_verdict(experiments: Sequence[PlannedExperiment]) -> str:
+    """Return what either rule makes of the large batch, a line each; empty unless both have run."""
+    planned_of = {planned.experiment: planned for planned in experiments}
+    if not _RULES.keys() <= planned_of.keys():
+        return ""
+    lines, baseline = [], None
+    for experiment, what in _RULES.items():
+        ims_per_batch = planned_of[experiment].plan.ims_per_batch
+        history = read_history(planned_of[experiment].folder, ims_per_batch)
+        ap = history.last("bbox/AP") or 0.0
+        baseline = ap if baseline is None else baseline
+        steps = f"{history.rows[-1].steps:.0f} steps of {ims_per_batch} images"
+        lines.append(f"{what}: AP {ap:.1f} ({ap - baseline:+.1f}) after {steps}")
+    return "\n".join(lines)
 
 
 def _table(columns: Mapping[str, Mapping[str, str]]) -> str:

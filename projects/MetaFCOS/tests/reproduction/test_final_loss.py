@@ -1,9 +1,13 @@
+import json
 import math
 
 import numpy as np
 import pytest
 
+from d2scale.report.history import read_history
 from meta_fcos.reproduction.final_loss import FinalLoss, compare, final_loss
+from meta_fcos.reproduction.summary import _final_loss
+from run_folders import gain_lines
 
 
 def test_the_final_loss_is_the_mean_of_the_last_sixth_with_its_standard_error():
@@ -36,3 +40,16 @@ def test_a_difference_beyond_noise_is_told():
     text = compare(FinalLoss(2.2, 0.03, 10), FinalLoss(2.0, 0.04, 10))
     assert text == "+0.2000, 4.0 standard errors: more than noise"
     assert "within noise" in compare(FinalLoss(2.0, 0.0, 10), FinalLoss(2.0, 0.0, 10))
+
+
+def test_by_the_gain_rule_the_last_sixth_is_that_of_the_recipes_steps(tmp_path):
+    # Half of the recipe's steps at a gain of 1, half at 2: two thirds of the images are of the
+    # first half, so the last sixth of the images begins before that of the recipe's steps.
+    lines = gain_lines(240)
+    for line in lines:
+        steps = line["steps"]
+        line["iteration"] = (steps if steps <= 160 else 2 * steps - 160) - 1
+        line["total_loss"] = 1.0 if line["iteration"] + 1 > 320 * 5 / 6 else 3.0
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = _final_loss(read_history(tmp_path, 16))
+    assert (found.mean, found.points) == (1.0, 14)

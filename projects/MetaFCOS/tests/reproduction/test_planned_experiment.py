@@ -4,7 +4,7 @@ import pytest
 
 from d2scale.config import load_cfg
 from d2scale.errors import ConfigError
-from meta_fcos.reproduction.experiments import EXPERIMENTS
+from meta_fcos.reproduction.experiments import EXPERIMENTS, GAIN, LARGE_BATCH
 from meta_fcos.reproduction.planned_experiment import (
     Machine,
     is_finished,
@@ -12,8 +12,6 @@ from meta_fcos.reproduction.planned_experiment import (
     recipe_faults,
     standing,
 )
-
-BASELINE, SAME, LARGE = EXPERIMENTS
 
 
 def on(gpus, gib, tmp_path):
@@ -30,31 +28,46 @@ def steps(runs):
 
 def test_two_gpus_run_what_was_published(tmp_path):
     runs = on(2, 16.0, tmp_path)
-    assert steps(runs) == [(2, 1, 8), (1, 1, 16), (2, 1, 15)]
-    assert [run.plan.ims_per_batch for run in runs] == [16, 16, 30]
+    assert steps(runs) == [(2, 1, 8), (1, 1, 16), (2, 1, 15), (2, 1, 15)]
+    assert [run.plan.ims_per_batch for run in runs] == [16, 16, 30, 30]
+    assert [run.plan.method for run in runs] == [*["keep_total"] * 2, "max_memory", "keep_total"]
     assert not any(run.on_fewer_gpus for run in runs)
 
 
 def test_one_gpu_takes_the_steps_of_two_in_micro_batches_of_their_size(tmp_path):
     runs = on(1, 80.0, tmp_path)
-    assert steps(runs) == [(1, 2, 8), (1, 1, 16), (1, 2, 15)]
-    assert [run.on_fewer_gpus for run in runs] == [True, False, True]
+    assert steps(runs) == [(1, 2, 8), (1, 1, 16), (1, 2, 15), (1, 2, 15)]
+    assert [run.plan.ims_per_batch for run in runs] == [16, 16, 30, 30]
+    assert [run.on_fewer_gpus for run in runs] == [True, False, True, True]
     assert all(run.cfg.D2SCALE.EXACT for run in runs)
 
 
 def test_a_smaller_gpu_takes_smaller_micro_batches(tmp_path):
     runs = on(1, 6.0, tmp_path)
-    assert all(run.plan.ims_per_gpu < 8 for run in runs)
-    assert all(run.plan.predicted_peak_gib <= 6 for run in runs)
+    published = [run for run in runs if run.experiment != GAIN]
+    assert all(run.plan.ims_per_gpu < 8 for run in published)
+    assert all(run.plan.predicted_peak_gib <= 6 for run in published)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_gain_rule_runs_the_recipe_with_the_large_batch_on_any_number_of_gpus(ranks, tmp_path):
+    machine = Machine("cuda", ranks, "a GPU", 16.0)
+    run = plan_experiment(GAIN, GAIN.recipe("full", ""), tmp_path, machine, 48000)
+    assert (run.plan.ims_per_batch, run.plan.lr_rule) == (30, "gain")
+    assert run.plan.steps == (1600, 3000)
+    # Rate and schedule stay the recipe's.
+    planned = run.plan.apply(run.cfg).SOLVER
+    assert (planned.BASE_LR, planned.MAX_ITER, planned.STEPS) == (0.01, 3000, (2000, 2500))
 
 
 def test_the_command_line_is_the_run(tmp_path):
-    run = on(1, 80.0, tmp_path)[2]
-    words = run.arguments
-    assert words[0] == "train"
-    pairs = words[words.index("--resume") + 1 :]
-    again = load_cfg(words[words.index("--config-file") + 1], pairs)
-    assert again == run.cfg
+    for run in on(1, 80.0, tmp_path)[2:]:
+        words = run.arguments
+        assert words[0] == "train"
+        assert words[words.index("--method") + 1] == run.plan.method
+        pairs = words[words.index("--resume") + 1 :]
+        again = load_cfg(words[words.index("--config-file") + 1], pairs)
+        assert again == run.cfg
 
 
 def test_more_ranks_than_there_are_are_refused():
@@ -81,8 +94,10 @@ def test_a_run_is_finished_when_it_has_been_evaluated(tmp_path):
     assert is_finished(tmp_path)
 
 
-def test_a_run_of_another_recipe_is_refused_by_its_keys(tmp_path):
-    run = plan_experiment(LARGE, LARGE.recipe("small", ""), tmp_path, Machine("cpu", 2, "CPU"), 160)
+@pytest.mark.parametrize("experiment", [LARGE_BATCH, GAIN])
+def test_a_run_of_another_recipe_is_refused_by_its_keys(experiment, tmp_path):
+    recipe = experiment.recipe("small", "")
+    run = plan_experiment(experiment, recipe, tmp_path, Machine("cpu", 2, "CPU"), 160)
     assert recipe_faults(run) == []
     run.folder.mkdir()
     planned = run.plan.apply(run.cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,25 @@ def test_what_is_finished_is_not_run_again(undisturbed, monkeypatch):
     shown = "\n".join(reproduce(options_for(folder)))
     assert rows(shown)["standing"] == ["finished"] * 3
     assert (folder / "report.html").exists()
+
+
+def test_the_gain_rule_runs_beside_them(undisturbed, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(undisturbed[0], folder)
+    shown = "\n".join(reproduce(options_for(folder, only="gain")))
+    before, after = shown.split("side by side")
+    assert "--method max_memory" in before
+    lines = {line.split("|")[1].strip(): line for line in after.splitlines() if "|" in line}
+    least, most, steps = 48 // 16, 48 // 8, float(lines["optimizer steps"].split("|")[4])
+    assert least <= steps <= most
+    assert float(lines["images seen"].split("|")[4]) == 16 * steps
+    *_, published, gain = after.split("Report")[0].strip().splitlines()
+    assert published.startswith("large batch by the linear rule, as published: AP ")
+    assert published.endswith("after 3 steps of 16 images")
+    assert gain.startswith("large batch by the gain rule: AP ")
+    assert gain.endswith(f"after {steps:.0f} steps of 16 images")
+    assert "final loss of 3 large batch by gain against 1 baseline" in after
+    assert "by the gain rule" in (folder / "report.md").read_text()
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(undisturbed):
