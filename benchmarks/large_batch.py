@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -87,9 +87,11 @@ class Trial:
         return f"{self.rule} x{float(self.ratio):g} seed {self.seed}"
 
 
-def trials(dataset: Dataset, seeds: int, rules: tuple[str, ...]) -> Iterator[Trial]:
+def trials(
+    dataset: Dataset, seeds: int, rules: Sequence[str], ratios: Sequence[Fraction]
+) -> Iterator[Trial]:
     """Yield all trainings of a dataset, seed by seed; at the recipe's batch all rules are one."""
-    for seed, ratio in product(range(1, seeds + 1), RATIOS):
+    for seed, ratio in product(range(1, seeds + 1), ratios):
         for rule in rules if ratio != 1 else ("recipe",):
             yield Trial(dataset, rule, ratio, seed)
 
@@ -226,22 +228,25 @@ def main() -> None:
     add("--output-dir", type=Path, default=Path("output/large"), metavar="DIR")
     add("--seeds", type=int, default=3, metavar="N")
     add("--rules", default=",".join(RULES), metavar="LIST", help="some of none,sqrt,linear,gain")
+    add("--ratios", default=",".join(map(str, RATIOS)), metavar="LIST", help="some of 1,2,4,8,1/2")
     add("--table", action="store_true", help="train nothing")
     arguments = parser.parse_args()
-    rules = tuple(arguments.rules.split(","))
+    rules = arguments.rules.split(",")
+    ratios = [Fraction(ratio) for ratio in arguments.ratios.split(",")]
     chosen = DATASETS.values() if arguments.dataset == "all" else [DATASETS[arguments.dataset]]
     for dataset in chosen:
         if not arguments.table:
-            _train_missing(dataset, arguments.seeds, rules, arguments.output_dir)
+            wanted = trials(dataset, arguments.seeds, rules, ratios)
+            _train_missing(dataset, list(wanted), arguments.output_dir)
         print(f"\n{dataset.name}\n")
         print(tabulate(summary(kept_rows(dataset)), headers="keys", tablefmt="pipe"))
 
 
-def _train_missing(dataset: Dataset, seeds: int, rules: tuple[str, ...], folder: Path) -> None:
+def _train_missing(dataset: Dataset, wanted: Sequence[Trial], folder: Path) -> None:
     known = {row["trial"] for row in kept_rows(dataset)}
     root = data_root(dataset, folder)
     with datasets_under(root):
-        for trial in trials(dataset, seeds, rules):
+        for trial in wanted:
             if trial.name not in known:
                 row = run(trial, folder)
                 keep(_results_name(dataset), [row], "trial")

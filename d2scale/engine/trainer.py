@@ -74,7 +74,9 @@ class Trainer:
         def before_update(losses: StepLosses) -> None:
             nonlocal lr
             abnormal.check_finite(losses.losses, iteration, lr)
-            lr = self._schedule.set(done, clock.gain_with(losses))
+            gain = clock.gain_with(losses)
+            lr = self._schedule.set(done, gain)
+            self._step.set_gain(gain)
 
         measure = clock.measures(one_part=self._step.is_one_part(rank_batch))
         try:

@@ -20,7 +20,12 @@ from d2scale.step.guard import AllocatorRetries, smaller_micro_batches
 from d2scale.step.micro_batches import ForwardBackward, MicroBatch, PhaseMarker, StepLosses, cut
 from d2scale.step.norms import synchronised_norms
 from d2scale.step.undo import StepUndo
-from d2scale.step.update import GradientClipper, trained_parameters, update_weights
+from d2scale.step.update import (
+    GradientClipper,
+    MomentumByGain,
+    trained_parameters,
+    update_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +75,7 @@ class OptimizerStep:
         self._forward_backward = ForwardBackward(
             model, self._averager, precision=options.precision, scaler=options.scaler
         )
+        self._momentum = MomentumByGain(optimizer)
         self._undo = StepUndo(model, optimizer, options.scaler)
         self._retries = AllocatorRetries(next(model.parameters()).device)
         # Ranks that wait for each other inside a forward cannot be told of an error there.
@@ -140,6 +146,13 @@ class OptimizerStep:
         Raises an AgreedOutOfMemoryError on every rank, if any of them ran out of memory.
         """
         return self._attempt(rank_batch, before_update, agrees=self._can_agree)
+
+    def set_gain(self, gain: float) -> None:
+        """Let the update of the running step count for ``gain`` of the recipe's steps.
+
+        To be called before it, at every attempt. The learning rate is the caller's to set.
+        """
+        self._momentum.set(gain)
 
     def held_tensors(self) -> list[Tensor]:
         """Return what lives between steps: weights, buffers, optimizer state, averaging buffers."""

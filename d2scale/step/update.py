@@ -25,12 +25,33 @@ def update_weights(
         if scaler is not None:
             scaler.unscale_(optimizer)
         clip(p for p in trained_parameters(optimizer) if p.grad is not None)
+    _begin_momentum(optimizer)
     if scaler is None:
         optimizer.step()
         return
-    _begin_momentum(optimizer)
     scaler.step(optimizer)
     scaler.update()
+
+
+class MomentumByGain:
+    """Lets momentum remember as many of the recipe's steps as it does in the recipe.
+
+    It decays once a step, by m; a step worth r of the recipe's decays it by m ** r. Its gradient
+    then counts for as much as r gradients would have, (1 - m ** r) / (1 - m), so that the buffer
+    keeps its size whatever r is: torch multiplies a gradient by 1 - dampening.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        # Not its groups: loading a state makes new ones.
+        self._optimizer = optimizer
+        self._momenta = [group.get("momentum", 0.0) for group in optimizer.param_groups]
+
+    def set(self, gain: float) -> None:
+        """Set momentum and dampening for a step that is worth ``gain`` of the recipe's."""
+        for group, momentum in zip(self._optimizer.param_groups, self._momenta, strict=True):
+            if momentum:
+                decay = momentum**gain
+                group["momentum"], group["dampening"] = decay, 1 - (1 - decay) / (1 - momentum)
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -43,12 +64,12 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 
     torch's fused SGD makes it uninitialised and leaves it so when the first step overflows, which
     is normal at a scale of 65536; the next step then adds garbage. From zero the first step is the
-    same, unless there is dampening.
+    same. Dampening, by which the gain rule weighs gradients, torch leaves out of the first step.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
     for group in optimizer.param_groups:
-        if not (group.get("fused") and group["momentum"]) or group["dampening"]:
+        if not (group["momentum"] and (group.get("fused") or group["dampening"])):
             continue
         for parameter in group["params"]:
             state = optimizer.state[parameter]

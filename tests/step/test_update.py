@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2scale.step.update import update_weights
+from d2scale.step.update import MomentumByGain, update_weights
 
 
 @pytest.fixture
@@ -59,3 +59,30 @@ def test_clipping_sees_unscaled_gradients_of_trained_parameters():
     update_weights(optimizer, scaler, lambda parameters: seen.extend(p.grad for p in parameters))
     assert [gradient.tolist() for gradient in seen] == [[1.0, 1.0]]
     assert trained.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_worth_three_is_three_steps_of_the_same_gradient(fused):
+    """As far as momentum goes; the weights follow with the learning rate."""
+    momenta = []
+    for gains in ([1.0] * 6, [3.0, 3.0], [1.5] * 4, [0.5] * 12):
+        parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=fused)
+        by_gain = MomentumByGain(optimizer)
+        for gain in gains:
+            parameter.grad = torch.full((3,), 2.0, dtype=torch.float64)
+            by_gain.set(gain)
+            update_weights(optimizer)
+        momenta.append(optimizer.state[parameter]["momentum_buffer"])
+    for momentum in momenta[1:]:
+        torch.testing.assert_close(momentum, momenta[0])
+
+
+def test_a_gain_of_one_leaves_the_optimizer_as_it_is():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+    by_gain = MomentumByGain(optimizer)
+    by_gain.set(2.5)
+    by_gain.set(1.0)
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["dampening"]) == (0.9, 0.0)
+    MomentumByGain(torch.optim.AdamW([nn.Parameter(torch.ones(1))])).set(2.0)
