@@ -145,21 +145,25 @@ def _to_history(
 ) -> History:
     rows: list[dict[str, float]] = []
     repeated = 0
-    steps_at = _step_counter(lines)
+    # By the gain rule iterations are the recipe's. Lines of training record steps and images,
+    # those of an evaluation by d2go do not.
+    steps_at, images_at = _counter(lines, "steps"), _counter(lines, "images_seen")
     for line in lines:
         row = dict(line)
         if "images_seen" not in row and rows and not _is_step(row):
             # detectron2 numbers the evaluation after the last step as one more.
             row["iteration"] = min(row["iteration"], rows[-1]["iteration"])
-        row.setdefault("steps", steps_at(row["iteration"]))
-        row.setdefault("images_seen", row["steps"] * (ims_per_batch or math.nan))
+        done = row["iteration"]
+        row.setdefault("steps", steps_at(done) if steps_at else done + 1)
+        images = images_at(done) if images_at else row["steps"] * (ims_per_batch or math.nan)
+        row.setdefault("images_seen", images)
         if _is_step(row):
             # A resumed run repeats the steps after its checkpoint.
             kept = bisect_right(rows, _key(row), key=_key)
             repeated += len(rows) - kept
             del rows[kept:]
         _insert(rows, row)
-    if not all("images_seen" in line for line in lines):
+    if lines and not images_at:
         notes.append(
             "the images seen are not recorded; they are steps times IMS_PER_BATCH"
             if ims_per_batch
@@ -175,19 +179,14 @@ def _to_history(
     return History(tuple(history), tuple(notes))
 
 
-def _step_counter(lines: Sequence[Mapping[str, float]]) -> Callable[[float], float]:
-    """Return what gives the steps that were taken when an iteration, from 0, is done."""
-    # By the gain rule iterations are the recipe's: lines of training record the steps, those of
-    # an evaluation do not.
-    known = {
-        0.0: 0.0,
-        **{line["iteration"] + 1: line["steps"] for line in lines if "steps" in line},
-    }
+def _counter(lines: Sequence[Mapping[str, float]], name: str) -> Callable[[float], float] | None:
+    """Return what gives a count after an iteration, by the lines that record it; None without."""
+    known = {line["iteration"] + 1: line[name] for line in lines if name in line}
+    if not known:
+        return None
     iterations = sorted(known)
-    if len(known) == 1:
-        return lambda iteration: iteration + 1
-    steps = [known[iteration] for iteration in iterations]
-    return lambda iteration: float(np.interp(iteration + 1, iterations, steps))
+    places, counts = [0.0, *iterations], [0.0, *(known[each] for each in iterations)]
+    return lambda iteration: float(np.interp(iteration + 1, places, counts))
 
 
 def _key(row: Mapping[str, float]) -> float:

@@ -150,11 +150,13 @@ def test_by_the_gain_rule_steps_are_not_iterations(tmp_path):
 def test_an_evaluation_by_the_gain_rule_stands_where_its_iteration_was(tmp_path):
     # As detectron2 writes it: without steps, late, and after the end with one more iteration.
     evaluations = [{"iteration": 9, "bbox/AP": 1.0}, {"iteration": 20, "bbox/AP": 2.0}]
-    write(tmp_path, [*without(gain_lines(), "images_seen"), *evaluations])
-    history = read_history(tmp_path, 16)
-    places, values = history.curve("bbox/AP")
-    assert (places.tolist(), values.tolist()) == ([128, 256], [1, 2])
-    assert history.rows[-1].values["gain"] == 1.25
+    for lines in (gain_lines(), without(gain_lines(), "images_seen")):
+        write(tmp_path, [*lines, *evaluations])
+        history = read_history(tmp_path, 16)
+        places, values = history.curve("bbox/AP")
+        assert (places.tolist(), values.tolist()) == ([128, 256], [1, 2])
+        assert history.rows[-1].values["gain"] == 1.25
+        assert any("IMS_PER_BATCH" in note for note in history.notes) == (lines != gain_lines())
 
 
 def test_an_infinite_noise_scale_is_no_point(tmp_path):
