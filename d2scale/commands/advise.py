@@ -16,8 +16,22 @@ if TYPE_CHECKING:
     from d2scale.run_folder.measurements import Measurements
 
 _EPILOG = """\
-example, by a run at the recipe's batch and one that fills the memory:
-  $ d2scale advise output/baseline output/large-batch
+A run is worth most if it followed the gain rule (d2scale train --lr-rule gain): its images are
+those that it really needed. A config alone measures its first steps here, and writes nothing.
+
+examples, two short runs of a recipe of 4 images on two CPU cores, and its config:
+  $ d2scale advise output/recipe output/double
+  | images per GPU   | GPUs   | total batch   | setting   | images/s   | efficiency   | ...
+  | 2                | 1      | 4             | float32   | 8.511      | 1.00         | ...
+  | 8                | 1      | 8             | float32   | 12.05      | 0.74         | ...
+
+  best: 8 images a step (8 per GPU, GPUs: 1, float32)
+  why: 8 images a step save 5 % against the recipe's 4: they show 42 % more images a second and
+  need 37 % more images; the median noise scale, 9 images, lies above all measured batches, so a
+  still larger one may save more
+  ...
+  $ d2scale advise recipe.yaml --minutes 5 --format json -o advice.json
+  $ d2scale plan recipe.yaml --method max_memory --ims-per-gpu 8 --noise advice.json
 """
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 

@@ -21,6 +21,11 @@ example:
   | config key     |   old value |   new value |
   | SOLVER.BASE_LR |        0.01 |  0.00015625 |
   ...
+
+by the noise that a run of the recipe has measured:
+  $ d2scale plan recipe.yaml --method max_memory --ims-per-gpu 8 --noise output/recipe
+  ...
+  optimizer steps:       30 to 60, about 49 expected
 """
 
 

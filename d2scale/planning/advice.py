@@ -17,7 +17,8 @@ from d2scale.planning.gain import NoisePoint, steps_needed, typical_noise_scale
 # Another batch than the recipe's must save this part of the time: speeds are not known better.
 _WORTH_A_CHANGE = 0.02
 # The part of a training from which on its noise counts as known.
-_MOST_OF_A_TRAINING = 0.9
+MOST_OF_A_TRAINING = 0.9
+_NOT_IN_A_ROW = ("candidate", "noise")
 # Words of the settings that name_of_variant gives.
 _SETTINGS = ("float32", "AMP", "activation checkpointing")
 
@@ -33,6 +34,8 @@ class Candidate:
     images_per_second: float | None = None  # in training steps; None: not measured
     source: str = ""  # where it was measured
     fills_memory: bool = False  # no more images per GPU fit
+    # Of its own training by the gain rule, if that came near its end; empty: as that of others.
+    noise: tuple[NoisePoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return all numbers as JSON-ready values."""
-        own = {name: value for name, value in vars(self).items() if name != "candidate"}
-        return {**vars(self.candidate), **own}
+        content = {**vars(self.candidate), **vars(self)}
+        return {name: value for name, value in content.items() if name not in _NOT_IN_A_ROW}
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def _joined(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Return one candidate for all measurements of the same batch, with their median speed."""
     groups: dict[Candidate, list[Candidate]] = {}
     for candidate in candidates:
-        key = replace(candidate, images_per_second=None, source="", fills_memory=False)
+        key = replace(candidate, images_per_second=None, source="", fills_memory=False, noise=())
         groups.setdefault(key, []).append(candidate)
     return [
         replace(
@@ -125,6 +128,7 @@ def _joined(candidates: Iterable[Candidate]) -> list[Candidate]:
             images_per_second=statistics.median(c.images_per_second or 0.0 for c in group),
             source=", ".join(dict.fromkeys(c.source for c in group)),
             fills_memory=any(c.fills_memory for c in group),
+            noise=next((c.noise for c in group if c.noise), ()),
         )
         for key, group in groups.items()
     ]
@@ -132,7 +136,7 @@ def _joined(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 def _row(candidate: Candidate, noise: Sequence[NoisePoint], max_iter: int, recipe: int) -> Row:
     total, speed = candidate.ims_per_batch, candidate.images_per_second
-    exact = steps_needed(noise, max_iter, total, recipe)
+    exact = steps_needed(candidate.noise or noise, max_iter, total, recipe)
     # Sums of parts may end a rounding error above a whole number.
     steps = math.ceil(round(exact, 6))
     return Row(
@@ -244,7 +248,7 @@ def _limit(rows: Sequence[Row], noise_scale: float) -> str:
 
 def _notes(known: Sequence[Candidate], noise: Sequence[NoisePoint], max_iter: int) -> Iterator[str]:
     until = noise[-1].recipe_steps
-    if until < _MOST_OF_A_TRAINING * max_iter:
+    if until < MOST_OF_A_TRAINING * max_iter:
         yield (
             f"the noise is that of the first {until:.0f} of {max_iter} steps of the recipe: it "
             "grows in a training, so a larger batch is worth at least that, a smaller one at most"
@@ -252,4 +256,6 @@ def _notes(known: Sequence[Candidate], noise: Sequence[NoisePoint], max_iter: in
     settings = " / ".join(candidate.setting for candidate in known)
     if missing := [name for name in _SETTINGS if name not in settings]:
         yield f"not measured: {', '.join(missing)}"
+    if any(candidate.noise for candidate in known):
+        yield "steps of a batch that was trained by the gain rule are those that its own noise gave"
     yield "times are those of training steps by the gain rule (--lr-rule gain), without evaluations"

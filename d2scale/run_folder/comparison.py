@@ -56,14 +56,15 @@ def compare(runs: Sequence[Measurements], here: Measurements | None = None) -> C
 
 
 def _noise(measurements: Sequence[Measurements]) -> RecipeNoise:
-    """Return the noise that tells most: of a training that keeps its quality, the longest."""
+    """Return the noise that tells most: of the longest training that keeps its quality."""
 
     def worth(one: Measurements) -> tuple[Any, ...]:
         points = one.noise.points
         done = min(points[-1].recipe_steps, one.noise.max_iter) if points else 0.0
-        return bool(points), one.keeps_quality, done
+        # A larger batch has more of the signal, and so a better estimate of it.
+        images = max((candidate.ims_per_batch for candidate in one.candidates), default=0)
+        return bool(points), one.keeps_quality, done, images
 
-    # The first of equals.
     best = max(measurements, key=worth).noise
     best.refuse_unmeasured("RUN")
     return best

@@ -17,7 +17,7 @@ from d2scale.config.keys import differences
 from d2scale.config.loading import load_recipe, load_yaml
 from d2scale.config.value_rules import is_number, is_whole
 from d2scale.errors import ConfigError, Fault
-from d2scale.planning.advice import Candidate
+from d2scale.planning.advice import MOST_OF_A_TRAINING, Candidate
 from d2scale.planning.batch import FIT_IN
 from d2scale.planning.coverage import name_of_variant, variant
 from d2scale.planning.gain import NoisePoint
@@ -53,6 +53,12 @@ class RecipeNoise:
     def ims_per_batch(self) -> int:
         """Images in a step of the recipe."""
         return int(self.recipe[_IMS_PER_BATCH])
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was measured until near the end of the training."""
+        known = MOST_OF_A_TRAINING * self.max_iter
+        return bool(self.points) and self.points[-1].recipe_steps >= known
 
     def refuse_other_recipe(self, other: RecipeNoise) -> None:
         """Raise a ConfigError that names the first key in which the recipes differ, if any."""
@@ -157,11 +163,15 @@ def read_measurements(folder: Path, argument: str = "RUN") -> Measurements:
     own = recipe_of(CfgNode(load_yaml(config)), plan.get("changes"))
     recipe = replace(recipe, recipe={**own, **recipe.recipe})
     lines = _read_lines(path, total)
+    recipe = replace(recipe, points=_points(lines, recipe.ims_per_batch))
+    by_gain = plan.get("lr_rule") == "gain"
+    own_noise = recipe.points if by_gain and recipe.is_known else ()
+    candidates = _candidates(lines, cfg, plan, total)
     return Measurements(
-        replace(recipe, points=_points(lines, recipe.ims_per_batch)),
-        _candidates(lines, cfg, plan, total, str(folder)),
+        recipe,
+        tuple(replace(one, source=str(folder), noise=own_noise) for one in candidates),
         read_json(folder / MACHINE_FILE),
-        keeps_quality=total == recipe.ims_per_batch or plan.get("lr_rule") == "gain",
+        keeps_quality=total == recipe.ims_per_batch or by_gain,
     )
 
 
@@ -250,7 +260,7 @@ def setting_of(cfg: Any) -> str:
 
 
 def _candidates(
-    lines: Sequence[_Line], cfg: Any, plan: Mapping[str, Any], total: int, source: str
+    lines: Sequence[_Line], cfg: Any, plan: Mapping[str, Any], total: int
 ) -> tuple[Candidate, ...]:
     before = _Line(0, 0, 0, None, None)
     seconds = [
@@ -264,4 +274,4 @@ def _candidates(
     fills = plan.get("method") == "max_memory" and not cfg.D2SCALE.MAX_IMS_PER_BATCH
     fills = fills and any(FIT_IN in str(note) for note in plan.get("notes", ()))
     batch = total, plan.get("world_size"), plan.get("ims_per_gpu"), setting_of(cfg)
-    return (Candidate(*batch, total / statistics.median(seconds), source, fills),)
+    return (Candidate(*batch, total / statistics.median(seconds), fills_memory=fills),)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from statistics import median
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from d2scale.config import load_cfg
 from d2scale.engine.run import train
 from d2scale.errors import ConfigError
 from d2scale.run_folder.comparison import compare
+from d2scale.run_folder.measurements import read_measurements
 from meta_fcos.detector import OneStageDetector
 
 RECIPE = """
@@ -90,6 +92,19 @@ def test_the_noise_is_that_of_a_training(recipe, tmp_path):
     assert [point.noise_scale for point in measured] == pytest.approx(
         [float("inf") if scale is None else scale for scale in trained]
     )
+
+
+def test_a_run_takes_the_steps_that_it_took(recipe, tmp_path):
+    opts = ("SOLVER.MAX_ITER", 10, "SOLVER.STEPS", "(8,)", "D2SCALE.IMS_PER_GPU", 8)
+    train(recipe("OUTPUT_DIR", tmp_path / "run", *opts), method="max_memory")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.json").read_text().splitlines()]
+    comparison = compare([read_measurements(tmp_path / "run")])
+    row = comparison.advice.best
+    assert row.candidate.ims_per_batch == 8
+    assert row.steps == lines[-1]["steps"] < 10
+    expected = row.steps * median(line["time"] for line in lines)
+    assert row.seconds == pytest.approx(expected, rel=0.2)  # the last step is worth too much
+    assert comparison.machine.endswith(" cores")
 
 
 def test_a_recipe_that_does_not_fit_has_the_speed_of_its_micro_batch(recipe):

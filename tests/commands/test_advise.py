@@ -43,7 +43,7 @@ def test_runs_become_a_table_with_the_best_batch_and_why(runs, capsys):
     ]
     assert "best: 16 images a step (16 per GPU, GPUs: 1, float32)" in lines
     assert any(line.startswith("why: 16 images a step save 6 % against") for line in lines)
-    assert "note: the noise is that of recipe" in lines
+    assert "note: the noise is that of double" in lines
     assert "note: not measured: AMP, activation checkpointing" in lines
 
 
@@ -53,9 +53,9 @@ def test_json_goes_to_a_file(runs, tmp_path, capsys):
     content = json.loads((tmp_path / "advice.json").read_text())
     assert content["best"]["ims_per_batch"] == 16
     assert content["machine"] == "a processor, 2 cores"
-    assert content["noise_from"] == "recipe"
+    assert content["noise_from"] == "double"  # the larger batch
     assert content["recipe"]["SOLVER.MAX_ITER"] == 100
-    assert content["noise"] == [[float(step), 8.0] for step in range(10, 101, 10)]
+    assert content["noise"] == [[float(step), 8.0] for step in range(20, 201, 20)]
 
 
 def test_runs_without_noise_still_give_their_speed(runs, tmp_path, capsys):
@@ -63,7 +63,7 @@ def test_runs_without_noise_still_give_their_speed(runs, tmp_path, capsys):
     assert main(["advise", "four", *runs, "--format", "json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert [row["images_per_second"] for row in content["rows"]] == [10, 16, 32]
-    assert content["noise_from"] == "recipe"
+    assert content["noise_from"] == "double"
 
 
 def test_noise_of_a_training_that_kept_its_quality_is_preferred(tmp_path, capsys):
@@ -87,6 +87,19 @@ def test_the_gain_rule_counts_in_the_recipes_steps(tmp_path, capsys):
     assert main(["advise", str(run), "--format", "json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["noise"][:2] == [[15.0, None], [30.0, 3.0]]
+
+
+def test_a_finished_run_by_the_gain_rule_counts_by_its_own_noise(tmp_path, capsys):
+    write_run(tmp_path / "double", 16, 1.6, noise_scale=None)  # infinite
+    write_run(tmp_path / "four", 32, 3.2)
+    write_run(tmp_path / "stopped", 64, 3.2, noise_scale=None, steps=10)
+    write_run(tmp_path / "linear", 24, 1.2, noise_scale=None, rule="linear")
+    runs = [str(tmp_path / name) for name in ("double", "four", "stopped", "linear")]
+    assert main(["advise", *runs, "--format", "json"]) == 0
+    rows = {row["ims_per_batch"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows[16]["steps"] == 50
+    # By the noise of the largest batch: gains of 1.5, 8 / 5 and 16 / 9.
+    assert [rows[images]["steps"] for images in (24, 32, 64)] == [67, 63, 57]
 
 
 def test_steps_of_another_batch_before_a_resume_do_not_count_as_speed(tmp_path, capsys):

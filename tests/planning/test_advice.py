@@ -124,6 +124,14 @@ def test_measurements_of_one_batch_are_joined_to_their_median():
     assert row.candidate.source == "a, b, c"
 
 
+def test_a_batch_that_was_trained_takes_the_steps_that_its_own_noise_gave():
+    own = candidate(16, 16.0, noise=(NoisePoint(100, math.inf),))
+    advice = advice_of(candidate(8, 10.0), own, candidate(32, 20.0))
+    assert [row.steps for row in advice.rows] == [100, 50, 63]
+    assert any("its own noise" in note for note in advice.notes)
+    assert not any("its own noise" in note for note in advice_of(candidate(8, 1.0)).notes)
+
+
 def test_json_says_what_the_table_does():
     noise = [NoisePoint(50, 8.0), NoisePoint(100, math.inf)]
     content = advice_of(candidate(8, 10.0), candidate(16, 16.0), noise=noise).to_json()
