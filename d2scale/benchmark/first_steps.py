@@ -105,7 +105,7 @@ def _checked(cfg: CfgNode, options: FirstStepsOptions) -> RecipeNoise:
             check(cfg)
     recipe = RecipeNoise("", {})
     with collecting(faults):
-        recipe = recipe_to_compare(cfg, f"the first {options.steps} steps of the config")
+        recipe = recipe_to_compare(cfg, "the config, measured here")
         advice = "noise is measured between two images of a step, or more"
         faults += whole("SOLVER.IMS_PER_BATCH", 2, advice=advice).faults(recipe.ims_per_batch)
     if faults:

@@ -117,5 +117,5 @@ def _measure(
         max_ims_per_gpu=arguments.max_ims_per_gpu,
         variants=arguments.variants,
     )
-    print(f"measuring here, for about {arguments.minutes:g} minutes at most", file=sys.stderr)
+    print(f"measuring here (--minutes {arguments.minutes:g} at most)", file=sys.stderr)
     return measure_first_steps(cfg, options)

@@ -103,8 +103,10 @@ def advise(
         known.append(Candidate(recipe_ims_per_batch))
     rows = [_row(candidate, noise, max_iter, recipe_ims_per_batch) for candidate in known]
     rows.sort(key=_order)
-    best, recipe = _best(rows, recipe_ims_per_batch)
-    reason = f"{_reason(best, recipe, rows)}; {_limit(rows, typical_noise_scale(noise, max_iter))}"
+    certain = _certain(rows, noise, max_iter, recipe_ims_per_batch)
+    best, recipe = _best(certain, recipe_ims_per_batch)
+    limit = _limit(rows, typical_noise_scale(noise, max_iter))
+    reason = f"{_reason(best, recipe, certain)}; {limit}"
     return Advice(
         recipe_ims_per_batch,
         max_iter,
@@ -146,6 +148,19 @@ def _row(candidate: Candidate, noise: Sequence[NoisePoint], max_iter: int, recip
         efficiency=max_iter * recipe / (exact * total),
         seconds=None if speed is None else exact * total / speed,
     )
+
+
+def _certain(
+    rows: Sequence[Row], noise: Sequence[NoisePoint], max_iter: int, recipe: int
+) -> Sequence[Row]:
+    """Leave out batches below the recipe's by noise of the beginning: what they save will shrink.
+
+    All stay if no other was measured.
+    """
+    if noise[-1].recipe_steps >= MOST_OF_A_TRAINING * max_iter:
+        return rows
+    larger = [row for row in rows if row.candidate.ims_per_batch >= recipe]
+    return larger if any(row.seconds is not None for row in larger) else rows
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -200,7 +215,7 @@ def _reason(best: Row, recipe: Row | None, rows: Sequence[Row]) -> str:
         row for row in rows if row.candidate.ims_per_batch != total and row.seconds is not None
     ]
     if not others:
-        return f"{text}: no other batch was measured"
+        return f"{text}: no other batch was measured that can be compared"
     rival = min(others, key=lambda row: (not _alike(row, best), _seconds(row)))
     return f"{text}: {_name(rival)}, the next, {_compared(rival, best).removeprefix('they ')}"
 
@@ -250,8 +265,8 @@ def _notes(known: Sequence[Candidate], noise: Sequence[NoisePoint], max_iter: in
     until = noise[-1].recipe_steps
     if until < MOST_OF_A_TRAINING * max_iter:
         yield (
-            f"the noise is that of the first {until:.0f} of {max_iter} steps of the recipe: it "
-            "grows in a training, so a larger batch is worth at least that, a smaller one at most"
+            f"the noise covers the first {until:.0f} of {max_iter} steps of the recipe; it grows "
+            "in a training, so a larger batch is worth at least that, a smaller one at most"
         )
     settings = " / ".join(candidate.setting for candidate in known)
     if missing := [name for name in _SETTINGS if name not in settings]:

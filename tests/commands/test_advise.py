@@ -215,7 +215,7 @@ class TestConfig:
         assert cfg.MODEL.DEVICE == "cpu"
         printed = capsys.readouterr()
         assert "note: a note of measuring" in printed.out
-        assert printed.err == "measuring here, for about 3 minutes at most\n"
+        assert printed.err == "measuring here (--minutes 3 at most)\n"
 
     def test_pairs_may_follow_the_config_at_once(self, config, capsys):
         assert main(["advise", config, "SEED", "3", "MODEL.DEVICE", "cpu"]) == 0

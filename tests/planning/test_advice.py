@@ -103,9 +103,20 @@ def test_what_was_not_measured_is_told():
 def test_noise_of_the_beginning_is_called_what_it_is():
     notes = advice_of(candidate(8, 1.0), noise=[NoisePoint(20, 8.0)]).notes
     (note,) = (note for note in notes if "first" in note)
-    assert note.startswith("the noise is that of the first 20 of 100 steps of the recipe: it grows")
+    assert note.startswith("the noise covers the first 20 of 100 steps of the recipe; it grows")
     assert note.endswith("a larger batch is worth at least that, a smaller one at most")
     assert not any("first" in note for note in advice_of(candidate(8, 1.0)).notes)
+
+
+def test_noise_of_the_beginning_speaks_for_no_smaller_batch():
+    early = [NoisePoint(20, 8.0)]
+    batches = candidate(8, 10.0), candidate(4, 10.0), candidate(16, 14.0)
+    assert advice_of(*batches).best.candidate.ims_per_batch == 4
+    advice = advice_of(*batches, noise=early)
+    assert advice.best.candidate.ims_per_batch == 8
+    assert advice.reason.startswith("the recipe's own batch of 8 is best: 16 images a step")
+    assert advice_of(*batches[:2], noise=early).best.candidate.ims_per_batch == 8
+    assert advice_of(batches[1], noise=early).best.candidate.ims_per_batch == 4
 
 
 @pytest.mark.parametrize(("scale", "named"), [(90.0, " 90 images,"), (math.inf, "")])
