@@ -16,6 +16,8 @@ from d2scale.planning.gain import NoisePoint, steps_needed, typical_noise_scale
 
 # Another batch than the recipe's must save this part of the time: speeds are not known better.
 _WORTH_A_CHANGE = 0.02
+# How much faster more of the same micro-batches in a step may be: the update is saved.
+_SAME_SPEED = 1.25
 # The part of a training from which on its noise counts as known.
 MOST_OF_A_TRAINING = 0.9
 _NOT_IN_A_ROW = ("candidate", "noise")
@@ -98,6 +100,7 @@ def advise(
         recipe_ims_per_batch: images in a step of the recipe.
         notes: what else the reader should know.
     """
+    candidates = [*candidates]
     known = _joined(candidates)
     if all(candidate.ims_per_batch != recipe_ims_per_batch for candidate in known):
         known.append(Candidate(recipe_ims_per_batch))
@@ -114,7 +117,7 @@ def advise(
         tuple(rows),
         best,
         reason,
-        (*notes, *_notes(known, noise, max_iter)),
+        (*notes, *_unsteady(candidates), *_notes(known, noise, max_iter)),
     )
 
 
@@ -259,6 +262,21 @@ def _limit(rows: Sequence[Row], noise_scale: float) -> str:
         f"above {noise_scale:.3g} images a step, the median noise scale, the noise is no longer "
         "the limit"
     )
+
+
+def _unsteady(candidates: Iterable[Candidate]) -> Iterator[str]:
+    """Yield where steps of the same micro-batches differ in speed as they should not."""
+    speeds: dict[tuple[Any, ...], list[float]] = {}
+    for one in candidates:
+        place = one.ims_per_gpu, one.world_size, one.setting
+        speeds.setdefault(place, []).append(one.images_per_second or 0.0)
+    for (ims_per_gpu, _, setting), values in speeds.items():
+        if ims_per_gpu and max(values) > _SAME_SPEED * min(values):
+            yield (
+                f"{ims_per_gpu} images per GPU in {setting} did {min(values):.3g} to "
+                f"{max(values):.3g} images a second: the machine was probably busy, so measure "
+                "again before you trust the times"
+            )
 
 
 def _notes(known: Sequence[Candidate], noise: Sequence[NoisePoint], max_iter: int) -> Iterator[str]:

@@ -135,6 +135,14 @@ def test_measurements_of_one_batch_are_joined_to_their_median():
     assert row.candidate.source == "a, b, c"
 
 
+def test_speeds_that_cannot_both_be_true_are_told():
+    one, other = (candidate(images, 10.0 * images, ims_per_gpu=4) for images in (8, 16))
+    (note,) = (note for note in advice_of(one, other).notes if "busy" in note)
+    assert note.startswith("4 images per GPU in float32 did 80 to 160 images a second: the machine")
+    amp = candidate(16, 100.0, ims_per_gpu=4, setting="AMP")
+    assert not any("busy" in note for note in advice_of(one, amp).notes)
+
+
 def test_a_batch_that_was_trained_takes_the_steps_that_its_own_noise_gave():
     own = candidate(16, 16.0, noise=(NoisePoint(100, math.inf),))
     advice = advice_of(candidate(8, 10.0), own, candidate(32, 20.0))
