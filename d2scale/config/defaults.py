@@ -27,7 +27,7 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     cfg.D2SCALE = node()
     # How the learning rate follows the batch ratio: auto, linear, sqrt, none or gain (by what a
     # step is worth, measured while training). auto is sqrt for Adam-like optimizers; for SGD it is
-    # gain with the method max_memory, and else linear.
+    # gain for a larger batch by the method max_memory, and else linear.
     cfg.D2SCALE.LR_RULE = "auto"
     # By the gain rule: images in a step of the recipe whose iterations this config counts, as the
     # plan of a run sets it. 0: SOLVER.IMS_PER_BATCH.

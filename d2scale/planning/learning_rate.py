@@ -16,9 +16,10 @@ def choose_rule(
 ) -> str:
     """Return the rule for a recipe that runs with ``ims_per_batch`` images a step.
 
-    ``auto`` is the gain rule where the batch has changed for its own sake, with SGD, if what will
-    train ``follows_gain``. benchmarks/README.md has the evidence: of all rules it alone keeps the
-    recipe's quality.
+    ``auto`` is the gain rule for a larger batch than the recipe's that is taken for its own sake,
+    with SGD, if what will train ``follows_gain``: of all rules it alone keeps the recipe's
+    quality there. With a smaller batch the linear rule keeps it, and the gain rule does not quite
+    (docs/larger_batches.md has the evidence).
 
     Raises:
         ConfigError: if the gain rule is asked for and cannot be followed.
@@ -26,21 +27,18 @@ def choose_rule(
     rule = rules.resolve_lr_rule(
         asked,
         schedule.optimizer,
-        prefers_gain=follows_gain and _batch_is_chosen(method, schedule, ims_per_batch),
+        prefers_gain=follows_gain and _is_larger_by_choice(method, schedule, ims_per_batch),
     )
     if rule == "gain" and (fault := _gain_fault(schedule, ims_per_batch, follows_gain)):
         raise ConfigError([fault])
     return rule
 
 
-def _batch_is_chosen(method: str, schedule: Schedule, ims_per_batch: int) -> bool:
-    """Return whether the batch differs from the recipe's because another one was asked for.
-
-    One image has no parts to measure, and one step nothing to learn from.
-    """
+def _is_larger_by_choice(method: str, schedule: Schedule, ims_per_batch: int) -> bool:
+    """Return whether a larger batch than the recipe's was asked for, and leaves a step at least."""
     asked = method == "max_memory" or schedule.ims_per_batch != schedule.recipe_ims_per_batch
-    measurable = 1 < ims_per_batch <= schedule.max_iter * schedule.recipe_ims_per_batch
-    return asked and measurable and ims_per_batch != schedule.recipe_ims_per_batch
+    most = schedule.max_iter * schedule.recipe_ims_per_batch
+    return asked and schedule.recipe_ims_per_batch < ims_per_batch <= most
 
 
 def _gain_fault(schedule: Schedule, ims_per_batch: int, follows_gain: bool) -> Fault | None:
@@ -76,6 +74,11 @@ def rule_notes(asked: str, rule: str, schedule: Schedule, planned: Schedule) -> 
             "the noise of its gradient; rate, warm-up, drops and periods are read on that count"
         ]
     notes = []
+    if asked == "auto" and rule == "linear" and planned.ims_per_batch > schedule.ims_per_batch:
+        notes.append(
+            "the learning rate is scaled linearly, which may cost quality; the gain rule "
+            "(D2SCALE.LR_RULE gain), followed by d2scale's own training, keeps it"
+        )
     known = schedule.optimizer.startswith(("sgd", "adam"))
     if asked == "auto" and not known and planned.base_lr != schedule.base_lr:
         notes.append(
