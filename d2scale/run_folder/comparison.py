@@ -40,7 +40,8 @@ def compare(runs: Sequence[Measurements], here: Measurements | None = None) -> C
     for other in everything[1:]:
         first.noise.refuse_other_recipe(other.noise)
     noise = _noise(everything)
-    candidates, notes = _candidates(everything, may_differ=here is not None)
+    machine = next(filter(None, (name_of_machine(one.machine) for one in everything)), "")
+    candidates, notes = _candidates(everything, machine, may_differ=here is not None)
     if not candidates:
         allowed = f"runs with times of steps in {METRICS_FILE}"
         sources = ", ".join(run.noise.source for run in runs)
@@ -52,7 +53,7 @@ def compare(runs: Sequence[Measurements], here: Measurements | None = None) -> C
         recipe_ims_per_batch=noise.ims_per_batch,
         notes=[f"the noise is that of {noise.source}", *notes],
     )
-    return Comparison(advice, noise, name_of_machine(first.machine))
+    return Comparison(advice, noise, machine)
 
 
 def _noise(measurements: Sequence[Measurements]) -> RecipeNoise:
@@ -71,23 +72,24 @@ def _noise(measurements: Sequence[Measurements]) -> RecipeNoise:
 
 
 def _candidates(
-    measurements: Sequence[Measurements], *, may_differ: bool
+    measurements: Sequence[Measurements], machine: str, *, may_differ: bool
 ) -> tuple[list[Candidate], list[str]]:
-    """Return the candidates of one machine, the first one's, and a note for each one left out."""
+    """Return the candidates of ``machine``, and notes on those of others or of an unknown one."""
     candidates: list[Candidate] = []
-    first, notes = measurements[0], list[str]()
-    own = name_of_machine(first.machine)
+    notes: list[str] = []
     for one in measurements:
         other, source = name_of_machine(one.machine), one.noise.source
-        if other and own and other != own:
+        if other and other != machine:
             if not may_differ:
-                allowed = f"runs of one machine, such as {first.noise.source} on {own}"
+                allowed = f"runs of one machine, as others on {machine}"
                 advice = f"leave {source} out, or add the config to measure its speed here"
                 raise ConfigError([Fault("machine", other, allowed, advice)])
-            notes.append(f"the speed of {source} is left out: it ran on {other}, not {own}")
+            notes.append(f"the speed of {source} is left out: it ran on {other}, not {machine}")
         else:
             candidates += one.candidates
             notes += one.notes
+            if machine and not other:
+                notes.append(f"the machine of {source} is not known")
     return candidates, notes
 
 

@@ -220,13 +220,17 @@ def _read_lines(path: Path, ims_per_batch: int) -> list[_Line]:
 def _line(content: Mapping[str, Any], ims_per_batch: int) -> _Line:
     """Return the values of a line; KeyError, TypeError or ValueError if it is broken."""
     steps = _real(content.get("steps", content["iteration"] + 1))
-    noise_scale = None
+    noise_scale = content.get("noise_scale")
     if "noise_scale" in content:
-        # JSON has no word for what is infinite.
-        noise_scale = math.inf if content["noise_scale"] is None else _real(content["noise_scale"])
+        # JSON has no word for what is infinite; detectron2's writer takes Python's.
+        noise_scale = math.inf if noise_scale in (None, math.inf) else _real(noise_scale)
     images = _real(content.get("images_seen", steps * ims_per_batch))
+    seconds = _real(content["time"])
+    if "gain" in content and "elapsed_seconds" not in content:
+        # d2go's timer counts iterations of the recipe.
+        seconds *= _real(content["gain"])
     done = _real(content["recipe_steps"]) if "recipe_steps" in content else None
-    return _Line(steps, images, _real(content["time"]), noise_scale, done)
+    return _Line(steps, images, seconds, noise_scale, done)
 
 
 def _real(value: Any) -> float:

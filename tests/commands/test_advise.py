@@ -102,6 +102,22 @@ def test_a_finished_run_by_the_gain_rule_counts_by_its_own_noise(tmp_path, capsy
     assert [rows[images]["steps"] for images in (24, 32, 64)] == [67, 63, 57]
 
 
+def test_d2go_times_the_recipes_iterations(tmp_path, capsys):
+    run = write_run(tmp_path / "run", 16, 1.0, noise_scale=8.0, gain=1.25, steps=80)
+    lines = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
+    for line in lines:
+        del line["elapsed_seconds"]
+    lines[0]["noise_scale"] = float("inf")
+    write_metrics(run, lines)
+    (run / "machine.json").unlink()
+    other = write_run(tmp_path / "other", 8, 1.0)
+    assert main(["advise", str(other), str(run), "--format", "json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["rows"][1]["images_per_second"] == 16 / 1.25
+    assert content["noise"][0][1] is None
+    assert f"the machine of {run} is not known" in content["notes"]
+
+
 def test_steps_of_another_batch_before_a_resume_do_not_count_as_speed(tmp_path, capsys):
     run = write_run(tmp_path / "run", 16, 1.0)
     before = metric_lines(8, 5.0, steps=60)

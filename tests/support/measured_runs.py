@@ -19,6 +19,7 @@ def metric_lines(ims_per_batch, seconds, noise_scale=8.0, steps=100, **others):
         {
             "iteration": step - 1,
             "images_seen": step * ims_per_batch,
+            "elapsed_seconds": step * seconds,
             "time": seconds,
             "total_loss": 1.0,
             **noise,
