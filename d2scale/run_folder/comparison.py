@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from d2scale.config.value_rules import is_number
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.advice import Advice, Candidate, advise
 from d2scale.run_folder.files import METRICS_FILE
@@ -99,4 +100,4 @@ def name_of_machine(machine: Mapping[str, Any]) -> str:
     if device == "cpu":
         return f"{machine.get('cpu', 'CPU')}, {machine.get('cpu_cores', 'some')} cores"
     gib = machine.get("device_memory_mb")
-    return f"{device}, {gib / 1024:.0f} GiB" if device and gib else str(device or "")
+    return f"{device}, {gib / 1024:.0f} GiB" if device and is_number(gib) else str(device or "")

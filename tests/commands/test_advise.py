@@ -198,6 +198,11 @@ class TestBadInput:
         (tmp_path / "double/metrics.json").write_bytes(b"\xff\xfe\xff")
         assert "metrics.json" in error_of(capsys, *runs)
 
+    def test_odd_facts_of_a_machine_are_another_machine(self, runs, tmp_path, capsys):
+        odd = '{"device": ["x"], "device_memory_mb": "much"}'
+        (tmp_path / "double/machine.json").write_text(odd)
+        assert "machine is \"['x']\"" in error_of(capsys, *runs)
+
     def test_an_output_that_cannot_be_written(self, runs, capsys):
         assert "--output" in error_of(capsys, *runs, "-o", "no/advice.json")
 
