@@ -99,5 +99,5 @@ def name_of_machine(machine: Mapping[str, Any]) -> str:
     device = machine.get("device")
     if device == "cpu":
         return f"{machine.get('cpu', 'CPU')}, {machine.get('cpu_cores', 'some')} cores"
-    gib = machine.get("device_memory_mb")
-    return f"{device}, {gib / 1024:.0f} GiB" if device and is_number(gib) else str(device or "")
+    mib: Any = machine.get("device_memory_mb")
+    return f"{device}, {mib / 1024:.0f} GiB" if device and is_number(mib) else str(device or "")
