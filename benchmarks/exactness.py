@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from split_steps import (
     exact_seconds,
     gradient_errors,
     guard_seconds,
+    noise_seconds,
     on_ranks,
     recipe,
     relative_error,
@@ -135,6 +137,9 @@ def time_rows(cfg: CfgNode, steps: int) -> Rows:
         (1, guard_seconds, "16 images, guarded", "plain"),
         (2, guard_seconds, "16 images, guarded", "plain: DDP averages during backward"),
         (1, split_seconds, "4 micro-batches of 4, exact", "4 plain ones"),
+        (1, partial(noise_seconds, 8), "2 micro-batches of 8, noise measured", "not measured"),
+        (2, partial(noise_seconds, 8), "2 ranks of 8, noise measured", "not measured"),
+        (1, partial(noise_seconds, 16), "16 images cut in two to measure", "in one part"),
         (1, exact_seconds, "16 images and their loading, EXACT on", "EXACT off"),
     ]
     rows = []

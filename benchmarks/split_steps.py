@@ -212,6 +212,14 @@ def split_seconds(cfg: CfgNode, steps: int) -> list[float]:
     return medians([plain, partial(exact, samples)], steps)
 
 
+def noise_seconds(ims_per_gpu: int, cfg: CfgNode, steps: int) -> list[float]:
+    """A step that measures the noise of its gradient or does not, measured last."""
+    samples = next(loader(cfg, 16))
+    rank_batch = samples[rank_slice(16, world_size(), rank())]
+    step = new_step(cfg, new_model(cfg), ims_per_gpu, guard=False)
+    return medians([partial(step, rank_batch), partial(step, rank_batch, measure=True)], steps)
+
+
 def exact_seconds(cfg: CfgNode, steps: int) -> list[float]:
     """A step with its data, EXACT off and on."""
     trainers = [
