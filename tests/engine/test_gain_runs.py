@@ -102,6 +102,9 @@ def test_rate_length_and_checkpoints_follow_the_recipes_count(run, images):
     saved = sorted(path.name for path in folder.glob("model_0*.pth"))
     reached = [min(s["iteration"] for s in steps if s["recipe_steps"] >= n) for n in (5, 10)]
     assert saved == [f"model_{iteration:07d}.pth" for iteration in reached]
+    # Momentum forgets as much per step of the recipe as the recipe lets it.
+    for group in content(folder)["optimizer"]["param_groups"]:
+        assert group["momentum"] == pytest.approx(0.9 ** steps[-1]["gain"])
     written = load_cfg(str(folder / "config.yaml"))
     assert (written.SOLVER.MAX_ITER, written.SOLVER.STEPS) == (12, (8,))
     assert json.loads((folder / "plan.json").read_text())["lr_rule"] == "gain"
