@@ -40,6 +40,9 @@ from meta_fcos.reproduction.final_loss import final_loss
 
 RECIPE = "d2scale://MetaFCOS/small-cpu.yaml"
 RULES = ("none", "sqrt", "linear", "gain")
+# The linear rule with momentum to the power of the batch ratio, as the gain rule has it: what is
+# left of the gain rule without the gain.
+CONTROL = "linear, momentum^k"
 RATIOS = (Fraction(1), Fraction(2), Fraction(4), Fraction(8), Fraction(1, 2))
 # Images of one forward: the recipe's 8 are two parts, half of them one.
 IMS_PER_GPU = 4
@@ -124,6 +127,11 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         "SOLVER.CHECKPOINT_PERIOD": 0,
         "WRITER_PERIOD": 1,
     }
+    if trial.rule == CONTROL:
+        momentum, decay = cfg.SOLVER.MOMENTUM, cfg.SOLVER.MOMENTUM ** float(trial.ratio)
+        settings["D2SCALE.LR_RULE"] = "linear"
+        settings["SOLVER.MOMENTUM"] = decay
+        settings["SOLVER.BASE_LR"] = cfg.SOLVER.BASE_LR * (1 - decay) / (1 - momentum)
     cfg.merge_from_list([part for pair in settings.items() for part in pair])
     with contextlib.redirect_stdout(io.StringIO()):
         results = train(cfg, method="max_memory")
@@ -185,8 +193,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     recipe = cells.get((1.0, "recipe"), [])
     shown = []
     for (ratio, rule), of_cell in cells.items():
-        ap, error = _mean_and_error([row["AP"] for row in of_cell])
-        recipe_ap, recipe_error = _mean_and_error([row["AP"] for row in recipe])
+        ap, error = mean_and_error([row["AP"] for row in of_cell])
+        recipe_ap, recipe_error = mean_and_error([row["AP"] for row in recipe])
         noise = math.hypot(error, recipe_error)
         steps = statistics.fmean(row["steps"] for row in of_cell)
         of_recipe = statistics.fmean(row["steps"] for row in recipe) if recipe else math.nan
@@ -210,10 +218,10 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _order(rule: str) -> int:
-    return ("recipe", *RULES).index(rule)
+    return ("recipe", *RULES, CONTROL).index(rule)
 
 
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
+def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Return the mean and its standard error."""
     if len(values) < 2:
         return statistics.fmean(values) if values else math.nan, math.nan
@@ -227,11 +235,12 @@ def main() -> None:
     add("--dataset", choices=(*DATASETS, "all"), default="all")
     add("--output-dir", type=Path, default=Path("output/large"), metavar="DIR")
     add("--seeds", type=int, default=3, metavar="N")
-    add("--rules", default=",".join(RULES), metavar="LIST", help="some of none,sqrt,linear,gain")
+    help_text = f"some of {','.join(RULES)}; or control: {CONTROL}"
+    add("--rules", default=",".join(RULES), metavar="LIST", help=help_text)
     add("--ratios", default=",".join(map(str, RATIOS)), metavar="LIST", help="some of 1,2,4,8,1/2")
     add("--table", action="store_true", help="train nothing")
     arguments = parser.parse_args()
-    rules = arguments.rules.split(",")
+    rules = [CONTROL if rule == "control" else rule for rule in arguments.rules.split(",")]
     ratios = [Fraction(ratio) for ratio in arguments.ratios.split(",")]
     chosen = DATASETS.values() if arguments.dataset == "all" else [DATASETS[arguments.dataset]]
     for dataset in chosen:
