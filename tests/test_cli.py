@@ -52,6 +52,19 @@ def test_an_output_file_is_readable_as_others_are_and_a_link_stays(recipes, tmp_
     assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_a_config_for_other_engines_cannot_follow_the_gain_rule(recipes, capsys):
+    larger = ["plan", str(recipes / "experiment-1-baseline.yaml"), "--method", "max_memory"]
+    larger += ["--ims-per-gpu", "32", "--format"]
+    assert main([*larger, "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lr_rule"] == "gain"
+    assert main([*larger, "yaml"]) == 0
+    written = capsys.readouterr().out
+    assert "scaled linearly, which may cost quality" in written
+    assert "BASE_LR: 0.02" in written
+    assert main([*larger, "yaml", "--lr-rule", "gain"]) == 2
+    assert "take linear, or train with d2scale train" in capsys.readouterr().err
+
+
 def test_dev_stdout_can_be_the_output(recipes):
     path = str(recipes / "experiment-1-baseline.yaml")
     command = [sys.executable, "-m", "d2scale", "plan", path]

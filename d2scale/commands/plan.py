@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from d2scale.commands.common import Commands, add_command, add_recipe, emit
 from d2scale.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
+    from d2scale.planning.hardware import Hardware
     from d2scale.run_folder.measurements import RecipeNoise
 
 _EPILOG = """\
@@ -51,10 +53,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale plan``."""
-    from d2scale.config.loading import load_recipe, resolve_config_path
-    from d2scale.planning.formats import plan_table, plan_yaml
+    from d2scale.config.loading import load_recipe
     from d2scale.planning.hardware import Hardware
-    from d2scale.planning.plan import make_plan
 
     cfg, settings = load_recipe(arguments.config, arguments.opts)
     noise = _read_noise(arguments, cfg)
@@ -67,13 +67,35 @@ def run(arguments: argparse.Namespace) -> int:
         settings=settings,
     )
     if arguments.explore:
-        from d2scale.planning.explore import choices_json, choices_table, explore
+        text = _choices(arguments, cfg, hardware)
+    else:
+        text = _plan(arguments, cfg, settings, hardware, noise)
+    emit(text.rstrip("\n") + "\n", arguments.output)
+    return 0
 
-        choices = explore(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
-        text = choices_json(choices) if arguments.format == "json" else choices_table(choices)
-        emit(text + "\n", arguments.output)
-        return 0
-    plan = make_plan(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
+
+def _choices(arguments: argparse.Namespace, cfg: Any, hardware: Hardware) -> str:
+    from d2scale.planning.explore import choices_json, choices_table, explore
+
+    choices = explore(cfg, hardware, method=arguments.method, lr_rule=arguments.lr_rule)
+    return choices_json(choices) if arguments.format == "json" else choices_table(choices)
+
+
+def _plan(
+    arguments: argparse.Namespace,
+    cfg: Any,
+    settings: Mapping[str, Any],
+    hardware: Hardware,
+    noise: RecipeNoise | None,
+) -> str:
+    from d2scale.config.loading import resolve_config_path
+    from d2scale.planning.formats import plan_table, plan_yaml
+    from d2scale.planning.plan import make_plan
+
+    # YAML is for engines that d2scale does not drive: they cannot follow the gain rule.
+    follows_gain = arguments.format != "yaml"
+    asked = {"method": arguments.method, "lr_rule": arguments.lr_rule}
+    plan = make_plan(cfg, hardware, **asked, follows_gain=follows_gain)
     if noise is not None:
         plan = plan.with_noise(noise.points)
         if plan.expected_steps is None:
@@ -81,13 +103,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.format == "yaml":
         folder = os.path.dirname(os.path.abspath(arguments.output or "plan.yaml"))
         recipe = os.path.abspath(resolve_config_path(arguments.config))
-        text = plan_yaml(plan, recipe, settings, folder)
-    elif arguments.format == "json":
-        text = json.dumps(plan.to_json(), indent=2)
-    else:
-        text = plan_table(plan)
-    emit(text.rstrip("\n") + "\n", arguments.output)
-    return 0
+        return plan_yaml(plan, recipe, settings, folder)
+    if arguments.format == "json":
+        return json.dumps(plan.to_json(), indent=2)
+    return plan_table(plan)
 
 
 def _read_noise(arguments: argparse.Namespace, cfg: Any) -> RecipeNoise | None:
