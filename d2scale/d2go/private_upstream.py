@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from d2go.modeling.ema import EMAHook
 from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.engine.hooks import IterationTimer
+from fvcore.common.timer import Timer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,6 +35,35 @@ def hooks_after_backward(trainer: SimpleTrainer) -> list[HookBase]:
 def state_holders(hook: HookBase) -> list[Any]:
     """Return the objects whose attributes are a hook's state: itself, and parts of the EMA."""
     return [hook, hook.ema_updater, hook.ema] if isinstance(hook, EMAHook) else [hook]
+
+
+def set_ema_decay(trainer: SimpleTrainer, decay: float) -> None:
+    """Set the decay of the EMA that is updated between backward and update, if there is one."""
+    for hook in hooks_after_backward(trainer):
+        if isinstance(hook, EMAHook):
+            hook.ema_updater.decay = decay
+
+
+class SteadyIterationTimer(IterationTimer):
+    """detectron2's timer, for a trainer that takes no step in some iterations.
+
+    The time left is estimated from the median of the iterations' times. ``seconds`` returns what
+    an iteration takes on average, None where that is not known yet.
+    """
+
+    def __init__(self, seconds: Callable[[], float | None]) -> None:
+        super().__init__()
+        self._step_timer = _Average(seconds)
+
+
+class _Average(Timer):
+    def __init__(self, average: Callable[[], float | None]) -> None:
+        super().__init__()
+        self._average = average
+
+    def seconds(self) -> float:
+        average = self._average()
+        return float(super().seconds()) if average is None else average
 
 
 def without_gradient_buckets(model: nn.Module) -> nn.Module:

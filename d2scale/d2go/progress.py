@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from d2scale import __version__
+from d2scale.d2go.gain import build_clock, follows_gain, recipe_ims_per_batch
 from d2scale.d2go.scaling_methods import applied_plan
 from d2scale.d2go.user_errors import exit_together_on_user_error
 from d2scale.errors import CheckpointError, Fault
-from d2scale.planning.continuation import continue_training
+from d2scale.planning.continuation import Continuation, continue_training
 from d2scale.planning.progress import FORMAT, Progress, recipe_of
 from d2scale.step import ranks
 from d2scale.step.optimizer_state import adapt_state
@@ -42,12 +43,19 @@ class ProgressRecord:
         self._loaded: Mapping[str, Any] | None = None
         self._start_iteration = 0
         self._images_before = 0
+        self._recipe_images_before = 0.0
+        # Kept by what takes the steps. Without the gain rule that may be d2go, which keeps neither.
+        self.clock = build_clock(cfg)
+        self.images_seen = 0
 
     def _d2go_plan(self) -> dict[str, Any]:
         """Return what d2go's own methods have changed, as far as a plan has words for it."""
         total, world_size = self._cfg.SOLVER.IMS_PER_BATCH, ranks.world_size()
         now = {**self._recipe, **recipe_of(self._cfg)}
         changes = {key: [old, now[key]] for key, old in self._recipe.items() if now[key] != old}
+        by_gain: dict[str, Any] = {}
+        if follows_gain(self._cfg):
+            by_gain = {"lr_rule": "gain", "batch_ratio": total / recipe_ims_per_batch(self._cfg)}
         return {
             "method": "d2go",
             "world_size": world_size,
@@ -55,10 +63,16 @@ class ProgressRecord:
             "accumulation_steps": 1,
             "ims_per_batch": total,
             "changes": changes,
+            **by_gain,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the record. With the iteration that stands beside it, it gives the images seen."""
+        """Return the record.
+
+        It gives the images seen: by the gain rule as they are, and else with the iteration that
+        stands beside it.
+        """
+        by_gain = {"images_seen": self.images_seen} if follows_gain(self._cfg) else {}
         return {
             "format": FORMAT,
             "version": __version__,
@@ -66,6 +80,9 @@ class ProgressRecord:
             "plan": self._plan,
             "start_iteration": self._start_iteration,
             "images_before": self._images_before,
+            "recipe_images_before": self._recipe_images_before,
+            **by_gain,
+            "clock": self.clock.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -91,9 +108,21 @@ class ProgressRecord:
         )
         continuation.log(logger)
         logger.info("detectron2's sampler begins its order anew")
-        self._start_iteration = continuation.first_iteration
-        self._images_before = stopped.images_seen
-        return continuation.first_iteration
+        self._start_iteration = self._first_iteration(stopped, continuation)
+        self._images_before = self.images_seen = stopped.images_seen
+        self._recipe_images_before = continuation.recipe_images
+        clock = (self._loaded or {}).get("clock")
+        self.clock.resume(continuation.iterations, continuation.recipe_images, clock)
+        return self._start_iteration
+
+    def _first_iteration(self, stopped: Progress, continuation: Continuation) -> int:
+        if self._plan.get("lr_rule") != "gain":
+            return continuation.first_iteration
+        begun = int(continuation.iterations)
+        if stopped.plan.get("lr_rule") == "gain" and not continuation.changes:
+            # The last step may have gone beyond its iteration: hooks pass through the others too.
+            return min(begun, stopped.iteration + 1)
+        return begun
 
     def _stopped(self, iteration: int) -> Progress:
         record = self._loaded
@@ -104,9 +133,20 @@ class ProgressRecord:
             raise CheckpointError(
                 [Fault("format of the checkpoint", record["format"], allowed, "update d2scale")]
             )
-        steps = iteration + 1 - record["start_iteration"]
-        images = record["images_before"] + steps * record["plan"]["ims_per_batch"]
-        return Progress(iteration, images, record["recipe"], record["plan"])
+        images, recipe_images = _images_of(record, iteration)
+        return Progress(
+            iteration, images, record["recipe"], record["plan"], recipe_images=recipe_images
+        )
+
+
+def _images_of(record: Mapping[str, Any], iteration: int) -> tuple[int, float]:
+    """Return the images seen after ``iteration``, and those of the recipe that they were worth."""
+    if record["plan"].get("lr_rule") == "gain":
+        return record["images_seen"], record["clock"]["recipe_images"]
+    steps = iteration + 1 - record["start_iteration"]
+    images, before = steps * record["plan"]["ims_per_batch"], record["images_before"]
+    # Records of older versions know of no other worth.
+    return before + images, record.get("recipe_images_before", before) + images
 
 
 def resume_by_images(
@@ -136,7 +176,7 @@ def resume_by_images(
         with exit_together_on_user_error():
             if resumes and "iteration" in content:
                 first = record.next_iteration(content["iteration"])
-            _refuse_other_files(first, checkpointer.save_dir)
+            _refuse_other_files((first, record.clock.iterations), checkpointer.save_dir)
         if first is not None:
             content["iteration"] = first - 1
             scheduler.base_lrs = rates
@@ -151,8 +191,8 @@ def resume_by_images(
     checkpointer.resume_or_load = resume_or_load
 
 
-def _refuse_other_files(first_iteration: int | None, folder: str) -> None:
-    if not ranks.same_on_all_ranks(first_iteration):
+def _refuse_other_files(position: tuple[int | None, float], folder: str) -> None:
+    if not ranks.same_on_all_ranks(position):
         advice = "give all machines the same files, or start from MODEL.WEIGHTS without --resume"
         fault = Fault("OUTPUT_DIR", folder, "a folder shared by all ranks", advice)
         raise CheckpointError([fault])

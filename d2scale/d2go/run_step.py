@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
 from detectron2.utils.events import get_event_storage
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from d2scale.d2go.gain import follows_gain, rates_kept, set_rates
 from d2scale.d2go.hook_states import HookStates
-from d2scale.d2go.private_upstream import next_batch, without_gradient_buckets
+from d2scale.d2go.private_upstream import next_batch, set_ema_decay, without_gradient_buckets
+from d2scale.d2go.progress import ProgressRecord
 from d2scale.d2go.scaling_methods import applied_plan
 from d2scale.d2go.step import build_step
 from d2scale.d2go.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
+from d2scale.planning.learning_rate import LR_RULE
 from d2scale.run_folder.contents import write_plan
 from d2scale.step import ranks
 from d2scale.step.guard import StepDoesNotFitError
@@ -40,11 +45,19 @@ class RunStep(HookBase):
     Args:
         cfg: the config that runs, scaled.
         checkpointer: saves the last good step when one image does not fit.
+        record: of this run, in its checkpoints; None: there is none.
     """
 
-    def __init__(self, cfg: Any, checkpointer: Any) -> None:
+    def __init__(self, cfg: Any, checkpointer: Any, record: ProgressRecord | None = None) -> None:
         self._cfg = cfg
         self._checkpointer = checkpointer
+        self._record = record or ProgressRecord(cfg)
+        self._clock = self._record.clock
+        self._by_gain = follows_gain(cfg)
+        self._losses: StepLosses | None = None  # of the last step
+        self._data_seconds = 0.0  # of an iteration, as the last step had it
+        self._lr = 0.0  # of the last step, in d2go's first group of parameters
+        self.iteration_seconds: float | None = None  # as the last step had it; None before
         self._plan = applied_plan(cfg)
         self._step: OptimizerStep | None = None
         self._hook_states: HookStates | None = None
@@ -53,7 +66,8 @@ class RunStep(HookBase):
     def before_train(self) -> None:
         """Replace the trainer's step.
 
-        Ends the process if the plan needs micro-batches and the trainer cannot have them.
+        Ends the process if the plan needs micro-batches or the gain rule, and the trainer cannot
+        have them.
         """
         rank_images = self._cfg.SOLVER.IMS_PER_BATCH // ranks.world_size()
         asked = self._plan.ims_per_gpu if self._plan else self._cfg.D2SCALE.IMS_PER_GPU
@@ -61,40 +75,77 @@ class RunStep(HookBase):
         splits = ims_per_gpu < rank_images
         # A batch that fills the memory was measured with this step, not with d2go's.
         measured = self._plan is not None and self._plan.method == "max_memory"
-        if not (splits or measured or self._cfg.D2SCALE.ON_OOM == "split"):
+        splits_on_oom = self._cfg.D2SCALE.ON_OOM == "split"
+        if not (splits or measured or self._by_gain or splits_on_oom):
             return
-        obstacle = _obstacle(self.trainer)
+        obstacle, plain = _obstacle(self.trainer), "or train with a plain model and trainer"
         if not obstacle:
             self._replace(ims_per_gpu)
+        elif self._by_gain:
+            allowed = f"linear, sqrt or none with {obstacle}"
+            _refuse(LR_RULE, "gain", allowed, f"take linear, {plain}")
         elif splits:
-            with exit_together_on_user_error():
-                allowed = f"{rank_images}, the images of a GPU, with {obstacle}"
-                advice = "let a step be one forward, or train with a plain model and trainer"
-                raise ConfigError([Fault("D2SCALE.IMS_PER_GPU", ims_per_gpu, allowed, advice)])
+            allowed = f"{rank_images}, the images of a GPU, with {obstacle}"
+            advice = f"let a step be one forward, {plain}"
+            _refuse("D2SCALE.IMS_PER_GPU", ims_per_gpu, allowed, advice)
         else:
             logger.warning("An out-of-memory error ends this run: d2go trains it with %s", obstacle)
 
     def run_step(self) -> None:
-        """Take one step."""
+        """Take the optimizer steps of one iteration of the schedule.
+
+        That is one. By the gain rule, where an iteration is a step of the recipe, it is none where
+        the step before was worth this one too, and several where a step is worth less than one.
+        """
+        if not self._by_gain:
+            self._take_step()
+        else:
+            while self._clock.iterations < self.trainer.iter + 1:
+                self._take_step()
+        # In every iteration, also with the step before: what is written of it stays together.
+        if self._losses is not None and self._writes_losses():
+            self._write_metrics(self._losses)
+
+    def after_step(self) -> None:
+        """Show the learning rate of the last step; d2go shows the scheduler's."""
+        if self._by_gain and self._losses is not None:
+            get_event_storage().put_scalar("lr", self._lr, smoothing_hint=False)
+
+    def _take_step(self) -> None:
         assert self._step is not None
         assert self._hook_states is not None
-        trainer = self.trainer
+        trainer, clock = self.trainer, self._clock
         start = time.perf_counter()
         rank_batch = _padded_alike(next_batch(trainer))
         data_seconds = time.perf_counter() - start
         self._attempts = 0
+        measure = clock.measures(one_part=self._step.is_one_part(rank_batch))
         try:
-            losses = self._step(rank_batch, self._before_update)
+            with rates_kept(trainer.optimizer) as rates:
+                before_update = partial(self._before_update, rates)
+                self._losses = self._step(rank_batch, before_update, measure=measure)
+                self._lr = trainer.optimizer.param_groups[0]["lr"]
         except StepDoesNotFitError:
             if self._attempts:
                 self._hook_states.restore()
             self._save_last_step()
             with exit_together_on_user_error():
                 raise
-        if self._writes_losses():
-            # The same on every rank, so detectron2's mean over ranks changes nothing.
-            values = {name: torch.tensor(value) for name, value in losses.losses.items()}
-            trainer.write_metrics(values, data_seconds, trainer.iter)
+        clock.advance()
+        self._record.images_seen += self._losses.images
+        self._data_seconds = data_seconds / clock.gain
+        self.iteration_seconds = (time.perf_counter() - start) / clock.gain
+
+    def _write_metrics(self, losses: StepLosses) -> None:
+        trainer, clock = self.trainer, self._clock
+        # The same on every rank, so detectron2's mean over ranks changes nothing.
+        values = {name: torch.tensor(value) for name, value in losses.losses.items()}
+        trainer.write_metrics(values, self._data_seconds, trainer.iter)
+        scalars = {} if clock.noise_scale is None else {"noise_scale": clock.noise_scale}
+        if self._by_gain:
+            scalars |= {"gain": clock.gain, "recipe_steps": clock.iterations, "steps": clock.steps}
+            scalars["images_seen"] = self._record.images_seen
+        get_event_storage().put_scalars(smoothing_hint=False, **scalars)
 
     def _replace(self, ims_per_gpu: int) -> None:
         trainer = self.trainer
@@ -109,12 +160,15 @@ class RunStep(HookBase):
             on_split=self._record_split,
         )
         self._hook_states = HookStates(trainer)
+        if self._by_gain:
+            # torch warns of a resumed run that begins with an iteration without a step.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step")
         trainer.run_step = self.run_step
 
-    def _before_update(self, losses: StepLosses) -> None:
+    def _before_update(self, rates: list[float], losses: StepLosses) -> None:
         assert self._hook_states is not None
         trainer = self.trainer
-        if self._writes_losses():
+        if self._by_gain or self._writes_losses():
             _check_finite(losses, trainer.iter)
         if self._attempts:
             self._hook_states.restore()
@@ -124,6 +178,11 @@ class RunStep(HookBase):
                 scale = trainer.grad_scaler.get_scale()
                 get_event_storage().put_scalar("[metric]grad_scaler", scale)
         self._attempts += 1
+        gain = self._clock.gain_with(losses)
+        if self._by_gain:
+            set_rates(trainer.optimizer, rates, gain)
+            # Between backward and update it is updated once a step, not once an iteration.
+            set_ema_decay(trainer, self._cfg.MODEL_EMA.DECAY**gain)
         # Hooks may change the gradients, and another attempt has others.
         trainer.after_backward()
 
@@ -141,6 +200,18 @@ class RunStep(HookBase):
         last = self.trainer.iter - 1
         if last >= self.trainer.start_iter:
             self._checkpointer.save(f"model_{last:07d}", iteration=last)
+
+
+def can_take_steps(cfg: Any, model: torch.nn.Module) -> bool:
+    """Return whether :class:`RunStep` can take the steps of d2go's own trainer of ``model``."""
+    amp_without_cuda = cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available()
+    watched = cfg.ABNORMAL_CHECKER.ENABLED
+    return not (amp_without_cuda or watched or isinstance(model, FullyShardedDataParallel))
+
+
+def _refuse(key: str, value: Any, allowed: str, advice: str) -> None:
+    with exit_together_on_user_error():
+        raise ConfigError([Fault(key, value, allowed, advice)])
 
 
 def _obstacle(trainer: SimpleTrainer) -> str:

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from d2go.runner import GeneralizedRCNNRunner
 from d2go.trainer.api import TestNetOutput, TrainNetOutput
+from detectron2.engine.hooks import IterationTimer
 from detectron2.utils.logger import setup_logger
 
 from d2scale.config.defaults import add_d2scale_config, add_project_configs
 from d2scale.config.projects import entry_points
 from d2scale.d2go.config import CfgNode
 from d2scale.d2go.datasets import register_datasets
+from d2scale.d2go.gain import follows_gain
 from d2scale.d2go.memory import TrainingMemory
+from d2scale.d2go.private_upstream import SteadyIterationTimer
 from d2scale.d2go.progress import ProgressRecord, resume_by_images
-from d2scale.d2go.run_step import RunStep
+from d2scale.d2go.run_step import RunStep, can_take_steps
 from d2scale.d2go.scaling_methods import (
     applied_plan,
     check_recipe,
@@ -59,6 +62,7 @@ class Runner(GeneralizedRCNNRunner):
     """
 
     _recipe: dict[str, Any] | None = None
+    _record: ProgressRecord | None = None
 
     @classmethod
     def get_default_cfg(cls) -> CfgNode:
@@ -95,12 +99,12 @@ class Runner(GeneralizedRCNNRunner):
         """Return d2go's checkpointer; in training it also keeps, and resumes by, a record."""
         if "optimizer" not in kwargs or "scheduler" not in kwargs:
             return super().build_checkpointer(cfg, model, save_dir, **kwargs)
-        progress = ProgressRecord(cfg, self._recipe)
+        self._record = record = ProgressRecord(cfg, self._recipe)
         checkpointer = super().build_checkpointer(
-            cfg, model, save_dir, **{RECORD: progress}, **kwargs
+            cfg, model, save_dir, **{RECORD: record}, **kwargs
         )
         resume_by_images(
-            checkpointer, progress, kwargs["optimizer"], kwargs["scheduler"], cfg.SOLVER.MAX_ITER
+            checkpointer, record, kwargs["optimizer"], kwargs["scheduler"], cfg.SOLVER.MAX_ITER
         )
         return checkpointer
 
@@ -118,16 +122,23 @@ class Runner(GeneralizedRCNNRunner):
         periodic_checkpointer: Any,
         trainer: Any,
     ) -> list[Any]:
-        """Return d2go's hooks, and the one that takes steps in micro-batches."""
+        """Return d2go's hooks, and the one that takes the steps."""
         hooks = super()._get_trainer_hooks(
             cfg, model, optimizer, scheduler, periodic_checkpointer, trainer
         )
-        return [*hooks, RunStep(cfg, periodic_checkpointer.checkpointer)]
+        run_step = RunStep(cfg, periodic_checkpointer.checkpointer, self._record)
+        if follows_gain(cfg):
+            timer = SteadyIterationTimer(lambda: run_step.iteration_seconds)
+            hooks = [timer if type(hook) is IterationTimer else hook for hook in hooks]
+        return [*hooks, run_step]
 
     def do_train(self, cfg: Any, model: torch.nn.Module, resume: bool) -> Any:
         """Scale the config, then train as d2go does."""
         with exit_together_on_user_error():
-            scale_for_training(cfg, TrainingMemory(cfg, self, model), resume=resume)
+            # A rule that was asked for is not replaced: RunStep will refuse what it cannot follow.
+            by_gain = follows_gain(cfg) or can_take_steps(cfg, model)
+            memory = TrainingMemory(cfg, self, model)
+            scale_for_training(cfg, memory, resume=resume, by_gain=by_gain)
             plan = applied_plan(cfg)
             if plan is not None and ranks.rank() == 0:
                 write_plan(Path(cfg.OUTPUT_DIR), plan)

@@ -10,20 +10,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
 from d2scale.config.keys import set_key
 from d2scale.config.loading import flatten
+from d2scale.d2go.gain import follows_gain
 from d2scale.d2go.memory import ENGINE, TrainingMemory, check_memory
 from d2scale.d2go.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.formats import plan_table
 from d2scale.planning.hardware import Hardware
+from d2scale.planning.learning_rate import choose_rule
 from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_faults, method_of
 from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
-from d2scale.planning.schedule import schedule_faults
+from d2scale.planning.schedule import Schedule, schedule_faults
 from d2scale.step import ranks
 
 logger = logging.getLogger(__name__)
@@ -63,11 +66,13 @@ def leave_scaling_to_training(cfg: Any) -> None:
     cfg.__dict__[_REFERENCE] = cfg.SOLVER.REFERENCE_WORLD_SIZE
 
 
-def scale_for_training(cfg: Any, memory: TrainingMemory, *, resume: bool) -> None:
+def scale_for_training(
+    cfg: Any, memory: TrainingMemory, *, resume: bool, by_gain: bool = True
+) -> None:
     """Scale ``cfg`` in place by the method of d2scale that it names, if it names one.
 
     d2go itself calls methods only where the world size differs from the recipe's. Every rank must
-    call this.
+    call this. ``by_gain`` says whether the training can follow the gain rule.
 
     Raises:
         ConfigError: on every rank, if the ranks were given different recipes; and what
@@ -81,13 +86,24 @@ def scale_for_training(cfg: Any, memory: TrainingMemory, *, resume: bool) -> Non
         with _defrosted(cfg):
             cfg.SOLVER.REFERENCE_WORLD_SIZE = reference
         method = method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
-        scale_in_place(cfg, ranks.world_size(), method, memory)
+        scale_in_place(cfg, ranks.world_size(), method, memory, by_gain=by_gain)
+    elif follows_gain(cfg):
+        schedule = Schedule.from_cfg(cfg)
+        choose_rule("gain", "keep_total", schedule, schedule.ims_per_batch, follows_gain=by_gain)
 
 
 def scale_in_place(
-    cfg: Any, world_size: int, method: str, memory: TrainingMemory | None = None
+    cfg: Any,
+    world_size: int,
+    method: str,
+    memory: TrainingMemory | None = None,
+    *,
+    by_gain: bool = False,
 ) -> Plan:
     """Plan the recipe for ``world_size`` ranks and write the plan into ``cfg``.
+
+    ``by_gain`` says whether the training can follow the gain rule, for which d2scale must take
+    the steps.
 
     Raises:
         ConfigError: on every rank, for a faulty recipe, a plan that d2go cannot run, a method
@@ -98,7 +114,8 @@ def scale_in_place(
         advice = "the config is scaled already; call one method, once"
         raise ConfigError([Fault("SOLVER.AUTO_SCALING_METHODS", methods, "one method", advice)])
     method_of(methods)
-    plan = _plan_on_ranks(cfg, world_size, method, memory or TrainingMemory(cfg))
+    memory = memory or TrainingMemory(cfg)
+    plan = _plan_on_ranks(cfg, world_size, method, memory, by_gain=by_gain)
     with _defrosted(cfg):
         for key, (_, value) in plan.changes.items():
             set_key(cfg, key, value)
@@ -107,7 +124,9 @@ def scale_in_place(
     return plan
 
 
-def _plan_on_ranks(cfg: Any, world_size: int, method: str, memory: TrainingMemory) -> Plan:
+def _plan_on_ranks(
+    cfg: Any, world_size: int, method: str, memory: TrainingMemory, *, by_gain: bool
+) -> Plan:
     """Return rank 0's plan on every rank; where memory is measured, all ranks take part."""
     outcome: Plan | ConfigError | None = None
     device_gib = memory.device_gib()
@@ -122,7 +141,8 @@ def _plan_on_ranks(cfg: Any, world_size: int, method: str, memory: TrainingMemor
                 make_profile=memory.profile,
                 make_variants=memory.variants,
             )
-            outcome = make_plan(cfg, hardware, method=method, follows_gain=False)
+            outcome = make_plan(cfg, hardware, method=method, follows_gain=by_gain)
+            outcome = replace(outcome, notes=(*outcome.notes, *_rule_notes(cfg, outcome, by_gain)))
             if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
                 refuse_more_than_all(outcome, memory.batches.images)
             _refuse_uneven_split(outcome)
@@ -133,6 +153,16 @@ def _plan_on_ranks(cfg: Any, world_size: int, method: str, memory: TrainingMemor
         raise outcome
     assert outcome is not None
     return outcome
+
+
+def _rule_notes(cfg: Any, plan: Plan, by_gain: bool) -> list[str]:
+    rescaled = plan.method == "max_memory" and plan.batch_ratio != 1
+    if by_gain or cfg.D2SCALE.LR_RULE != "auto" or plan.lr_rule != "linear" or not rescaled:
+        return []
+    return [
+        "auto takes linear, which may lose quality: the gain rule needs a training whose steps "
+        "d2scale takes"
+    ]
 
 
 def _refuse_uneven_split(plan: Plan) -> None:

@@ -86,6 +86,52 @@ def test_hooks_after_backward_are_those_that_act_there():
     assert state_holders(acting) == [acting]
 
 
+def test_the_decay_of_the_ema_is_set_where_it_acts():
+    from d2go.modeling import ema
+    from d2go.runner import GeneralizedRCNNRunner
+    from detectron2.engine import SimpleTrainer
+
+    from d2scale.d2go.private_upstream import set_ema_decay
+
+    cfg = GeneralizedRCNNRunner.get_default_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL_EMA.ENABLED = cfg.MODEL_EMA.AFTER_BACKWARD = True
+    model = nn.Linear(1, 1)
+    ema.may_build_model_ema(cfg, model)
+    hook = ema.EMAHook(cfg, model)
+    trainer = SimpleTrainer(model, [], None)
+    trainer.register_hooks([hook])
+    hook.before_train()
+    set_ema_decay(trainer, 0.25)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    nn.init.constant_(model.weight, before["weight"].item() + 1.0)
+    trainer.after_backward()
+    assert model.ema_state.state["weight"].item() == pytest.approx(before["weight"].item() + 0.75)
+
+
+def test_the_timer_reports_what_it_is_told():
+    from detectron2.engine import SimpleTrainer
+    from detectron2.utils.events import EventStorage
+
+    from d2scale.d2go.private_upstream import SteadyIterationTimer
+
+    times = iter([None, None, None, 7.0])
+    trainer = SimpleTrainer(nn.Linear(1, 1), [], None)
+    timer = SteadyIterationTimer(lambda: next(times))
+    trainer.register_hooks([timer])
+    with EventStorage() as trainer.storage:
+        trainer.before_train()
+        for trainer.iter in range(6):
+            trainer.before_step()
+            trainer.after_step()
+            if trainer.iter == 5:
+                break
+        values = [value for value, _ in trainer.storage.history("time").values()]
+    # The first two iterations are not timed.
+    assert values[3] == 7.0
+    assert all(value < 1.0 for value in values[:3])
+
+
 def test_the_runner_overrides_a_method_of_d2go():
     from d2go.runner import GeneralizedRCNNRunner
 

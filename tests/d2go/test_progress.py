@@ -64,6 +64,71 @@ def test_state_is_kept_with_the_settings_and_strides_of_this_run(cfg):
     assert momentum.stride() == ours.weight.stride() != theirs.weight.stride()
 
 
+def record_of(cfg, ims_per_batch, rule, **loaded):
+    """Return a record that has loaded one that ``loaded`` changes, of a recipe of 4 images."""
+    from d2scale.d2go.progress import ProgressRecord
+    from d2scale.planning.progress import recipe_of
+
+    recipe = recipe_of(cfg)
+    cfg = cfg.clone()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.D2SCALE.LR_RULE = ims_per_batch, rule
+    cfg.D2SCALE.RECIPE_IMS_PER_BATCH = 4 if rule == "gain" else 0
+    if rule != "gain":
+        cfg.SOLVER.MAX_ITER = 40 // ims_per_batch
+    record = ProgressRecord(cfg, recipe)
+    record._plan |= {"lr_rule": rule, "batch_ratio": ims_per_batch / 4}
+    if loaded:
+        record.load_state_dict(loaded)
+    return record
+
+
+def stopped_by_gain(cfg):
+    """Return the record after two steps that were worth 4.25 of the recipe's: iteration 2."""
+    record = record_of(cfg, 12, "gain")
+    record.clock.resume(4.25, 17.0, {**record.clock.state_dict(), "steps": 2, "gain": 2.0})
+    record.images_seen = 24
+    return record.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("ims_per_batch", "rule", "first", "tau"),
+    [
+        (12, "gain", 3, 4.25),  # iteration 3 takes no step
+        (8, "gain", 3, 4.25),
+        (4, "linear", 4, 4.0),  # 23 images are left: 6 steps
+    ],
+)
+def test_by_the_gain_rule_the_recipes_images_count(cfg, ims_per_batch, rule, first, tau):
+    record = record_of(cfg, ims_per_batch, rule, **stopped_by_gain(cfg))
+    assert record.next_iteration(2) == first
+    assert (record.clock.iterations, record.clock.recipe_images) == (tau, 17.0)
+    assert (record.images_seen, record.clock.steps) == (24, 2)
+    # One iteration more, and on by the gain rule: from there on with what the images are worth.
+    again = record_of(cfg, 4, "gain", **record.state_dict())
+    if rule == "linear":
+        assert again.next_iteration(4) == 5
+        assert (again.clock.iterations, again.images_seen) == (5.25, 28)
+    else:
+        assert again.next_iteration(3) == 4
+        assert (again.clock.iterations, again.images_seen) == (4.25, 24)
+
+
+def test_a_run_without_the_rule_goes_on_by_it(cfg):
+    # 3 steps of 6 images.
+    record = record_of(cfg, 12, "gain", **record_of(cfg, 6, "linear").state_dict())
+    record._cfg.D2SCALE.ALLOW_CHANGED_RECIPE = True
+    assert record.next_iteration(2) == 4
+    assert (record.clock.iterations, record.images_seen) == (4.5, 18)
+
+
+def test_another_rule_is_refused_unless_told(cfg):
+    from d2scale.errors import CheckpointError
+
+    record = record_of(cfg, 8, "linear", **stopped_by_gain(cfg))
+    with pytest.raises(CheckpointError, match=r"LR_RULE is 'linear'; allowed: 'gain'"):
+        record.next_iteration(2)
+
+
 def test_machines_without_a_shared_folder_are_refused(cfg, monkeypatch, capsys):
     from d2scale.step import ranks
 

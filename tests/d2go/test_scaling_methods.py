@@ -30,7 +30,8 @@ def scale(cfg, world_size, methods):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_does_in_d2go_what_the_plan_says(d2go_cfg, recipes, method):
     recipe, _ = load_recipe(str(recipes / "Meta-FCOS-pretrain.yaml"))
-    plan = make_plan(recipe, Hardware(2, ims_per_gpu=15), method=method)
+    hardware = Hardware(2, ims_per_gpu=15)
+    plan = make_plan(recipe, hardware, method=method, follows_gain=False)
     d2go_cfg.D2SCALE.IMS_PER_GPU = 15
     scale(d2go_cfg, 2, [f"d2scale_{method}"])
     assert {key: get_key(d2go_cfg, key) for key in plan.changes} == {
@@ -75,6 +76,24 @@ def test_a_method_applied_again_is_refused(d2go_cfg):
     scale_in_place(d2go_cfg, 2, "per_gpu")
     with pytest.raises(ConfigError, match="scaled already"):
         scale_in_place(d2go_cfg.clone(), 2, "per_gpu")
+
+
+def test_without_the_runner_the_gain_rule_is_not_to_be_had(d2go_cfg, capsys):
+    asked = d2go_cfg.clone()
+    asked.D2SCALE.LR_RULE = "gain"
+    with pytest.raises(SystemExit, match="2"):
+        scale(asked, 2, ["d2scale_keep_total"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "D2SCALE.LR_RULE is 'gain'; allowed: auto, linear, sqrt or none" in line
+    assert "or train with d2scale train or d2scale's Runner" in line
+
+
+def test_without_the_runner_auto_is_linear_and_says_so(d2go_cfg, caplog):
+    d2go_cfg.D2SCALE.IMS_PER_GPU = 15
+    with caplog.at_level("INFO"):
+        scale(d2go_cfg, 2, ["d2scale_max_memory"])
+    assert "auto takes linear, which may lose quality" in caplog.text
+    assert d2go_cfg.D2SCALE.LR_RULE == "auto"
 
 
 def test_an_uneven_split_is_refused_where_the_loader_would_fail(d2go_cfg, capsys):

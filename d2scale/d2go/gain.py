@@ -1,0 +1,57 @@
+"""The gain rule under detectron2's loop, which goes over the iterations of the recipe's schedule.
+
+The plan leaves the schedule as the recipe has it, so an iteration is one of the recipe's steps,
+and whatever counts iterations counts those: scheduler, checkpoints, evaluation, QAT. d2go's EMA is
+updated once an iteration, so its decay takes the power r at a step that is worth r, on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from d2scale.step.clock import StepClock
+
+
+def follows_gain(cfg: Any) -> bool:
+    """Return whether a scaled config trains by the gain rule."""
+    return bool(cfg.D2SCALE.LR_RULE == "gain")
+
+
+def recipe_ims_per_batch(cfg: Any) -> int:
+    """Return the images in a step of the recipe whose iterations a scaled config counts."""
+    return int(cfg.D2SCALE.RECIPE_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH)
+
+
+def build_clock(cfg: Any) -> StepClock:
+    """Return the clock of a training that begins; ``cfg`` is scaled."""
+    return StepClock(
+        recipe_ims_per_batch=recipe_ims_per_batch(cfg) if follows_gain(cfg) else None,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        measured_period=cfg.WRITER_PERIOD,
+    )
+
+
+@contextmanager
+def rates_kept(optimizer: torch.optim.Optimizer) -> Iterator[list[float]]:
+    """Yield the learning rates of the groups, and set them again at the end.
+
+    Each attempt at a step, each step of an iteration and the scheduler itself, which may multiply
+    what it finds, begin with the rates that the scheduler has set.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        yield rates
+    finally:
+        set_rates(optimizer, rates)
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, rates: list[float], gain: float | None = None
+) -> None:
+    """Set the learning rate of each group to ``gain`` times that in ``rates``."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate if gain is None else gain * rate
