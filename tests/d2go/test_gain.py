@@ -119,6 +119,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         assert all(lines[0][iteration][key] == lines[1][iteration][key] for key in keys)
 
 
+def test_a_step_whose_scaled_gradients_overflow_measures_nothing(toy, tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-110)
+    monkeypatch.setattr("d2go.runner.default_runner.get_grad_scaler", lambda cfg: scaler)
+    # d2go's own step would need CUDA.
+    monkeypatch.setattr("d2scale.d2go.run_step._obstacle", lambda trainer: "")
+    amp = {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.PRECISION": "bfloat16"}
+    toy.train(tmp_path / "out", of_batch(8, **amp))
+    lines = toy.metrics(tmp_path / "out")
+    assert scaler.get_scale() < 2.0**126
+    assert lines[0]["gain"] == 1.0
+    assert "noise_scale" not in lines[0]
+    assert lines[23]["gain"] > 1.0
+    assert lines[23]["noise_scale"] > 0
+
+
 def averaged(rows, decay, *, before_update):
     """Return the average of the weights whose decay takes the power r at each step."""
     average, (*_, before, _), steps = rows[0][4], rows[0], rows[0][0]
