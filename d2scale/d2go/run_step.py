@@ -166,6 +166,7 @@ class RunStep(HookBase):
         trainer.run_step = self.run_step
 
     def _before_update(self, rates: list[float], losses: StepLosses) -> None:
+        assert self._step is not None
         assert self._hook_states is not None
         trainer = self.trainer
         if self._by_gain or self._writes_losses():
@@ -181,6 +182,7 @@ class RunStep(HookBase):
         gain = self._clock.gain_with(losses)
         if self._by_gain:
             set_rates(trainer.optimizer, rates, gain)
+            self._step.set_gain(gain)
             # Between backward and update it is updated once a step, not once an iteration.
             set_ema_decay(trainer, self._cfg.MODEL_EMA.DECAY**gain)
         # Hooks may change the gradients, and another attempt has others.

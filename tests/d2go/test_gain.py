@@ -79,6 +79,9 @@ def test_rates_and_checkpoints_follow_the_recipes_steps(
     saved = [f"model_{iteration:07d}.pth" for iteration in (7, 15, 23)]
     assert sorted(path.name for path in out.glob("model*.pth")) == [*saved, "model_final.pth"]
     assert json.loads((out / "plan.json").read_text())["lr_rule"] == "gain"
+    groups = load(out / saved[-1])["optimizer"]["param_groups"]
+    momenta = [0.9 ** lines[23]["gain"]] * len(groups)
+    assert [group["momentum"] for group in groups] == pytest.approx(momenta)
 
 
 def test_another_attempt_at_a_step_begins_with_the_schedulers_rate(toy, tmp_path, scheduled):

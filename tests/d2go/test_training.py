@@ -1,6 +1,7 @@
 """d2go's own command trains, evaluates and resumes under the Runner, with 1 and 2 processes."""
 
 import json
+import re
 
 import pytest
 
@@ -56,9 +57,7 @@ def test_the_method_takes_effect_once_on_any_world_size(train, processes, lines)
     )  # fmt: skip
     assert output.count("Applying auto scaling method: d2scale_max_memory") == lines * processes
     assert output.count("Scaled the config:") == processes
-    assert (
-        f"| SOLVER.IMS_PER_BATCH                            | 4           | {processes}" in output
-    )
+    assert re.search(rf"\| SOLVER\.IMS_PER_BATCH +\| 4 +\| {processes} ", output)
 
 
 def test_the_log_holds_the_plan_and_what_has_no_effect(train, tmp_path):
