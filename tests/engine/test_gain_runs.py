@@ -14,25 +14,14 @@ from d2scale.engine.topology import Topology
 from d2scale.engine.trainer import Trainer
 from d2scale.errors import CheckpointError
 from meta_fcos.detector import OneStageDetector
+from training_processes import RECIPE
 
-RECIPE = """
-_BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml
-MODEL:
-  DEVICE: cpu
-  WEIGHTS: ""
-  RESNETS: {DEPTH: 18, STEM_OUT_CHANNELS: 32, RES2_OUT_CHANNELS: 32, NORM: GN}
-  BACKBONE: {FREEZE_AT: 0}
-  FPN: {OUT_CHANNELS: 32}
-  FCOS: {NUM_CLS_CONVS: 1, NUM_BOX_CONVS: 1}
-INPUT: {MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 96, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 96}
-DATALOADER: {NUM_WORKERS: 0}
-DATASETS: {TEST: []}
-D2SCALE: {EXACT: true, LR_RULE: gain}
-SOLVER: {REFERENCE_WORLD_SIZE: 1, IMS_PER_BATCH: 2, BASE_LR: 0.001, MAX_ITER: 12, STEPS: [8],
-         WARMUP_ITERS: 4, WARMUP_FACTOR: 0.25, CHECKPOINT_PERIOD: 5}
-WRITER_PERIOD: 1
-SEED: 7
-"""
+# Added to a recipe of one image size, 4 images a step.
+SETTINGS = (
+    *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 12, "SOLVER.STEPS", "(8,)"),
+    *("SOLVER.WARMUP_ITERS", 4, "SOLVER.WARMUP_FACTOR", 0.25, "SOLVER.CHECKPOINT_PERIOD", 5),
+    *("D2SCALE.LR_RULE", "gain"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +46,13 @@ def run(tmp_path, write_config):
 
     def start(folder, images, *opts, method="max_memory", ranks=1, **options):
         folder = tmp_path / folder
-        opts = ("D2SCALE.IMS_PER_GPU", images // ranks, "OUTPUT_DIR", folder, *opts)
-        train(load_cfg(path, [*map(str, opts)]), Topology(ranks), method=method, **options)
+        given = ("D2SCALE.IMS_PER_GPU", images // ranks, "OUTPUT_DIR", folder, *opts)
+        train(
+            load_cfg(path, [*map(str, (*SETTINGS, *given))]),
+            Topology(ranks),
+            method=method,
+            **options,
+        )
         return folder
 
     return start
