@@ -2,7 +2,8 @@
 
 The plan leaves the schedule as the recipe has it, so an iteration is one of the recipe's steps,
 and whatever counts iterations counts those: scheduler, checkpoints, evaluation, QAT. d2go's EMA is
-updated once an iteration, so its decay takes the power r at a step that is worth r, on average.
+updated once an iteration, with the recipe's decay; after a backward (MODEL_EMA.AFTER_BACKWARD) once
+a step, with the decay to the power of its gain.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from d2scale.d2go.scaling_methods import applied_plan
 from d2scale.d2go.step import build_step
 from d2scale.d2go.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
-from d2scale.planning.learning_rate import LR_RULE
+from d2scale.planning.rules import LR_RULE
 from d2scale.run_folder.contents import write_plan
 from d2scale.step import ranks
 from d2scale.step.guard import StepDoesNotFitError

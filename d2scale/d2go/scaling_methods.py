@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
@@ -26,6 +25,7 @@ from d2scale.planning.hardware import Hardware
 from d2scale.planning.learning_rate import choose_rule
 from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_faults, method_of
 from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
+from d2scale.planning.rules import LR_RULE
 from d2scale.planning.schedule import Schedule, schedule_faults
 from d2scale.step import ranks
 
@@ -88,8 +88,19 @@ def scale_for_training(
         method = method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
         scale_in_place(cfg, ranks.world_size(), method, memory, by_gain=by_gain)
     elif follows_gain(cfg):
-        schedule = Schedule.from_cfg(cfg)
-        choose_rule("gain", "keep_total", schedule, schedule.ims_per_batch, follows_gain=by_gain)
+        _refuse_gain_alone(cfg, by_gain)
+
+
+def _refuse_gain_alone(cfg: Any, by_gain: bool) -> None:
+    """Refuse the gain rule where no method of d2scale has planned the batch."""
+    schedule = Schedule.from_cfg(cfg)
+    choose_rule("gain", "keep_total", schedule, schedule.ims_per_batch, follows_gain=by_gain)
+    if schedule.ims_per_batch == schedule.recipe_ims_per_batch and cfg.SOLVER.AUTO_SCALING_METHODS:
+        allowed = "auto, linear, sqrt or none with d2go's own scaling methods"
+        advice = (
+            "name a d2scale method in SOLVER.AUTO_SCALING_METHODS: _BASE_ d2scale://max_memory.yaml"
+        )
+        raise ConfigError([Fault(LR_RULE, "gain", allowed, advice)])
 
 
 def scale_in_place(
@@ -142,7 +153,6 @@ def _plan_on_ranks(
                 make_variants=memory.variants,
             )
             outcome = make_plan(cfg, hardware, method=method, follows_gain=by_gain)
-            outcome = replace(outcome, notes=(*outcome.notes, *_rule_notes(cfg, outcome, by_gain)))
             if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
                 refuse_more_than_all(outcome, memory.batches.images)
             _refuse_uneven_split(outcome)
@@ -153,16 +163,6 @@ def _plan_on_ranks(
         raise outcome
     assert outcome is not None
     return outcome
-
-
-def _rule_notes(cfg: Any, plan: Plan, by_gain: bool) -> list[str]:
-    rescaled = plan.method == "max_memory" and plan.batch_ratio != 1
-    if by_gain or cfg.D2SCALE.LR_RULE != "auto" or plan.lr_rule != "linear" or not rescaled:
-        return []
-    return [
-        "auto takes linear, which may lose quality: the gain rule needs a training whose steps "
-        "d2scale takes"
-    ]
 
 
 def _refuse_uneven_split(plan: Plan) -> None:

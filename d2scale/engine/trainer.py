@@ -91,7 +91,7 @@ class Trainer:
             iteration=clock.iteration,
             iterations_before=done,
             iterations=clock.iterations,
-            steps=clock.number,
+            steps=clock.steps,
             losses=result.losses,
             lr=lr,
             seconds=time.perf_counter() - start,

@@ -230,7 +230,8 @@ def _name(row: Row) -> str:
 
 def _circumstances(row: Row) -> str:
     gpus = row.candidate.world_size
-    return f"{row.candidate.setting} on {gpus} GPU{'' if gpus == 1 else 's'}"
+    where = f" on {gpus} GPU{'' if gpus == 1 else 's'}" if gpus else ""
+    return f"{row.candidate.setting}{where}"
 
 
 def _compared(row: Row, other: Row) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from d2scale.config.keys import differences
 from d2scale.planning.formats import table
-from d2scale.planning.learning_rate import LR_RULE
+from d2scale.planning.gain import recipe_steps
 from d2scale.planning.progress import (
     Changes,
     Progress,
@@ -19,6 +19,7 @@ from d2scale.planning.progress import (
     recipe_changes,
     refuse_changes,
 )
+from d2scale.planning.rules import LR_RULE
 
 # If one of them changes, the recorded position in the order of images means nothing.
 _ORDER_KEYS = frozenset(
@@ -96,7 +97,7 @@ def _iterations(
     # Images for which an iteration of the recipe counts.
     count = _recipe_ims_per_batch(plan) or recipe["SOLVER.IMS_PER_BATCH"]
     if plan.get("lr_rule") == "gain":
-        return min(images / count, float(max_iter))
+        return min(recipe_steps(images, count), float(max_iter))
     return next_iteration(
         round(images),
         recipe_images=recipe["SOLVER.MAX_ITER"] * count,
@@ -113,8 +114,10 @@ def _recipe_ims_per_batch(plan: Mapping[str, Any]) -> float | None:
 
 def _rule_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     """Return the learning-rate rule if another one took effect until now."""
+    # At the recipe's own batch all rules are one, and auto is another above it than below.
+    sides = {plan.get("batch_ratio", 1.0) > 1.0 for plan in (old, new)}
     rescaled = all(plan.get("batch_ratio", 1.0) != 1.0 for plan in (old, new))
-    if not rescaled or not {"lr_rule"} <= {*old} & {*new}:
+    if not rescaled or len(sides) > 1 or not {"lr_rule"} <= {*old} & {*new}:
         return {}
     return differences({LR_RULE: old["lr_rule"]}, {LR_RULE: new["lr_rule"]})
 

@@ -129,7 +129,9 @@ def advice_table(advice: Advice) -> str:
     headers += ["images needed", "steps", "time", ""]
     rows = [(*_cells_of(row), "best" if row is advice.best else None) for row in advice.rows]
     best = advice.best.candidate
-    where = f"{best.ims_per_gpu} per GPU, GPUs: {best.world_size}, {best.setting}"
+    facts = [f"{best.ims_per_gpu} per GPU"] if best.ims_per_gpu else []
+    facts += [f"GPUs: {best.world_size}"] if best.world_size else []
+    where = ", ".join([*facts, best.setting])
     notes = [f"note: {note}" for note in advice.notes]
     lines = [table(headers, rows), "", f"best: {best.ims_per_batch} images a step ({where})"]
     return "\n".join([*lines, f"why: {advice.reason}", *notes])

@@ -46,6 +46,15 @@ def gain_of(noise_scale: float, ims_per_batch: int, recipe_ims_per_batch: int) -
     return (noise_scale / recipe_ims_per_batch + 1) / (noise_scale / ims_per_batch + 1)
 
 
+def recipe_steps(images: float, recipe_ims_per_batch: float) -> float:
+    """Return the recipe's steps that so many of its images are.
+
+    A whole number but for rounding is one: a training shall not take a step more for 1e-12.
+    """
+    steps = images / recipe_ims_per_batch
+    return float(round(steps)) if math.isclose(steps, round(steps), rel_tol=1e-9) else steps
+
+
 def efficiency(noise_scale: float, ims_per_batch: int, recipe_ims_per_batch: int) -> float:
     """Return the progress that an image makes in a batch over that in the recipe's batch.
 

@@ -119,8 +119,8 @@ class Hardware:
         Args:
             method: one of ``METHODS``; None: the one that ``SOLVER.AUTO_SCALING_METHODS`` names.
             make_profile: measures or predicts ``cfg``; called on all ranks that are given the
-                same arguments or on none. None: the run ends with other faults anyhow, so one
-                image per GPU is planned instead.
+                same arguments or on none. None: the run ends with other faults anyhow, so two
+                images per GPU are planned instead.
             make_variants: profiles of other precisions and of activation checkpointing, for
                 advice; called only if ``make_profile`` leaves no room for one image.
 
@@ -131,7 +131,7 @@ class Hardware:
         if not hardware._needs_profile(cfg, method, on_gpu=device_gib is not None):
             return hardware
         if make_profile is None:
-            return replace(hardware, ims_per_gpu=1)
+            return replace(hardware, ims_per_gpu=2)  # one has no noise for the gain rule
         hardware = replace(hardware, profile=make_profile(), variants=())
         if make_variants is None or hardware.holds_one_image():
             return hardware

@@ -6,9 +6,8 @@ import math
 
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
+from d2scale.planning.rules import LR_RULE
 from d2scale.planning.schedule import Schedule
-
-LR_RULE = "D2SCALE.LR_RULE"
 
 
 def choose_rule(
@@ -35,10 +34,16 @@ def choose_rule(
 
 
 def _is_larger_by_choice(method: str, schedule: Schedule, ims_per_batch: int) -> bool:
-    """Return whether a larger batch than the recipe's was asked for, and leaves a step at least."""
+    """Return whether a larger batch than the recipe's was asked for, and leaves enough steps."""
     asked = method == "max_memory" or schedule.ims_per_batch != schedule.recipe_ims_per_batch
-    most = schedule.max_iter * schedule.recipe_ims_per_batch
-    return asked and schedule.recipe_ims_per_batch < ims_per_batch <= most
+    larger = ims_per_batch > schedule.recipe_ims_per_batch
+    return asked and larger and _leaves_steps(schedule, ims_per_batch)
+
+
+def _leaves_steps(schedule: Schedule, ims_per_batch: int) -> bool:
+    """Return whether there may be more steps than learning-rate drops, and one at least."""
+    fewest = schedule.max_iter * schedule.recipe_ims_per_batch / ims_per_batch
+    return fewest >= 1 and math.ceil(fewest) > len(schedule.steps)
 
 
 def _gain_fault(schedule: Schedule, ims_per_batch: int, follows_gain: bool) -> Fault | None:
@@ -54,7 +59,7 @@ def _gain_fault(schedule: Schedule, ims_per_batch: int, follows_gain: bool) -> F
     elif ims_per_batch < 2:
         where = "with a total batch of one image"
         advice = "take a larger batch: noise is measured between two parts of a step"
-    elif fewest < 1 or math.ceil(fewest) <= len(schedule.steps):
+    elif not _leaves_steps(schedule, ims_per_batch):
         where = f"with a batch of {ims_per_batch} images"
         advice = (
             f"take a smaller batch (D2SCALE.MAX_IMS_PER_BATCH): {schedule.max_iter} steps of "
@@ -69,12 +74,15 @@ def rule_notes(asked: str, rule: str, schedule: Schedule, planned: Schedule) -> 
     """Return what the user should know about the rule that was chosen."""
     if rule == "gain":
         low, high = sorted((1.0, planned.ims_per_batch / planned.recipe_ims_per_batch))
+        if low == high:
+            return ["with the recipe's own batch the gain of a step is always 1"]
         return [
             f"a step counts for {low:.3g} to {high:.3g} of the recipe's {schedule.max_iter}, by "
             "the noise of its gradient; rate, warm-up, drops and periods are read on that count"
         ]
     notes = []
-    if asked == "auto" and rule == "linear" and planned.ims_per_batch > schedule.ims_per_batch:
+    larger = planned.ims_per_batch > schedule.ims_per_batch
+    if asked == "auto" and rule == "linear" and larger and rules.follows_gain(schedule.optimizer):
         notes.append(
             "the learning rate is scaled linearly, which may cost quality; the gain rule "
             "(D2SCALE.LR_RULE gain), followed by d2scale's own training, keeps it"

@@ -14,7 +14,7 @@ from d2scale.planning import rules
 from d2scale.planning.batch import BATCH_RULES, decide_batch
 from d2scale.planning.gain import NoisePoint, steps_needed
 from d2scale.planning.hardware import Hardware
-from d2scale.planning.learning_rate import LR_RULE, choose_rule, rule_notes
+from d2scale.planning.learning_rate import choose_rule, rule_notes
 from d2scale.planning.methods import METHODS, method_faults, method_of
 from d2scale.planning.schedule import Schedule, schedule_faults
 
@@ -147,13 +147,13 @@ def _changes(
 ) -> dict[str, tuple[Any, Any]]:
     changes = differences(schedule.to_config(), planned.to_config())
     if rule == "gain":  # the other rules have done their work once the schedule is scaled
-        changes |= differences({LR_RULE: get_key(cfg, LR_RULE)}, {LR_RULE: rule})
+        changes |= differences({rules.LR_RULE: get_key(cfg, rules.LR_RULE)}, {rules.LR_RULE: rule})
     return changes
 
 
 def _checked_request(cfg: Any, method: str | None, lr_rule: str | None) -> tuple[str, str]:
     """Return the method and the rule that are asked for; ConfigError with all faults."""
-    lr_rule = lr_rule or get_key(cfg, LR_RULE, "auto")
+    lr_rule = lr_rule or get_key(cfg, rules.LR_RULE, "auto")
     if faults := [*schedule_faults(cfg), *_request_faults(cfg, method, lr_rule)]:
         raise ConfigError(faults)
     return method or method_of(get_key(cfg, "SOLVER.AUTO_SCALING_METHODS", ())), lr_rule
@@ -164,5 +164,5 @@ def _request_faults(cfg: Any, method: str | None, lr_rule: str) -> list[Fault]:
         faults = method_faults(get_key(cfg, "SOLVER.AUTO_SCALING_METHODS", ()))
     else:
         faults = one_of("method", METHODS).faults(method)
-    faults += one_of(LR_RULE, rules.LR_RULES).faults(lr_rule)
+    faults += one_of(rules.LR_RULE, rules.LR_RULES).faults(lr_rule)
     return faults + judge(cfg, BATCH_RULES)

@@ -15,6 +15,7 @@ from typing import Any
 from d2scale.config.keys import as_json, differences, get_key
 from d2scale.config.loading import flatten
 from d2scale.errors import CheckpointError, Fault
+from d2scale.planning.rules import LR_RULE
 
 # Raised when an older d2scale can no longer read what this one writes.
 FORMAT = 1
@@ -104,15 +105,17 @@ def recipe_changes(progress: Progress, recipe: Mapping[str, Any]) -> Changes:
 
 def refuse_changes(changes: Changes) -> None:
     """Raise a CheckpointError with a line for each change of the recipe, if there is one."""
-    advice = (
-        "resume with the recipe that it was started with, or accept the new one with "
-        "--allow-changed-recipe (D2SCALE.ALLOW_CHANGED_RECIPE True)"
-    )
+    accept = "or accept the new one with --allow-changed-recipe (D2SCALE.ALLOW_CHANGED_RECIPE True)"
     if faults := [
-        Fault(key, new, f"{old!r}, as in the training to resume", advice)
+        Fault(key, new, f"{old!r}, as in the training to resume", f"{_advice(key, old)}, {accept}")
         for key, (old, new) in changes.items()
     ]:
         raise CheckpointError(faults)
+
+
+def _advice(key: str, old: Any) -> str:
+    # auto may have chosen it: the user never set this key.
+    return f"add {key} {old}" if key == LR_RULE else "resume with the recipe it was started with"
 
 
 def next_iteration(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+LR_RULE = "D2SCALE.LR_RULE"
 # gain is followed while training: see planning/gain.py.
 LR_RULES = ("auto", "linear", "sqrt", "none", "gain")
 

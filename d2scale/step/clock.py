@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from d2scale.planning.gain import gain_of
+from d2scale.planning.gain import gain_of, recipe_steps
 from d2scale.step.micro_batches import StepLosses
 from d2scale.step.noise import NoiseAverage
 
@@ -104,7 +104,7 @@ class StepClock:
             self.iterations += 1
         else:
             self.recipe_images += self.gain * self.recipe_ims_per_batch
-            self.iterations = self.recipe_images / self.recipe_ims_per_batch
+            self.iterations = recipe_steps(self.recipe_images, self.recipe_ims_per_batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

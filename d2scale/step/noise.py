@@ -124,6 +124,7 @@ class SquaredNorms:
         hooks = [
             parameter.register_hook(partial(_add_norm, norms, completed, index))
             for index, parameter in enumerate(self._parameters if watch else ())
+            if parameter.requires_grad  # some are frozen while training
         ]
         try:
             yield norms

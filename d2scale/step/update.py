@@ -38,7 +38,8 @@ class MomentumByGain:
 
     It decays once a step, by m; a step worth r of the recipe's decays it by m ** r. Its gradient
     then counts for as much as r gradients would have, (1 - m ** r) / (1 - m), so that the buffer
-    keeps its size whatever r is: torch multiplies a gradient by 1 - dampening.
+    keeps its size whatever r is: torch multiplies a gradient by 1 - dampening. Nesterov's momentum
+    is left alone: torch adds its newest gradient once more, without dampening.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -49,7 +50,7 @@ class MomentumByGain:
     def set(self, gain: float) -> None:
         """Set momentum and dampening for a step that is worth ``gain`` of the recipe's."""
         for group, momentum in zip(self._optimizer.param_groups, self._momenta, strict=True):
-            if momentum:
+            if momentum and not group.get("nesterov"):
                 decay = momentum**gain
                 group["momentum"], group["dampening"] = decay, 1 - (1 - decay) / (1 - momentum)
 

@@ -129,6 +129,7 @@ def test_folder_of_a_run(recipe, tmp_path):
         "loss_fcos_loc",
         "loss_fcos_ctr",
         "noise_scale",  # from the two ranks or micro-batches
+        "steps",
         "lr",
         "time",
         "data_time",

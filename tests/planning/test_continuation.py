@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from d2scale.config import load_cfg
@@ -74,3 +76,33 @@ def test_a_checkpoint_without_a_record_is_taken_with_a_warning():
     assert went_on.first_iteration == 10
     assert went_on.warnings == (progress.assumption,)
     assert len(went_on.notes) == 1
+
+
+def test_auto_may_be_another_rule_on_the_other_side_of_the_recipes_batch():
+    cfg = recipe()
+    larger, smaller = (plan_of(cfg, 2, "max_memory", m, lr_rule="auto") for m in (16, 4))
+    assert (larger.lr_rule, smaller.lr_rule) == ("gain", "linear")
+    went_on = continue_training(
+        stopped(cfg, larger), recipe_of(cfg), smaller.to_json(), max_iter=60000, allow_changes=False
+    )
+    assert went_on.changes == {}
+
+
+def test_another_rule_is_refused_with_the_one_to_add():
+    cfg = recipe()
+    linear, gain = (plan_of(cfg, 2, "max_memory", 16, lr_rule=rule) for rule in ("linear", "auto"))
+    with pytest.raises(CheckpointError, match=r"add D2SCALE\.LR_RULE linear, or accept"):
+        continue_training(
+            stopped(cfg, linear), recipe_of(cfg), gain.to_json(), max_iter=9, allow_changes=False
+        )
+
+
+def test_a_gain_run_goes_on_from_what_its_steps_were_worth():
+    cfg = recipe()
+    plan = plan_of(cfg, 2, "max_memory", 16, lr_rule="gain")
+    before = replace(stopped(cfg, plan), recipe_images=120.0)
+    went_on = continue_training(
+        before, recipe_of(cfg), plan.to_json(), max_iter=30000, allow_changes=False
+    )
+    assert (went_on.iterations, went_on.first_iteration) == (7.5, 8)
+    assert went_on.recipe_images == 120.0

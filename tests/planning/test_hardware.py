@@ -182,7 +182,7 @@ def test_without_a_budget_nothing_can_be_filled(recipes):
 def test_a_run_that_ends_with_faults_makes_no_profile(recipes):
     cfg = filling(recipes)
     plan = make_plan(cfg, for_training(cfg, None), method="max_memory")
-    assert plan.ims_per_gpu == 1
+    assert plan.ims_per_gpu == 2
 
 
 def test_variants_are_asked_for_only_where_not_one_image_fits(recipes):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from d2scale.config import load_cfg
+from d2scale.engine.planning import check_plan
 from d2scale.errors import ConfigError
 from d2scale.planning.gain import NoisePoint
 from d2scale.planning.hardware import Hardware
@@ -28,6 +29,7 @@ def plan_of(*opts, m=16, gpus=2, method="max_memory", **options):
         (("SOLVER.OPTIMIZER", "adamw"), {"m": 16}, "sqrt"),
         (("SOLVER.OPTIMIZER", "sgd_mt"), {"m": 16}, "gain"),
         (("SOLVER.OPTIMIZER", "rmsprop"), {"m": 16}, "linear"),
+        (("SOLVER.MAX_ITER", 5, "SOLVER.STEPS", "()"), {"m": 100}, "linear"),  # not one step
         (("D2SCALE.LR_RULE", "gain"), {"m": 4}, "gain"),
         (("D2SCALE.LR_RULE", "linear"), {"m": 16}, "linear"),
     ],
@@ -86,3 +88,23 @@ def test_a_gain_rule_that_cannot_be_followed_is_refused(opts, options, message):
 
 def test_auto_without_the_means_says_what_it_would_be():
     assert any("the gain rule" in note for note in plan_of(follows_gain=False).notes)
+
+
+def test_too_few_steps_are_told_of_the_schedule_unless_the_rule_was_asked_for():
+    opts = ("SOLVER.MAX_ITER", 100, "SOLVER.STEPS", "(50, 80)")
+    with pytest.raises(ConfigError, match=r"SOLVER\.STEPS"):
+        plan_of(*opts, m=400)
+
+
+def test_the_check_before_the_ranks_accepts_what_they_may_plan():
+    """On one GPU the size of a batch that fills the memory is known in the ranks only."""
+    opts = [
+        "MODEL.DEVICE",
+        "cpu",
+        "D2SCALE.MEMORY.BUDGET_GIB",
+        "8.0",
+        "INPUT.MIN_SIZE_TRAIN",
+        "(99,)",
+    ]
+    for rule in ("auto", "gain"):
+        check_plan(load_cfg(RECIPE, [*opts, "D2SCALE.LR_RULE", rule]), 1, "max_memory")

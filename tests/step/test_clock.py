@@ -68,6 +68,13 @@ def test_a_step_that_is_taken_again_counts_once():
     assert clock.state_dict() == once.state_dict()
 
 
+def test_rounding_takes_no_step_more():
+    clock = StepClock(recipe_ims_per_batch=49, max_iter=10)
+    while clock.iterations < 10:
+        take(clock, 1, 3.0)  # nothing but noise
+    assert clock.steps == 490
+
+
 def test_the_last_step_ends_in_the_last_iteration():
     clock = StepClock(recipe_ims_per_batch=2, max_iter=3)
     take(clock, 8, 3.0)

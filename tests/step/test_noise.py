@@ -155,6 +155,16 @@ def test_a_gradient_completed_in_pieces_measures_nothing():
     assert math.isnan(norms.total(found))
 
 
+def test_a_parameter_frozen_while_training_counts_as_zero():
+    (micro_batches,) = split(make_samples(4), [[2, 2]])
+    model = StandIn()
+    step = forward_backward(model)
+    step(micro_batches, measure=True)
+    model.zero_grad()
+    model.stem.requires_grad_(False)
+    assert step(micro_batches, measure=True).noise is not None
+
+
 def test_half_precision_does_not_overflow():
     weight = nn.Parameter(torch.full((100,), 1.0, dtype=torch.float16))
     weight.grad = torch.full((100,), 3e4, dtype=torch.float16)

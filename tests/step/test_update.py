@@ -86,3 +86,6 @@ def test_a_gain_of_one_leaves_the_optimizer_as_it_is():
     (group,) = optimizer.param_groups
     assert (group["momentum"], group["dampening"]) == (0.9, 0.0)
     MomentumByGain(torch.optim.AdamW([nn.Parameter(torch.ones(1))])).set(2.0)
+    nesterov = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1, momentum=0.9, nesterov=True)
+    MomentumByGain(nesterov).set(2.0)
+    assert (nesterov.param_groups[0]["momentum"], nesterov.param_groups[0]["dampening"]) == (0.9, 0)

@@ -25,7 +25,7 @@ class StepMetrics:
     images_seen: int  # since the training began, this step included
     iterations_before: float  # of the schedule that were done before the step
     iterations: float  # that are done now
-    steps: int  # number of the step, from 1
+    steps: int  # taken in the training, this one included
     gain: float | None = None  # iterations that the step was worth, by the gain rule
     noise_scale: float | None = None  # images; None before the first measurement
 
@@ -74,6 +74,7 @@ class MetricHistory:
             "lr": self._last.lr,
             "eta_seconds": float(seconds_an_iteration) * left,
             "images_seen": self._last.images_seen,
+            "steps": self._last.steps,
         }
 
     def _noise(self) -> dict[str, float]:
@@ -81,7 +82,7 @@ class MetricHistory:
         assert self._last is not None
         values = {"noise_scale": self._last.noise_scale, "gain": self._last.gain}
         if self._last.gain is not None:
-            values |= {"recipe_steps": self._last.iterations, "steps": self._last.steps}
+            values |= {"recipe_steps": self._last.iterations}
         return {name: value for name, value in values.items() if value is not None}
 
     def line(self, extra: Mapping[str, float]) -> str:

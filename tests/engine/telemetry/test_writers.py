@@ -47,6 +47,7 @@ def test_scalars_are_medians_over_the_window():
         "lr": 0.01,
         "eta_seconds": 2.5 * 6,
         "images_seen": 16,
+        "steps": 4,
     }
 
 
