@@ -73,13 +73,7 @@ def _gain_fault(schedule: Schedule, ims_per_batch: int, follows_gain: bool) -> F
 def rule_notes(asked: str, rule: str, schedule: Schedule, planned: Schedule) -> list[str]:
     """Return what the user should know about the rule that was chosen."""
     if rule == "gain":
-        low, high = sorted((1.0, planned.ims_per_batch / planned.recipe_ims_per_batch))
-        if low == high:
-            return ["with the recipe's own batch the gain of a step is always 1"]
-        return [
-            f"a step counts for {low:.3g} to {high:.3g} of the recipe's {schedule.max_iter}, by "
-            "the noise of its gradient; rate, warm-up, drops and periods are read on that count"
-        ]
+        return _gain_notes(schedule, planned)
     notes = []
     larger = planned.ims_per_batch > schedule.ims_per_batch
     if asked == "auto" and rule == "linear" and larger and rules.follows_gain(schedule.optimizer):
@@ -97,4 +91,21 @@ def rule_notes(asked: str, rule: str, schedule: Schedule, planned: Schedule) -> 
     extra -= schedule.max_iter * schedule.recipe_ims_per_batch
     if extra:
         notes.append(f"the last step rounds up: {extra} images more than the recipe's training")
+    return notes
+
+
+def _gain_notes(schedule: Schedule, planned: Schedule) -> list[str]:
+    ratio = planned.ims_per_batch / planned.recipe_ims_per_batch
+    if ratio == 1:
+        return ["with the recipe's own batch the gain of a step is always 1"]
+    low, high = sorted((1.0, ratio))
+    notes = [
+        f"a step counts for {low:.3g} to {high:.3g} of the recipe's {schedule.max_iter}, by "
+        "the noise of its gradient; rate, warm-up, drops and periods are read on that count"
+    ]
+    if ratio < 1:
+        notes.append(
+            "with a smaller batch than the recipe's the gain rule takes too few steps to keep its "
+            "quality; linear keeps it"
+        )
     return notes

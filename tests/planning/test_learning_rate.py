@@ -86,6 +86,11 @@ def test_a_gain_rule_that_cannot_be_followed_is_refused(opts, options, message):
     assert "\n" not in str(raised.value)
 
 
+def test_the_gain_rule_warns_of_a_smaller_batch():
+    assert "linear keeps it" in plan_of("D2SCALE.LR_RULE", "gain", m=4).notes[-1]
+    assert "always 1" in plan_of("D2SCALE.LR_RULE", "gain", m=8).notes[-1]
+
+
 def test_auto_without_the_means_says_what_it_would_be():
     assert any("the gain rule" in note for note in plan_of(follows_gain=False).notes)
 
