@@ -106,10 +106,9 @@ def advise(
         known.append(Candidate(recipe_ims_per_batch))
     rows = [_row(candidate, noise, max_iter, recipe_ims_per_batch) for candidate in known]
     rows.sort(key=_order)
-    certain = _certain(rows, noise, max_iter, recipe_ims_per_batch)
-    best, recipe = _best(certain, recipe_ims_per_batch)
+    best, recipe = _best(rows, recipe_ims_per_batch)
     limit = _limit(rows, typical_noise_scale(noise, max_iter))
-    reason = f"{_reason(best, recipe, certain)}; {limit}"
+    reason = f"{_reason(best, recipe, rows)}; {limit}"
     return Advice(
         recipe_ims_per_batch,
         max_iter,
@@ -141,7 +140,9 @@ def _joined(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 def _row(candidate: Candidate, noise: Sequence[NoisePoint], max_iter: int, recipe: int) -> Row:
     total, speed = candidate.ims_per_batch, candidate.images_per_second
-    exact = steps_needed(candidate.noise or noise, max_iter, total, recipe)
+    exact = max_iter * recipe / total
+    if total > recipe:  # a smaller batch keeps the quality by the linear rule alone
+        exact = steps_needed(candidate.noise or noise, max_iter, total, recipe)
     # Sums of parts may end a rounding error above a whole number.
     steps = math.ceil(round(exact, 6))
     return Row(
@@ -151,19 +152,6 @@ def _row(candidate: Candidate, noise: Sequence[NoisePoint], max_iter: int, recip
         efficiency=max_iter * recipe / (exact * total),
         seconds=None if speed is None else exact * total / speed,
     )
-
-
-def _certain(
-    rows: Sequence[Row], noise: Sequence[NoisePoint], max_iter: int, recipe: int
-) -> Sequence[Row]:
-    """Leave out batches below the recipe's by noise of the beginning: what they save will shrink.
-
-    All stay if no other was measured.
-    """
-    if noise[-1].recipe_steps >= MOST_OF_A_TRAINING * max_iter:
-        return rows
-    larger = [row for row in rows if row.candidate.ims_per_batch >= recipe]
-    return larger if any(row.seconds is not None for row in larger) else rows
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -285,11 +273,14 @@ def _notes(known: Sequence[Candidate], noise: Sequence[NoisePoint], max_iter: in
     if until < MOST_OF_A_TRAINING * max_iter:
         yield (
             f"the noise covers the first {until:.0f} of {max_iter} steps of the recipe; it grows "
-            "in a training, so a larger batch is worth at least that, a smaller one at most"
+            "in a training, so a larger batch is worth at least that"
         )
     settings = " / ".join(candidate.setting for candidate in known)
     if missing := [name for name in _SETTINGS if name not in settings]:
         yield f"not measured: {', '.join(missing)}"
     if any(candidate.noise for candidate in known):
         yield "steps of a batch that was trained by the gain rule are those that its own noise gave"
-    yield "times are those of training steps by the gain rule (--lr-rule gain), without evaluations"
+    yield (
+        "times are those of training steps, without evaluations: of larger batches than the "
+        "recipe's by the gain rule, of smaller ones by the linear rule"
+    )

@@ -17,7 +17,7 @@ def choose_rule(
 
     ``auto`` is the gain rule for a larger batch than the recipe's that is taken for its own sake,
     with SGD, if what will train ``follows_gain``: of all rules it alone keeps the recipe's
-    quality there. With a smaller batch the linear rule keeps it, and the gain rule does not quite
+    quality there. With a smaller batch the linear rule keeps it, and the gain rule loses it
     (docs/larger_batches.md has the evidence).
 
     Raises:
