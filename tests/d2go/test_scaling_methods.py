@@ -89,11 +89,21 @@ def test_without_the_runner_the_gain_rule_is_not_to_be_had(d2go_cfg, capsys):
 
 
 def test_without_the_runner_auto_is_linear_and_says_so(d2go_cfg, caplog):
-    d2go_cfg.D2SCALE.IMS_PER_GPU = 15
+    d2go_cfg.D2SCALE.IMS_PER_GPU = 100
     with caplog.at_level("INFO"):
         scale(d2go_cfg, 2, ["d2scale_max_memory"])
-    assert "auto takes linear, which may lose quality" in caplog.text
+    assert "scaled linearly, which may cost quality" in caplog.text
     assert d2go_cfg.D2SCALE.LR_RULE == "auto"
+
+
+def test_the_gain_rule_needs_a_method_of_d2scale(d2go_cfg):
+    from d2scale.d2go.memory import TrainingMemory
+    from d2scale.d2go.scaling_methods import scale_for_training
+
+    d2go_cfg.D2SCALE.LR_RULE = "gain"
+    d2go_cfg.SOLVER.AUTO_SCALING_METHODS = ["default_scale_d2_configs"]
+    with pytest.raises(ConfigError, match="with d2go's own scaling methods; name a d2scale"):
+        scale_for_training(d2go_cfg, TrainingMemory(d2go_cfg), resume=False, by_gain=True)
 
 
 def test_an_uneven_split_is_refused_where_the_loader_would_fail(d2go_cfg, capsys):
