@@ -16,8 +16,8 @@ from d2scale.step.noise import NoiseAverage
 
 # Every step measures until the average has settled.
 _STEPS_TO_SETTLE = 20
-# A step in one part is cut to measure, and slower for it. An average covers about ten
-# measurements: so far apart that they cover a hundredth of the training, and at most this far.
+# Measuring costs time, above all where a step in one part is cut for it. An average covers about
+# ten measurements: so far apart that they cover a hundredth of the training, and at most this far.
 _MOST_STEPS_APART = 10
 _APARTS_IN_A_TRAINING = 1000
 
@@ -75,7 +75,7 @@ class StepClock:
         if self.recipe_ims_per_batch is None:
             due = self._measured_period and (self.steps + 1) % self._measured_period == 0
             return bool(due) and not one_part
-        if not one_part or self.steps < _STEPS_TO_SETTLE:
+        if self.steps < _STEPS_TO_SETTLE:
             return True
         apart = max(1, min(_MOST_STEPS_APART, self._max_iter // _APARTS_IN_A_TRAINING))
         return self.steps % apart == 0
