@@ -180,7 +180,7 @@ def test_the_time_left_is_told_where_most_iterations_take_no_step(toy, tmp_path)
     ("settings", "fault"),
     [
         (of_batch(8), "D2SCALE.LR_RULE is 'gain'; allowed: linear, sqrt or none with the wrapper"),
-        ({"D2SCALE.LR_RULE": "gain"}, "D2SCALE.LR_RULE is 'gain'; allowed: linear"),
+        ({"D2SCALE.LR_RULE": "gain"}, "none with d2go's own scaling methods; name a d2scale"),
         (of_batch(8, **{"SOLVER.OPTIMIZER": "adam"}), "with SOLVER.OPTIMIZER adam; take sqrt"),
         ({"D2SCALE.LR_RULE": "gain", "SOLVER.OPTIMIZER": "adam"}, "take sqrt"),
     ],
@@ -203,7 +203,7 @@ def test_auto_is_the_gain_rule_where_d2scale_takes_the_steps(toy, tmp_path):
         toy.train(tmp_path / "linear", batch, steps=0)
     plan = json.loads((tmp_path / "linear" / "plan.json").read_text())
     assert (plan["lr_rule"], plan["ims_per_batch"]) == ("linear", 8)
-    assert any(note.startswith("auto takes linear") for note in plan["notes"])
+    assert any("scaled linearly, which may cost" in note for note in plan["notes"])
 
 
 def test_other_rules_measure_the_noise_once_a_line(toy, tmp_path):
