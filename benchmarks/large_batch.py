@@ -114,7 +114,7 @@ def data_root(dataset: Dataset, folder: Path) -> Path:
 
 def run(trial: Trial, folder: Path) -> dict[str, Any]:
     """Train, evaluate and return the row of the table."""
-    output = folder / trial.dataset.name.replace(" ", "-") / trial.name.replace(" ", "-")
+    output = run_folder(trial, folder)
     shutil.rmtree(output, ignore_errors=True)
     cfg = load_cfg(RECIPE, [*SMALL, *trial.dataset.options])
     settings = {
@@ -134,30 +134,32 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
         settings["SOLVER.BASE_LR"] = cfg.SOLVER.BASE_LR * (1 - decay) / (1 - momentum)
     cfg.merge_from_list([part for pair in settings.items() for part in pair])
     with contextlib.redirect_stdout(io.StringIO()):
-        results = train(cfg, method="max_memory")
-    row = {
+        train(cfg, method="max_memory")
+    shutil.rmtree(output / "inference", ignore_errors=True)
+    for checkpoint in output.glob("*.pth"):
+        checkpoint.unlink()
+    return row_of(trial, output)
+
+
+def run_folder(trial: Trial, folder: Path) -> Path:
+    """Return the folder of a trial's run."""
+    return folder / trial.dataset.name.replace(" ", "-") / trial.name.replace(" ", "-")
+
+
+def row_of(trial: Trial, output: Path) -> dict[str, Any]:
+    """Return the row of the table from the folder of a finished run."""
+    plan = json.loads((output / PLAN_FILE).read_text())
+    assert plan["ims_per_batch"] == trial.ratio * RECIPE_BATCH
+    *steps, evaluation = map(json.loads, (output / METRICS_FILE).read_text().splitlines())
+    losses = [line["total_loss"] for line in steps]
+    loss = final_loss([line["iteration"] + 1 for line in steps], losses)
+    assert loss is not None
+    return {
         "trial": trial.name,
         "rule": trial.rule,
         "ratio": float(trial.ratio),
         "seed": trial.seed,
-        "AP": round(results["bbox/AP"], 2),
-        **_facts(trial, output),
-    }
-    shutil.rmtree(output / "inference", ignore_errors=True)
-    for checkpoint in output.glob("*.pth"):
-        checkpoint.unlink()
-    return row
-
-
-def _facts(trial: Trial, output: Path) -> dict[str, Any]:
-    """Return what the folder of a run tells about its steps."""
-    plan = json.loads((output / PLAN_FILE).read_text())
-    assert plan["ims_per_batch"] == trial.ratio * RECIPE_BATCH
-    lines = [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
-    steps = [line for line in lines if "total_loss" in line]
-    loss = final_loss([line["images_seen"] for line in steps], [s["total_loss"] for s in steps])
-    assert loss is not None
-    return {
+        "AP": round(evaluation["bbox/AP"], 2),
         "final loss": round(loss.mean, 4),
         "steps": len(steps),
         "images": steps[-1]["images_seen"],
@@ -165,7 +167,7 @@ def _facts(trial: Trial, output: Path) -> dict[str, Any]:
         "recipe steps": _curve([line.get("recipe_steps", n + 1) for n, line in enumerate(steps)]),
         "gain": _curve([line.get("gain", 1.0) for line in steps]),
         "noise scale": _curve([line.get("noise_scale") or math.inf for line in steps]),
-        "loss": _curve([line["total_loss"] for line in steps]),
+        "loss": _curve(losses),
     }
 
 

@@ -44,10 +44,12 @@ class Trial:
     options: tuple[str, ...] = ()
 
 
+# As published; auto would be the gain rule.
+LINEAR = ("D2SCALE.LR_RULE", "linear")
 TRIALS = (
     Trial("1 baseline", 2, "keep_total"),
     Trial("2 same batch", 1, "keep_total"),
-    Trial("3 large batch", 2, "max_memory", ("D2SCALE.IMS_PER_GPU", "8")),
+    Trial("3 large batch", 2, "max_memory", ("D2SCALE.IMS_PER_GPU", "8", *LINEAR)),
 )
 
 
@@ -64,7 +66,7 @@ def run(trial: Trial, folder: Path) -> tuple[dict[str, Any], FinalLoss]:
     lines = [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
     steps = [line for line in lines if "total_loss" in line]
     loss = final_loss(
-        [step["images_seen"] for step in steps], [step["total_loss"] for step in steps]
+        [step["iteration"] + 1 for step in steps], [step["total_loss"] for step in steps]
     )
     assert loss is not None
     plan = json.loads((output / "plan.json").read_text())

@@ -93,9 +93,9 @@ def _plan(
     from d2scale.planning.plan import make_plan
 
     # YAML is for engines that d2scale does not drive: they cannot follow the gain rule.
-    follows_gain = arguments.format != "yaml"
+    can_follow_gain = arguments.format != "yaml"
     asked = {"method": arguments.method, "lr_rule": arguments.lr_rule}
-    plan = make_plan(cfg, hardware, **asked, follows_gain=follows_gain)
+    plan = make_plan(cfg, hardware, **asked, can_follow_gain=can_follow_gain)
     if noise is not None:
         plan = plan.with_noise(noise.points)
         if plan.expected_steps is None:

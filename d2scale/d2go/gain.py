@@ -10,30 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-
-from d2scale.step.clock import StepClock
-
-
-def follows_gain(cfg: Any) -> bool:
-    """Return whether a scaled config trains by the gain rule."""
-    return bool(cfg.D2SCALE.LR_RULE == "gain")
-
-
-def recipe_ims_per_batch(cfg: Any) -> int:
-    """Return the images in a step of the recipe whose iterations a scaled config counts."""
-    return int(cfg.D2SCALE.RECIPE_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH)
-
-
-def build_clock(cfg: Any) -> StepClock:
-    """Return the clock of a training that begins; ``cfg`` is scaled."""
-    return StepClock(
-        recipe_ims_per_batch=recipe_ims_per_batch(cfg) if follows_gain(cfg) else None,
-        max_iter=cfg.SOLVER.MAX_ITER,
-        measured_period=cfg.WRITER_PERIOD,
-    )
 
 
 @contextmanager

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from d2scale import __version__
-from d2scale.d2go.gain import build_clock, follows_gain, recipe_ims_per_batch
 from d2scale.d2go.scaling_methods import applied_plan
 from d2scale.d2go.user_errors import exit_together_on_user_error
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.continuation import Continuation, continue_training
 from d2scale.planning.progress import FORMAT, Progress, recipe_of
+from d2scale.planning.schedule import follows_gain, recipe_ims_per_batch
 from d2scale.step import ranks
+from d2scale.step.clock import build_clock
 from d2scale.step.optimizer_state import adapt_state
 
 logger = logging.getLogger(__name__)

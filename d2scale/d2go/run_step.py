@@ -17,7 +17,7 @@ from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
 from detectron2.utils.events import get_event_storage
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from d2scale.d2go.gain import follows_gain, rates_kept, set_rates
+from d2scale.d2go.gain import rates_kept, set_rates
 from d2scale.d2go.hook_states import HookStates
 from d2scale.d2go.private_upstream import next_batch, set_ema_decay, without_gradient_buckets
 from d2scale.d2go.progress import ProgressRecord
@@ -26,6 +26,7 @@ from d2scale.d2go.step import build_step
 from d2scale.d2go.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.rules import LR_RULE
+from d2scale.planning.schedule import follows_gain
 from d2scale.run_folder.contents import write_plan
 from d2scale.step import ranks
 from d2scale.step.guard import StepDoesNotFitError

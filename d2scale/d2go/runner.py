@@ -18,7 +18,6 @@ from d2scale.config.defaults import add_d2scale_config, add_project_configs
 from d2scale.config.projects import entry_points
 from d2scale.d2go.config import CfgNode
 from d2scale.d2go.datasets import register_datasets
-from d2scale.d2go.gain import follows_gain
 from d2scale.d2go.memory import TrainingMemory
 from d2scale.d2go.private_upstream import SteadyIterationTimer
 from d2scale.d2go.progress import ProgressRecord, resume_by_images
@@ -36,6 +35,7 @@ from d2scale.d2go.user_errors import (
     exit_together_on_user_error,
 )
 from d2scale.planning.progress import RECORD, recipe_of
+from d2scale.planning.schedule import follows_gain
 from d2scale.run_folder.contents import write_plan
 from d2scale.step import ranks
 
@@ -136,9 +136,9 @@ class Runner(GeneralizedRCNNRunner):
         """Scale the config, then train as d2go does."""
         with exit_together_on_user_error():
             # A rule that was asked for is not replaced: RunStep will refuse what it cannot follow.
-            by_gain = follows_gain(cfg) or can_take_steps(cfg, model)
+            can_follow_gain = follows_gain(cfg) or can_take_steps(cfg, model)
             memory = TrainingMemory(cfg, self, model)
-            scale_for_training(cfg, memory, resume=resume, by_gain=by_gain)
+            scale_for_training(cfg, memory, resume=resume, can_follow_gain=can_follow_gain)
             plan = applied_plan(cfg)
             if plan is not None and ranks.rank() == 0:
                 write_plan(Path(cfg.OUTPUT_DIR), plan)

@@ -16,7 +16,6 @@ from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
 from d2scale.config.keys import set_key
 from d2scale.config.loading import flatten
-from d2scale.d2go.gain import follows_gain
 from d2scale.d2go.memory import ENGINE, TrainingMemory, check_memory
 from d2scale.d2go.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
@@ -26,7 +25,7 @@ from d2scale.planning.learning_rate import choose_rule
 from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_faults, method_of
 from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
 from d2scale.planning.rules import LR_RULE
-from d2scale.planning.schedule import Schedule, schedule_faults
+from d2scale.planning.schedule import Schedule, follows_gain, schedule_faults
 from d2scale.step import ranks
 
 logger = logging.getLogger(__name__)
@@ -67,12 +66,12 @@ def leave_scaling_to_training(cfg: Any) -> None:
 
 
 def scale_for_training(
-    cfg: Any, memory: TrainingMemory, *, resume: bool, by_gain: bool = True
+    cfg: Any, memory: TrainingMemory, *, resume: bool, can_follow_gain: bool = True
 ) -> None:
     """Scale ``cfg`` in place by the method of d2scale that it names, if it names one.
 
     d2go itself calls methods only where the world size differs from the recipe's. Every rank must
-    call this. ``by_gain`` says whether the training can follow the gain rule.
+    call this. ``can_follow_gain`` says whether the training can follow the gain rule.
 
     Raises:
         ConfigError: on every rank, if the ranks were given different recipes; and what
@@ -86,16 +85,17 @@ def scale_for_training(
         with _defrosted(cfg):
             cfg.SOLVER.REFERENCE_WORLD_SIZE = reference
         method = method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
-        scale_in_place(cfg, ranks.world_size(), method, memory, by_gain=by_gain)
+        scale_in_place(cfg, ranks.world_size(), method, memory, can_follow_gain=can_follow_gain)
     elif follows_gain(cfg):
-        _refuse_gain_alone(cfg, by_gain)
+        _refuse_gain_alone(cfg, can_follow_gain)
 
 
-def _refuse_gain_alone(cfg: Any, by_gain: bool) -> None:
+def _refuse_gain_alone(cfg: Any, can_follow_gain: bool) -> None:
     """Refuse the gain rule where no method of d2scale has planned the batch."""
     schedule = Schedule.from_cfg(cfg)
-    choose_rule("gain", "keep_total", schedule, schedule.ims_per_batch, follows_gain=by_gain)
-    if schedule.ims_per_batch == schedule.recipe_ims_per_batch and cfg.SOLVER.AUTO_SCALING_METHODS:
+    total = schedule.ims_per_batch
+    choose_rule("gain", "keep_total", schedule, total, can_follow_gain=can_follow_gain)
+    if total == schedule.recipe_ims_per_batch and cfg.SOLVER.AUTO_SCALING_METHODS:
         allowed = "auto, linear, sqrt or none with d2go's own scaling methods"
         advice = (
             "name a d2scale method in SOLVER.AUTO_SCALING_METHODS: _BASE_ d2scale://max_memory.yaml"
@@ -109,12 +109,12 @@ def scale_in_place(
     method: str,
     memory: TrainingMemory | None = None,
     *,
-    by_gain: bool = False,
+    can_follow_gain: bool = False,
 ) -> Plan:
     """Plan the recipe for ``world_size`` ranks and write the plan into ``cfg``.
 
-    ``by_gain`` says whether the training can follow the gain rule, for which d2scale must take
-    the steps.
+    ``can_follow_gain`` says whether the training can follow the gain rule, for which d2scale must
+    take the steps.
 
     Raises:
         ConfigError: on every rank, for a faulty recipe, a plan that d2go cannot run, a method
@@ -126,7 +126,7 @@ def scale_in_place(
         raise ConfigError([Fault("SOLVER.AUTO_SCALING_METHODS", methods, "one method", advice)])
     method_of(methods)
     memory = memory or TrainingMemory(cfg)
-    plan = _plan_on_ranks(cfg, world_size, method, memory, by_gain=by_gain)
+    plan = _plan_on_ranks(cfg, world_size, method, memory, can_follow_gain=can_follow_gain)
     with _defrosted(cfg):
         for key, (_, value) in plan.changes.items():
             set_key(cfg, key, value)
@@ -136,7 +136,7 @@ def scale_in_place(
 
 
 def _plan_on_ranks(
-    cfg: Any, world_size: int, method: str, memory: TrainingMemory, *, by_gain: bool
+    cfg: Any, world_size: int, method: str, memory: TrainingMemory, *, can_follow_gain: bool
 ) -> Plan:
     """Return rank 0's plan on every rank; where memory is measured, all ranks take part."""
     outcome: Plan | ConfigError | None = None
@@ -152,7 +152,7 @@ def _plan_on_ranks(
                 make_profile=memory.profile,
                 make_variants=memory.variants,
             )
-            outcome = make_plan(cfg, hardware, method=method, follows_gain=by_gain)
+            outcome = make_plan(cfg, hardware, method=method, can_follow_gain=can_follow_gain)
             if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
                 refuse_more_than_all(outcome, memory.batches.images)
             _refuse_uneven_split(outcome)

@@ -37,7 +37,7 @@ from d2scale.run_folder.contents import write_config, write_machine, write_plan
 from d2scale.run_folder.files import make_folder
 from d2scale.run_folder.lock import run_lock
 from d2scale.step import ranks
-from d2scale.step.clock import StepClock
+from d2scale.step.clock import StepClock, build_clock
 from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.norms import without_synchronised_norms
 from d2scale.step.optimizer_step import OptimizerStep
@@ -155,20 +155,9 @@ def _prepare(job: Job, plan: Plan) -> _Training:
     logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
     step.on_split = RunRecord(checkpointer, plan, recipe, position.seed).record_split
     ranks.broadcast_model(model)
-    return _Training(cfg, step, schedule, checkpointer, position, _clock(cfg, position))
-
-
-def _clock(cfg: CfgNode, position: Position) -> StepClock:
-    """Return the clock of a training, at the position where it begins or goes on."""
-    by_gain = cfg.D2SCALE.LR_RULE == "gain"
-    recipe_images = cfg.D2SCALE.RECIPE_IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH
-    clock = StepClock(
-        recipe_ims_per_batch=recipe_images if by_gain else None,
-        max_iter=cfg.SOLVER.MAX_ITER,
-        measured_period=cfg.WRITER_PERIOD,
-    )
+    clock = build_clock(cfg)
     clock.resume(position.iterations, position.recipe_images, position.clock)
-    return clock
+    return _Training(cfg, step, schedule, checkpointer, position, clock)
 
 
 def _open_loader(cfg: CfgNode, position: Position) -> TrainLoader:

@@ -64,6 +64,12 @@ def efficiency(noise_scale: float, ims_per_batch: int, recipe_ims_per_batch: int
     return gain * recipe_ims_per_batch / ims_per_batch
 
 
+def range_of_steps(max_iter: int, ims_per_batch: int, recipe_ims_per_batch: int) -> tuple[int, int]:
+    """Return the fewest and the most steps of ``ims_per_batch`` images, whatever they are worth."""
+    fewest, most = sorted((max_iter, -(-max_iter * recipe_ims_per_batch // ims_per_batch)))
+    return fewest, most
+
+
 def steps_needed(
     noise: Sequence[NoisePoint], max_iter: int, ims_per_batch: int, recipe_ims_per_batch: int
 ) -> float:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
+from d2scale.planning.gain import range_of_steps
 from d2scale.planning.rules import LR_RULE
 from d2scale.planning.schedule import Schedule
 
 
 def choose_rule(
-    asked: str, method: str, schedule: Schedule, ims_per_batch: int, *, follows_gain: bool
+    asked: str, method: str, schedule: Schedule, ims_per_batch: int, *, can_follow_gain: bool
 ) -> str:
     """Return the rule for a recipe that runs with ``ims_per_batch`` images a step.
 
     ``auto`` is the gain rule for a larger batch than the recipe's that is taken for its own sake,
-    with SGD, if what will train ``follows_gain``: of all rules it alone keeps the recipe's
+    with SGD, if what will train ``can_follow_gain``: of all rules it alone keeps the recipe's
     quality there. With a smaller batch the linear rule keeps it, and the gain rule loses it
     (docs/larger_batches.md has the evidence).
 
@@ -26,9 +25,9 @@ def choose_rule(
     rule = rules.resolve_lr_rule(
         asked,
         schedule.optimizer,
-        prefers_gain=follows_gain and _is_larger_by_choice(method, schedule, ims_per_batch),
+        prefers_gain=can_follow_gain and _is_larger_by_choice(method, schedule, ims_per_batch),
     )
-    if rule == "gain" and (fault := _gain_fault(schedule, ims_per_batch, follows_gain)):
+    if rule == "gain" and (fault := _gain_fault(schedule, ims_per_batch, can_follow_gain)):
         raise ConfigError([fault])
     return rule
 
@@ -41,19 +40,22 @@ def _is_larger_by_choice(method: str, schedule: Schedule, ims_per_batch: int) ->
 
 
 def _leaves_steps(schedule: Schedule, ims_per_batch: int) -> bool:
-    """Return whether there may be more steps than learning-rate drops, and one at least."""
-    fewest = schedule.max_iter * schedule.recipe_ims_per_batch / ims_per_batch
-    return fewest >= 1 and math.ceil(fewest) > len(schedule.steps)
+    """Return whether there may be more steps than learning-rate drops, and a whole one at least."""
+    images = schedule.max_iter * schedule.recipe_ims_per_batch
+    return ims_per_batch <= images and _fewest_steps(schedule, ims_per_batch) > len(schedule.steps)
 
 
-def _gain_fault(schedule: Schedule, ims_per_batch: int, follows_gain: bool) -> Fault | None:
+def _fewest_steps(schedule: Schedule, ims_per_batch: int) -> int:
+    return range_of_steps(schedule.max_iter, ims_per_batch, schedule.recipe_ims_per_batch)[0]
+
+
+def _gain_fault(schedule: Schedule, ims_per_batch: int, can_follow_gain: bool) -> Fault | None:
     """Return why the gain rule cannot be followed, None if it can."""
     allowed = "auto, linear, sqrt or none"
-    fewest = schedule.max_iter * schedule.recipe_ims_per_batch / ims_per_batch
-    if not follows_gain:
+    if not can_follow_gain:
         where = "where d2scale does not take the optimizer steps"
         advice = "take linear, or train with d2scale train or d2scale's Runner"
-    elif not rules.follows_gain(schedule.optimizer):
+    elif not rules.gain_is_proven_for(schedule.optimizer):
         where = f"with SOLVER.OPTIMIZER {schedule.optimizer}"
         advice = "take sqrt: the gain rule is proven for SGD alone"
     elif ims_per_batch < 2:
@@ -63,7 +65,8 @@ def _gain_fault(schedule: Schedule, ims_per_batch: int, follows_gain: bool) -> F
         where = f"with a batch of {ims_per_batch} images"
         advice = (
             f"take a smaller batch (D2SCALE.MAX_IMS_PER_BATCH): {schedule.max_iter} steps of "
-            f"{schedule.recipe_ims_per_batch} images could become {math.ceil(fewest)}"
+            f"{schedule.recipe_ims_per_batch} images could become "
+            f"{_fewest_steps(schedule, ims_per_batch)}"
         )
     else:
         return None
@@ -76,7 +79,12 @@ def rule_notes(asked: str, rule: str, schedule: Schedule, planned: Schedule) -> 
         return _gain_notes(schedule, planned)
     notes = []
     larger = planned.ims_per_batch > schedule.ims_per_batch
-    if asked == "auto" and rule == "linear" and larger and rules.follows_gain(schedule.optimizer):
+    if (
+        asked == "auto"
+        and rule == "linear"
+        and larger
+        and rules.gain_is_proven_for(schedule.optimizer)
+    ):
         notes.append(
             "the learning rate is scaled linearly, which may cost quality; the gain rule "
             "(D2SCALE.LR_RULE gain), followed by d2scale's own training, keeps it"

@@ -12,7 +12,7 @@ from d2scale.config.value_rules import judge, one_of
 from d2scale.errors import ConfigError, DataError, Fault
 from d2scale.planning import rules
 from d2scale.planning.batch import BATCH_RULES, decide_batch
-from d2scale.planning.gain import NoisePoint, steps_needed
+from d2scale.planning.gain import NoisePoint, range_of_steps, steps_needed
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.learning_rate import choose_rule, rule_notes
 from d2scale.planning.methods import METHODS, method_faults, method_of
@@ -88,7 +88,7 @@ def make_plan(
     *,
     method: str | None = None,
     lr_rule: str | None = None,
-    follows_gain: bool = True,
+    can_follow_gain: bool = True,
 ) -> Plan:
     """Decide how the recipe in ``cfg`` runs on ``hardware``.
 
@@ -97,7 +97,7 @@ def make_plan(
         method: one of ``METHODS``; None: the one that ``SOLVER.AUTO_SCALING_METHODS`` names, or
             else ``keep_total``, which changes nothing about the training.
         lr_rule: one of ``rules.LR_RULES``; None takes ``D2SCALE.LR_RULE``.
-        follows_gain: whether what will train can follow the gain rule.
+        can_follow_gain: whether what will train can follow the gain rule.
 
     Raises:
         ConfigError: with all faults of the recipe and the request.
@@ -106,7 +106,7 @@ def make_plan(
     schedule = Schedule.from_cfg(cfg)
     batch = decide_batch(cfg, method, schedule, hardware)
     total = batch.ims_per_batch
-    rule = choose_rule(lr_rule, method, schedule, total, follows_gain=follows_gain)
+    rule = choose_rule(lr_rule, method, schedule, total, can_follow_gain=can_follow_gain)
     planned = schedule.scaled(total, hardware.world_size, rule)
     accumulates = batch.accumulation_steps > 1
     return Plan(
@@ -117,18 +117,11 @@ def make_plan(
         ims_per_batch=total,
         batch_ratio=total / schedule.recipe_ims_per_batch,
         lr_rule=rule,
-        steps=_steps(planned),
+        steps=range_of_steps(planned.max_iter, total, planned.recipe_ims_per_batch),
         predicted_peak_gib=hardware.peak_gib(batch.ims_per_gpu, accumulates=accumulates),
         changes=_changes(cfg, schedule, planned, rule),
         notes=(*batch.notes, *rule_notes(lr_rule, rule, schedule, planned)),
     )
-
-
-def _steps(planned: Schedule) -> tuple[int, int]:
-    """Return the fewest and the most optimizer steps that the training may take."""
-    images = planned.max_iter * planned.recipe_ims_per_batch
-    least, most = sorted((planned.max_iter, -(-images // planned.ims_per_batch)))
-    return least, most
 
 
 def refuse_more_than_all(plan: Plan, images: int) -> None:

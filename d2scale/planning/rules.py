@@ -58,10 +58,10 @@ def resolve_lr_rule(rule: str, optimizer: str, *, prefers_gain: bool = False) ->
         return rule
     if optimizer.lower().startswith("adam"):
         return "sqrt"
-    return "gain" if prefers_gain and follows_gain(optimizer) else "linear"
+    return "gain" if prefers_gain and gain_is_proven_for(optimizer) else "linear"
 
 
-def follows_gain(optimizer: str) -> bool:
+def gain_is_proven_for(optimizer: str) -> bool:
     """Return whether the gain rule's theory holds for an optimizer: it is that of SGD."""
     return optimizer.lower().startswith("sgd")
 

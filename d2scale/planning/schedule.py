@@ -72,7 +72,7 @@ class Schedule:
         return cls(
             reference_world_size=cfg.SOLVER.REFERENCE_WORLD_SIZE,
             ims_per_batch=cfg.SOLVER.IMS_PER_BATCH,
-            recipe_ims_per_batch=get_key(cfg, RECIPE_IMS_PER_BATCH, 0) or cfg.SOLVER.IMS_PER_BATCH,
+            recipe_ims_per_batch=recipe_ims_per_batch(cfg),
             base_lr=cfg.SOLVER.BASE_LR,
             base_lr_end=get_key(cfg, "SOLVER.BASE_LR_END", 0.0),
             max_iter=cfg.SOLVER.MAX_ITER,
@@ -145,6 +145,16 @@ class Schedule:
         )
         advice = "use a smaller batch (D2SCALE.MAX_IMS_PER_BATCH) or fewer SOLVER.STEPS"
         return Fault("SOLVER.STEPS", self.steps, allowed, advice)
+
+
+def follows_gain(cfg: Any) -> bool:
+    """Return whether a planned config trains by the gain rule."""
+    return bool(get_key(cfg, rules.LR_RULE) == "gain")
+
+
+def recipe_ims_per_batch(cfg: Any) -> int:
+    """Return the images for which an iteration of a config's schedule counts."""
+    return int(get_key(cfg, RECIPE_IMS_PER_BATCH, 0) or cfg.SOLVER.IMS_PER_BATCH)
 
 
 def schedule_faults(cfg: Any) -> list[Fault]:

@@ -27,8 +27,8 @@ _TITLES = {
     "time": "seconds a step",
     "data_time": "seconds a step waits for data",
 }
-# The part of the axis over which a smoothed point is the mean.
 _LOGARITHMIC = {"noise_scale"}  # over powers of ten, all of them of interest
+# The part of the axis over which a smoothed point is the mean.
 _WINDOW = 1 / 20
 _FEWEST_IN_WINDOW = 5
 _FEWEST_TO_SMOOTH = 10

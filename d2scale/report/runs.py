@@ -12,6 +12,7 @@ from typing import Any
 from d2scale.coco.accumulate import METRICS
 from d2scale.config.loading import flatten, load_yaml
 from d2scale.errors import ConfigError
+from d2scale.planning.gain import range_of_steps
 from d2scale.report.history import History, Row, read_history
 from d2scale.report.log_file import LogFacts, read_log
 from d2scale.run_folder.contents import read_json
@@ -76,8 +77,7 @@ class Run:
         max_iter = _whole_number(self.settings.get("SOLVER.MAX_ITER"))
         if not max_iter or not self.ims_per_batch or not self.recipe_ims_per_batch:
             return (max_iter, max_iter) if max_iter else None
-        steps_of_images = -(-max_iter * self.recipe_ims_per_batch // self.ims_per_batch)
-        return min(max_iter, steps_of_images), max(max_iter, steps_of_images)
+        return range_of_steps(max_iter, self.ims_per_batch, self.recipe_ims_per_batch)
 
     @property
     def planned_images(self) -> tuple[int, int] | None:

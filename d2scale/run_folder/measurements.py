@@ -22,7 +22,7 @@ from d2scale.planning.batch import FIT_IN
 from d2scale.planning.coverage import name_of_variant, variant
 from d2scale.planning.gain import NoisePoint
 from d2scale.planning.progress import recipe_of
-from d2scale.planning.rules import follows_gain
+from d2scale.planning.rules import gain_is_proven_for
 from d2scale.planning.schedule import Schedule, schedule_faults
 from d2scale.run_folder.contents import read_json
 from d2scale.run_folder.files import (
@@ -106,7 +106,7 @@ def recipe_to_compare(
     """
     if faults := schedule_faults(cfg):
         raise ConfigError(faults)
-    if not follows_gain(cfg.SOLVER.OPTIMIZER):
+    if not gain_is_proven_for(cfg.SOLVER.OPTIMIZER):
         allowed = "sgd: what the noise of a gradient says of larger batches is proven for SGD alone"
         advice = "scale an Adam-like optimizer with --lr-rule sqrt"
         raise ConfigError([Fault("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, allowed, advice)])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2scale.planning.gain import gain_of, recipe_steps
+from d2scale.planning.schedule import follows_gain, recipe_ims_per_batch
 from d2scale.step.micro_batches import StepLosses
 from d2scale.step.noise import NoiseAverage
 
@@ -125,3 +126,12 @@ class StepClock:
         if state is not None:
             self.steps, self.gain = int(state["steps"]), float(state["gain"])
             self.average = NoiseAverage.from_state_dict(state["noise"], self.average.decay)
+
+
+def build_clock(cfg: Any) -> StepClock:
+    """Return the clock of a training that begins; ``cfg`` is as planned."""
+    return StepClock(
+        recipe_ims_per_batch=recipe_ims_per_batch(cfg) if follows_gain(cfg) else None,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        measured_period=cfg.WRITER_PERIOD,
+    )

@@ -15,25 +15,14 @@ from d2scale.errors import ConfigError
 from d2scale.run_folder.comparison import compare
 from d2scale.run_folder.measurements import read_measurements
 from meta_fcos.detector import OneStageDetector
+from training_processes import RECIPE
 
-RECIPE = """
-_BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml
-MODEL:
-  DEVICE: cpu
-  WEIGHTS: ""
-  RESNETS: {DEPTH: 18, STEM_OUT_CHANNELS: 32, RES2_OUT_CHANNELS: 32, NORM: GN}
-  BACKBONE: {FREEZE_AT: 0}
-  FPN: {OUT_CHANNELS: 32}
-  FCOS: {NUM_CLS_CONVS: 1, NUM_BOX_CONVS: 1}
-INPUT: {MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 96, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 96}
-DATALOADER: {NUM_WORKERS: 0}
-DATASETS: {TEST: []}
-D2SCALE: {EXACT: true}
-SOLVER: {REFERENCE_WORLD_SIZE: 1, IMS_PER_BATCH: 4, BASE_LR: 0.001, MAX_ITER: 40, STEPS: [30],
-         WARMUP_ITERS: 4, CHECKPOINT_PERIOD: 0}
-WRITER_PERIOD: 1
-SEED: 7
-"""
+# Added to a recipe of 4 images a step.
+SETTINGS = (
+    *("MODEL.FPN.OUT_CHANNELS", 32, "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 96),
+    *("SOLVER.MAX_ITER", 40, "SOLVER.STEPS", "(30,)", "SOLVER.WARMUP_ITERS", 4),
+    *("SOLVER.CHECKPOINT_PERIOD", 0),
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +31,10 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _environment(shapes, monkeypatch):
+def _environment(shapes, monkeypatch, one_thread):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
     monkeypatch.setattr(first_steps, "_TIMED_STEPS", 1)
     monkeypatch.setattr(first_steps, "_WARMUP_STEPS", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -57,7 +42,7 @@ def recipe(tmp_path, write_config, monkeypatch):
     """Return a function that loads the recipe."""
     path = write_config(RECIPE)
     monkeypatch.chdir(tmp_path)
-    return lambda *opts: load_cfg(path, [*map(str, opts)])
+    return lambda *opts: load_cfg(path, [*map(str, (*SETTINGS, *opts))])
 
 
 SPEEDS_ALONE = FirstStepsOptions(measures_noise=False)

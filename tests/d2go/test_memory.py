@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from d2go_commands import D2Go, errors
+from d2go_commands import META_FCOS, D2Go, errors
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.errors import DataError
 
@@ -99,21 +99,16 @@ def test_fewer_images_than_the_chosen_batch_are_refused(cfg):
         scale_in_place(cfg, 2, "max_memory")
 
 
-RECIPE = """
-_BASE_: [d2scale://MetaFCOS/Base-MetaFCOS.yaml, d2scale://max_memory.yaml]
-MODEL:
-  DEVICE: cpu
-  WEIGHTS: ""
-  BACKBONE: {FREEZE_AT: 0}
-  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: GN}
-  FPN: {OUT_CHANNELS: 64}
-  FCOS: {NUM_CLS_CONVS: 1, NUM_BOX_CONVS: 1}
+RECIPE = (
+    META_FCOS.replace("keep_total", "max_memory")
+    + """
 DATALOADER: {NUM_WORKERS: 0}
 INPUT: {MIN_SIZE_TRAIN: [64, 96], MAX_SIZE_TRAIN: 144}
 SOLVER: {REFERENCE_WORLD_SIZE: 1, IMS_PER_BATCH: 2, MAX_ITER: 16, STEPS: [], WARMUP_ITERS: 0}
 TEST: {FINAL_EVAL: False}
 D2SCALE: {ON_OOM: raise}
 """
+)
 
 
 @pytest.fixture

@@ -30,13 +30,8 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _environment(shapes, monkeypatch):
+def _environment(shapes, monkeypatch, one_thread):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

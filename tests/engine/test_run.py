@@ -37,23 +37,13 @@ SOLVER:
 WRITER_PERIOD: 1
 SEED: 7
 """
+pytestmark = pytest.mark.usefixtures("one_thread")
 ALLOWED = ("D2SCALE.ALLOW_CHANGED_RECIPE", True)
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     return write_shapes_dataset(tmp_path_factory.mktemp("shapes"), 12, 4, image_size=(64, 96))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny layers are faster without the threads' meetings, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

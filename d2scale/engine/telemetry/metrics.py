@@ -79,10 +79,11 @@ class MetricHistory:
 
     def _noise(self) -> dict[str, float]:
         """Return the noise scale, if it was measured, and what the gain rule counts."""
-        assert self._last is not None
-        values = {"noise_scale": self._last.noise_scale, "gain": self._last.gain}
-        if self._last.gain is not None:
-            values |= {"recipe_steps": self._last.iterations}
+        last = self._last
+        assert last is not None
+        values = {"noise_scale": last.noise_scale}
+        if last.gain is not None:
+            values |= {"gain": last.gain, "recipe_steps": last.iterations}
         return {name: value for name, value in values.items() if value is not None}
 
     def line(self, extra: Mapping[str, float]) -> str:

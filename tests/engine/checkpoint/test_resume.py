@@ -34,13 +34,8 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _environment(shapes, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def _environment(shapes, monkeypatch, one_thread):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -55,7 +50,7 @@ def recipe(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shapes, tmp_path_factory):
+def undisturbed(shapes, tmp_path_factory, one_thread):
     """The folder of a whole run on one process."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "recipe.yaml").write_text(RECIPE)
