@@ -26,6 +26,7 @@ from d2scale.engine.step import build_step
 from d2scale.engine.trainer import Trainer
 from d2scale.errors import CheckpointError, ConfigError, Fault, collecting
 from d2scale.memory.tracker import StorageTracker
+from d2scale.planning.schedule import reference_world_size
 from d2scale.step.optimizer_step import OptimizerStep
 
 PARTS = ("inference", "training")
@@ -78,8 +79,8 @@ def benchmark(cfg: CfgNode, options: BenchmarkOptions) -> BenchmarkResult:
         with open_batches(cfg, options.data, training=False) as batches:
             result.inference.update(measure_inference(model, batches, options))
     if "training" in options.parts:
-        ranks = max(1, cfg.SOLVER.REFERENCE_WORLD_SIZE)
-        of_recipe = int(cfg.D2SCALE.IMS_PER_GPU or cfg.SOLVER.IMS_PER_BATCH // ranks)
+        of_rank = cfg.SOLVER.IMS_PER_BATCH // reference_world_size(cfg)
+        of_recipe = int(cfg.D2SCALE.IMS_PER_GPU or of_rank)
         count = options.ims_per_gpu or max(1, of_recipe)
         with open_batches(cfg, options.data, training=True, ims_per_batch=count) as batches:
             step = build_step(cfg, model.train(), ims_per_gpu=count)

@@ -85,7 +85,8 @@ _RECIPE: dict[str, Any] = {
     "SEED": -1,
     "WRITER_PERIOD": 20,
     "SOLVER": {
-        "REFERENCE_WORLD_SIZE": 8,
+        # 0, or left out: 8, d2go's default, or fewer if the batch is no multiple of that.
+        "REFERENCE_WORLD_SIZE": 0,
         "IMS_PER_BATCH": 16,
         "BASE_LR": 0.001,
         "BASE_LR_END": 0.0,

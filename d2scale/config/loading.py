@@ -17,6 +17,7 @@ from fvcore.common.config import BASE_KEY, CfgNode
 from d2scale.config.defaults import NUMBERS_OR_NONE, add_project_configs, get_cfg
 from d2scale.config.keys import get_key
 from d2scale.config.projects import entry_points
+from d2scale.config.safe_yaml import UnreadValue, parse_yaml
 from d2scale.config.upstream import LOOK_ALIKES, UNPLANNED_SECTIONS
 from d2scale.config.value_rules import or_none, type_of_default
 from d2scale.errors import ConfigError, Fault
@@ -74,14 +75,15 @@ def _path_fault(path: str, allowed: str, advice: str = "check the name") -> Conf
     return ConfigError([Fault("config file", path, allowed, advice)])
 
 
-def load_yaml(path: str) -> dict[str, Any]:
+def load_yaml(path: str, parse: Callable[[str], Any] = parse_yaml) -> dict[str, Any]:
     """Read a config and everything its ``_BASE_`` keys name, later files winning, nested.
 
-    ConfigError for a missing or unreadable file, YAML that is broken or asks for Python objects,
-    or nesting or a chain of ``_BASE_`` that does not end.
+    ``parse`` turns the text of one file into its content; d2scale's own runs no Python. ConfigError
+    for a missing or unreadable file, YAML that is broken, or nesting or a chain of ``_BASE_`` that
+    does not end.
     """
     try:
-        settings = _load_chain(os.path.abspath(resolve_config_path(path)), ())
+        settings = _load_chain(os.path.abspath(resolve_config_path(path)), (), parse)
         for _ in flatten(settings):  # a YAML mapping can hold itself
             pass
         return settings
@@ -89,11 +91,11 @@ def load_yaml(path: str) -> dict[str, Any]:
         raise _path_fault(path, "a file that is nested less deeply") from None
 
 
-def _load_chain(path: str, above: tuple[str, ...]) -> dict[str, Any]:
+def _load_chain(path: str, above: tuple[str, ...], parse: Callable[[str], Any]) -> dict[str, Any]:
     if path in above:
         chain = " -> ".join([*above[above.index(path) :], path])
         raise ConfigError([Fault(BASE_KEY, chain, "a chain that ends", "remove one of the links")])
-    content = _read_yaml(path)
+    content = _read_yaml(path, parse)
     bases = content.pop(BASE_KEY, [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -102,15 +104,15 @@ def _load_chain(path: str, above: tuple[str, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for base in bases:
         resolved = os.path.join(os.path.dirname(path), resolve_config_path(base))
-        _merge_mapping(merged, _load_chain(os.path.abspath(resolved), (*above, path)))
+        _merge_mapping(merged, _load_chain(os.path.abspath(resolved), (*above, path), parse))
     _merge_mapping(merged, content)
     return merged
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = parse(file.read())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise _path_fault(path, "a readable YAML file", f"check the path ({reason})") from None
@@ -119,7 +121,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = path if line is None else f"{path}, line {line + 1}"
         problem = getattr(error, "problem", None) or f"it cannot be parsed ({error})"
-        raise _path_fault(where, "plain YAML without Python tags", f"mend it: {problem}") from None
+        raise _path_fault(where, "plain YAML", f"mend it: {problem}") from None
     if content is not None and not isinstance(content, dict):
         raise _path_fault(path, "YAML of the form KEY: value", "check the file")
     return content or {}
@@ -150,7 +152,8 @@ def load_cfg(path: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_project_configs(cfg)
-    _merge(cfg, [*flatten(load_yaml(path)), *parse_opts(opts)], _faults_of_unknown_key)
+    settings = {**dict(flatten(load_yaml(path))), **dict(parse_opts(opts))}
+    _merge(cfg, settings.items(), _faults_of_unknown_key)
     return cfg
 
 
@@ -158,8 +161,10 @@ def load_recipe(path: str, opts: Sequence[str] = ()) -> tuple[CfgNode, dict[str,
     """Load a recipe of any engine for planning.
 
     Keys that planning does not read are passed over, for other runners bring their own, unless
-    they look like a misspelling of one that it reads. Returned are the config with d2go's defaults
-    filled in, and the recipe's own settings by dotted key. ConfigError with all faults together.
+    they look like a misspelling of one that it reads. A value behind a Python tag is not run: it is
+    a fault where planning needs it, and elsewhere the config keeps its default. Returned are the
+    config with d2go's defaults filled in, and the recipe's own settings by dotted key, such values
+    as UnreadValue. ConfigError with all faults together.
     """
     cfg = get_cfg()
     settings = dict(flatten(load_yaml(path)))
@@ -169,8 +174,14 @@ def load_recipe(path: str, opts: Sequence[str] = ()) -> tuple[CfgNode, dict[str,
     if faults := [unknown_key_fault(key, value, known) for key, value in unknown]:
         raise ConfigError(faults)
     settings.update(overrides)
-    _merge(cfg, settings.items(), _faults_of_misspelt_key)
+    read = {key: value for key, value in settings.items() if not _is_unread_for_others(key, value)}
+    _merge(cfg, read.items(), _faults_of_misspelt_key)
     return cfg, settings
+
+
+def _is_unread_for_others(key: str, value: Any) -> bool:
+    """Return whether a value is behind a Python tag, and not one that planning needs."""
+    return isinstance(value, UnreadValue) and key.split(".")[0] not in _PLANNING_SECTIONS
 
 
 def parse_opts(opts: Sequence[str]) -> list[tuple[str, Any]]:
@@ -189,7 +200,10 @@ def _merge(
     known = dict(flatten(cfg))
     faults = []
     for key, value in settings:
-        if key in known:
+        if isinstance(value, UnreadValue):
+            allowed = "a value without a Python tag, which d2scale does not run"
+            faults.append(Fault(key, str(value), allowed, "write the value itself"))
+        elif key in known:
             faults += _set_checked(cfg, key, value, known[key])
         elif any(name.startswith(f"{key}.") for name in known):
             if value != {}:

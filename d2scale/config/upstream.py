@@ -25,6 +25,8 @@ LOOK_ALIKES = {
     *("SOLVER.NUM_DECAYS", "SOLVER.AMP.LOG_GRAD_SCALER", "TEST.KEYPOINT_OKS_SIGMAS"),
     *("TEST.EXPECTED_RESULTS", "TEST.FINAL_EVAL"),
 }
+# Schedules that do not read SOLVER.STEPS; the second is that of detectron2's DeepLab.
+SCHEDULES_WITHOUT_STEPS = ("WarmupCosineLR", "WarmupPolyLR", "WarmupStepWithFixedGammaLR")
 # Sections that planning has no keys in, or only look-alikes.
 UNPLANNED_SECTIONS = (
     *("MODEL.", "INPUT.", "DATASETS.", "DATALOADER.", "TEST.AUG.", "TEST.PRECISE_BN."),

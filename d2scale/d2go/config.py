@@ -1,4 +1,4 @@
-"""d2go's config node, with shipped configs, safe YAML and faults in one line."""
+"""d2go's config node, with shipped configs and faults in one line."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from d2scale.config.loading import (
     resolve_config_path,
     unknown_key_fault,
 )
+from d2scale.config.safe_yaml import parse_yaml, parse_yaml_as_detectron2
 from d2scale.d2go.user_errors import exit_on_user_error
 from d2scale.errors import ConfigError, Fault
 
 
 class CfgNode(D2GoCfgNode):
-    """A d2go config that opens ``d2scale://NAME.yaml`` and reads no Python tags."""
+    """A d2go config that opens ``d2scale://NAME.yaml``."""
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Any:
-        """Read a file and its ``_BASE_`` chain; ``allow_unsafe`` is ignored on purpose."""
-        return D2GoCfgNode(load_yaml(filename))
+        """Read a file and its ``_BASE_`` chain; ``allow_unsafe`` lets Python tags run."""
+        parse = parse_yaml_as_detectron2 if allow_unsafe else parse_yaml
+        return D2GoCfgNode(load_yaml(filename, parse))
 
     def merge_from_file(self, cfg_filename: str, *args: Any, **kwargs: Any) -> None:
         """Merge a config file, in place."""
         with exit_on_user_error():
             path = resolve_config_path(cfg_filename)
             self._refuse_unknown_keys(flatten(load_yaml(path)))
-            super().merge_from_file(path, *args, **kwargs)
+            try:
+                super().merge_from_file(path, *args, **kwargs)
+            except ValueError as error:
+                allowed, reason = "values of the keys' types", " ".join(str(error).split())
+                raise ConfigError([Fault("config file", path, allowed, reason)]) from error
 
     def merge_from_list(self, cfg_list: Sequence[str]) -> None:
         """Merge ``[KEY, VALUE, ...]``, in place."""

@@ -32,6 +32,11 @@ class Batch:
     accumulation_steps: int  # most micro-batches of any rank
     notes: tuple[str, ...]  # the reasons
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step takes several micro-batches."""
+        return self.accumulation_steps > 1
+
 
 def decide_batch(cfg: Any, method: str, schedule: Schedule, hardware: Hardware) -> Batch:
     """Choose the total batch and the micro-batches for a recipe without faults.

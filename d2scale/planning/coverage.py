@@ -15,6 +15,7 @@ from d2scale.config.defaults import add_project_configs, get_cfg
 from d2scale.config.keys import as_json, differences
 from d2scale.config.loading import flatten
 from d2scale.config.projects import entry_points
+from d2scale.config.safe_yaml import UnreadValue
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.memory_profile import MemoryProfile, load_profiles
 
@@ -36,7 +37,7 @@ def coverage(
     """Return the settings that memory depends on, by key, as JSON values.
 
     ``INPUT.MIN_SIZE_TRAIN`` is the largest size, ``precision`` what ``SOLVER.AMP`` makes of the
-    activations.
+    activations. A value that was not read is an UnreadValue: it stands for any.
 
     Args:
         cfg: a config with d2scale's keys.
@@ -61,7 +62,8 @@ def coverage(
     covers["SOLVER.OPTIMIZER"] = str(values["SOLVER.OPTIMIZER"]).lower().removesuffix("_mt")
     covers[ENGINE] = engine
     covers[PRECISION] = "16 bit" if values["SOLVER.AMP.ENABLED"] else "32 bit"
-    return covers
+    unread = {key: value for key, value in given.items() if isinstance(value, UnreadValue)}
+    return {key: unread.get(key, value) for key, value in covers.items()}
 
 
 def variant(covers: Mapping[str, Any], *, amp: bool, checkpointing: bool) -> dict[str, Any]:
@@ -132,4 +134,6 @@ def choose_profile(
 
 def _differences(profile: MemoryProfile, covers: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what the profile was made with and what is asked for, by key, where they differ."""
-    return differences(profile.covers, {key: covers.get(key) for key in profile.covers})
+    asked = {key: covers.get(key) for key in profile.covers}
+    read = {key: value for key, value in asked.items() if not isinstance(value, UnreadValue)}
+    return differences(profile.covers, read)

@@ -42,7 +42,9 @@ def _is_larger_by_choice(method: str, schedule: Schedule, ims_per_batch: int) ->
 def _leaves_steps(schedule: Schedule, ims_per_batch: int) -> bool:
     """Return whether there may be more steps than learning-rate drops, and a whole one at least."""
     images = schedule.max_iter * schedule.recipe_ims_per_batch
-    return ims_per_batch <= images and _fewest_steps(schedule, ims_per_batch) > len(schedule.steps)
+    return ims_per_batch <= images and _fewest_steps(schedule, ims_per_batch) > len(
+        schedule.reached_steps
+    )
 
 
 def _fewest_steps(schedule: Schedule, ims_per_batch: int) -> int:

@@ -16,7 +16,7 @@ from d2scale.planning.gain import NoisePoint, range_of_steps, steps_needed
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.learning_rate import choose_rule, rule_notes
 from d2scale.planning.methods import METHODS, method_faults, method_of
-from d2scale.planning.schedule import Schedule, schedule_faults
+from d2scale.planning.schedule import Schedule, schedule_faults, schedule_notes
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def make_plan(
     """
     method, lr_rule = _checked_request(cfg, method, lr_rule)
     schedule = Schedule.from_cfg(cfg)
+    notes = schedule_notes(cfg, schedule)
     batch = decide_batch(cfg, method, schedule, hardware)
     total = batch.ims_per_batch
     rule = choose_rule(lr_rule, method, schedule, total, can_follow_gain=can_follow_gain)
     planned = schedule.scaled(total, hardware.world_size, rule)
-    accumulates = batch.accumulation_steps > 1
     return Plan(
         method=method,
         world_size=hardware.world_size,
@@ -118,9 +118,9 @@ def make_plan(
         batch_ratio=total / schedule.recipe_ims_per_batch,
         lr_rule=rule,
         steps=range_of_steps(planned.max_iter, total, planned.recipe_ims_per_batch),
-        predicted_peak_gib=hardware.peak_gib(batch.ims_per_gpu, accumulates=accumulates),
+        predicted_peak_gib=hardware.peak_gib(batch.ims_per_gpu, accumulates=batch.accumulates),
         changes=_changes(cfg, schedule, planned, rule),
-        notes=(*batch.notes, *rule_notes(lr_rule, rule, schedule, planned)),
+        notes=(*notes, *batch.notes, *rule_notes(lr_rule, rule, schedule, planned)),
     )
 
 

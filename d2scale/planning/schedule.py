@@ -10,6 +10,7 @@ from typing import Any
 
 from d2scale.config.defaults import QAT_ITERATION_KEYS
 from d2scale.config.keys import get_key
+from d2scale.config.upstream import SCHEDULES_WITHOUT_STEPS
 from d2scale.config.value_rules import Rule, is_whole, judge, number, whole
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
@@ -30,17 +31,19 @@ def _are_moments(steps: Sequence[int]) -> bool:
 
 _WRITTEN_FOR = "the number of GPUs that the recipe was written for"
 _RULES = (
-    whole("SOLVER.REFERENCE_WORLD_SIZE", 1, advice=f"set it to {_WRITTEN_FOR}"),
+    whole("SOLVER.REFERENCE_WORLD_SIZE", 0, advice=f"set it to {_WRITTEN_FOR}"),
     whole("SOLVER.IMS_PER_BATCH", 1, advice="set the recipe's total batch"),
     number("SOLVER.BASE_LR", above=0, advice="set the recipe's learning rate"),
     number("SOLVER.BASE_LR_END", least=0, advice="set it to 0"),
     whole("SOLVER.MAX_ITER", 1, advice="set the recipe's length"),
-    Rule("SOLVER.STEPS", "iterations from 1, strictly increasing", _are_moments),
     *(whole(key, 0, advice="set it to 0 for never") for key in ITERATION_KEYS),
     whole("D2SCALE.RECIPE_IMS_PER_BATCH", 0, advice="set it to 0 for SOLVER.IMS_PER_BATCH"),
 )
+# d2go's default of SOLVER.REFERENCE_WORLD_SIZE.
+_USUAL_WORLD_SIZE = 8
 # Images in a step of the recipe whose iterations a config counts; 0: SOLVER.IMS_PER_BATCH.
 RECIPE_IMS_PER_BATCH = "D2SCALE.RECIPE_IMS_PER_BATCH"
+_STEPS = Rule("SOLVER.STEPS", "iterations from 1, strictly increasing", _are_moments)
 _EMA_DECAY = number("MODEL_EMA.DECAY", least=0, most=1, advice="set it to 0.999")
 
 
@@ -56,7 +59,8 @@ class Schedule:
     base_lr: float  # learning rate per step
     base_lr_end: float  # the one a cosine schedule ends with
     max_iter: int  # optimizer steps in the whole training
-    steps: tuple[int, ...]  # iterations at which the learning rate drops
+    # Iterations at which the learning rate drops; none under a schedule that does not read STEPS.
+    steps: tuple[int, ...]
     iterations: Mapping[str, int]  # the other counts of iterations, by config key
     ema_decay: float | None  # per-step decay of the averaged weights, None without such an average
     optimizer: str  # name, lower case
@@ -70,17 +74,22 @@ class Schedule:
         counts = {key: get_key(cfg, key) for key in ITERATION_KEYS}
         ema = get_key(cfg, "MODEL_EMA.ENABLED", False)
         return cls(
-            reference_world_size=cfg.SOLVER.REFERENCE_WORLD_SIZE,
+            reference_world_size=reference_world_size(cfg),
             ims_per_batch=cfg.SOLVER.IMS_PER_BATCH,
             recipe_ims_per_batch=recipe_ims_per_batch(cfg),
             base_lr=cfg.SOLVER.BASE_LR,
             base_lr_end=get_key(cfg, "SOLVER.BASE_LR_END", 0.0),
             max_iter=cfg.SOLVER.MAX_ITER,
-            steps=tuple(cfg.SOLVER.STEPS),
+            steps=tuple(cfg.SOLVER.STEPS) if _reads_steps(cfg) else (),
             iterations={key: count for key, count in counts.items() if count is not None},
             ema_decay=cfg.MODEL_EMA.DECAY if ema else None,
             optimizer=str(get_key(cfg, "SOLVER.OPTIMIZER", "sgd")).lower(),
         )
+
+    @property
+    def reached_steps(self) -> tuple[int, ...]:
+        """The drops before the training ends; detectron2 leaves the others out too."""
+        return tuple(step for step in self.steps if step < self.max_iter)
 
     def to_config(self) -> dict[str, Any]:
         """Return the schedule as dotted config keys, sorted."""
@@ -120,11 +129,11 @@ class Schedule:
         """
         rescaled = replace(self, reference_world_size=world_size, ims_per_batch=ims_per_batch)
         if lr_rule == "gain":
-            return rescaled
+            return replace(rescaled, steps=self.reached_steps)
         ratio = Fraction(ims_per_batch, self.recipe_ims_per_batch)
         max_iter = rules.scale_max_iter(self.max_iter, ratio)
         try:
-            steps = rules.scale_steps(self.steps, ratio, max_iter)
+            steps = rules.scale_steps(self.reached_steps, ratio, max_iter)
         except ValueError as error:
             raise ConfigError([self._too_many_drops(ims_per_batch, max_iter)]) from error
         return replace(
@@ -147,6 +156,39 @@ class Schedule:
         return Fault("SOLVER.STEPS", self.steps, allowed, advice)
 
 
+def reference_world_size(cfg: Any) -> int:
+    """Return the GPUs that a recipe was written for (N0).
+
+    One that does not say so was written for 8, as d2go has it, or for the most below that which
+    can share its batch evenly, for neither d2go nor detectron2 trains otherwise.
+    """
+    images = cfg.SOLVER.IMS_PER_BATCH
+    fitting = (gpus for gpus in range(_USUAL_WORLD_SIZE, 0, -1) if images % gpus == 0)
+    return int(cfg.SOLVER.REFERENCE_WORLD_SIZE or next(fitting))
+
+
+def schedule_notes(cfg: Any, schedule: Schedule) -> list[str]:
+    """Return what was taken for granted of a recipe, for its user to know."""
+    notes = []
+    gpus = schedule.reference_world_size
+    if not cfg.SOLVER.REFERENCE_WORLD_SIZE and gpus != _USUAL_WORLD_SIZE:
+        notes.append(
+            f"the recipe does not say for how many GPUs it is (SOLVER.REFERENCE_WORLD_SIZE): "
+            f"taken as {gpus}, the most up to {_USUAL_WORLD_SIZE} that share its "
+            f"{schedule.ims_per_batch} images"
+        )
+    if schedule.reached_steps != schedule.steps:
+        notes.append(
+            f"SOLVER.STEPS {schedule.steps} do not all come before SOLVER.MAX_ITER = "
+            f"{schedule.max_iter}: the others have no effect"
+        )
+    return notes
+
+
+def _reads_steps(cfg: Any) -> bool:
+    return get_key(cfg, "SOLVER.LR_SCHEDULER_NAME") not in SCHEDULES_WITHOUT_STEPS
+
+
 def follows_gain(cfg: Any) -> bool:
     """Return whether a planned config trains by the gain rule."""
     return bool(get_key(cfg, rules.LR_RULE) == "gain")
@@ -160,24 +202,15 @@ def recipe_ims_per_batch(cfg: Any) -> int:
 def schedule_faults(cfg: Any) -> list[Fault]:
     """Return the faults of all keys of ``cfg`` that a schedule is made of."""
     ema = get_key(cfg, "MODEL_EMA.ENABLED", False)
-    faults = judge(cfg, (*_RULES, _EMA_DECAY) if ema else _RULES)
+    judged = [*_RULES, *([_EMA_DECAY] if ema else []), *([_STEPS] if _reads_steps(cfg) else [])]
+    faults = judge(cfg, judged)
     # Keys are compared only where each is right by itself.
-    wrong = {fault.key for fault in faults}
-    solver = cfg.SOLVER
-    if not wrong & {"SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"}:
-        gpus = solver.REFERENCE_WORLD_SIZE
+    if not {f.key for f in faults} & {"SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"}:
+        gpus = cfg.SOLVER.REFERENCE_WORLD_SIZE
         faults += Rule(
             "SOLVER.IMS_PER_BATCH",
             f"at least one image for each of SOLVER.REFERENCE_WORLD_SIZE = {gpus} GPUs",
             lambda images: images >= gpus,
-            f"set REFERENCE_WORLD_SIZE to {_WRITTEN_FOR} (8 when the config leaves it out)",
-        ).faults(solver.IMS_PER_BATCH)
-    if not wrong & {"SOLVER.STEPS", "SOLVER.MAX_ITER"}:
-        faults += Rule(
-            "SOLVER.STEPS",
-            f"below SOLVER.MAX_ITER = {solver.MAX_ITER}",
-            lambda steps: not steps or steps[-1] < solver.MAX_ITER,
-            "raise MAX_ITER, or remove the steps that are never reached "
-            "(none at all: SOLVER.STEPS '()')",
-        ).faults(solver.STEPS)
+            f"set REFERENCE_WORLD_SIZE to {_WRITTEN_FOR}, or to 0 if that is not known",
+        ).faults(cfg.SOLVER.IMS_PER_BATCH)
     return faults

@@ -2,6 +2,7 @@ import pytest
 
 from d2scale.config import load_cfg, load_recipe
 from d2scale.config.loading import load_yaml, shipped_configs
+from d2scale.config.safe_yaml import UnreadValue
 from d2scale.errors import ConfigError
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.plan import make_plan
@@ -46,7 +47,7 @@ def test_overrides_win_and_are_converted(recipes):
     [
         ("SOLVER: [", "line 1"),
         ("- 1\n- 2\n", "KEY: value"),
-        ("SOLVER: !!python/object/apply:os.system ['touch x']\n", "Python tags"),
+        ("SEED: !date 2026\n", "could not determine a constructor for the tag '!date'"),
         ("_BASE_: recipe.yaml\n", "a chain that ends"),
         ("_BASE_: {a: b}\n", "a file name, or a list of them"),
         ("_BASE_: nowhere.yaml\n", "nowhere.yaml"),
@@ -117,3 +118,45 @@ def test_overrides_must_be_pairs_of_known_keys(recipes):
 def test_values_of_the_wrong_kind_are_refused(recipes, key, value):
     message = message_of(load_cfg, str(recipes / "Meta-FCOS-pretrain.yaml"), [key, value])
     assert message.startswith(f"{key} is ")
+
+
+TAGGED = """\
+MODEL:
+  ANCHOR_GENERATOR:
+    SIZES: !!python/object/apply:eval ["[[x, x * 2] for x in [32, 64]]"]
+INPUT: {MIN_SIZE_TRAIN: !!python/object/apply:os.system ["touch x"]}
+SOLVER: {STEPS: !!python/tuple [5, 7], MAX_ITER: 9}
+"""
+
+
+def test_python_tags_stay_unread_text_in_a_recipe_to_plan(write_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_config(TAGGED, "base.yaml")
+    cfg, settings = load_recipe(write_config("_BASE_: base.yaml\n"))
+    assert cfg.SOLVER.STEPS == (5, 7)
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (800,)
+    sizes = settings["MODEL.ANCHOR_GENERATOR.SIZES"]
+    assert isinstance(sizes, UnreadValue)
+    assert sizes == '!!python/object/apply:eval ["[[x, x * 2] for x in [32, 64]]"]'
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("load", [load_recipe, load_cfg])
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("SOLVER: {BASE_LR: !!python/object/apply:eval ['0.01 * 2']}\n", "SOLVER.BASE_LR"),
+        ("SOLVER: !!python/object/apply:os.system ['touch x']\n", "SOLVER"),
+    ],
+)
+def test_a_python_tag_where_planning_needs_the_value_is_one_line(write_config, load, text, key):
+    message = message_of(load, write_config(text))
+    assert message.startswith(f'{key} is "!!python/object/apply:')
+    assert "without a Python tag" in message
+    assert "\n" not in message
+
+
+def test_the_engine_reads_no_python_tag_at_all_but_an_override_replaces_it(write_config):
+    path = write_config("INPUT: {MIN_SIZE_TRAIN: !!python/object/apply:eval ['(1, 2)']}\n")
+    assert 'INPUT.MIN_SIZE_TRAIN is "!!python' in message_of(load_cfg, path)
+    assert load_cfg(path, ["INPUT.MIN_SIZE_TRAIN", "(640,)"]).INPUT.MIN_SIZE_TRAIN == (640,)

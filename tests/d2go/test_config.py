@@ -27,6 +27,11 @@ def test_a_shipped_config_file_opens(cfg):
     assert cfg.SOLVER.MAX_ITER == 30000
 
 
+def test_detectron2s_own_retinanet_opens_with_its_python_tags(cfg):
+    cfg.merge_from_file("detectron2://COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0][0] == 32
+
+
 def test_the_environment_module_serves_the_prefix_to_detectron2():
     from detectron2.utils.file_io import PathManager
 
@@ -40,7 +45,8 @@ def test_the_environment_module_serves_the_prefix_to_detectron2():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("SOLVER: !!python/object/apply:os.getcwd []\n", "Python tags"),
+        ("SOLVER: !!python/object/apply:os.getcwd []\n", "values of the keys' types"),
+        ("SEED: !!python/object/apply:eval ['1 / 0']\n", "ZeroDivisionError"),
         ("SOLVER: {BASE_LRR: 1}\n", "did you mean SOLVER.BASE_LR?"),
         ("_BASE_: recipe.yaml\n", "a chain that ends"),
     ],
@@ -66,7 +72,7 @@ def test_a_faulty_schedule_is_told_before_processes_are_launched(cfg, capsys):
     from d2scale.d2go.runner import Runner
 
     cfg.SOLVER.AUTO_SCALING_METHODS = ["d2scale_keep_total"]
-    cfg.SOLVER.STEPS = (50000,)
+    cfg.SOLVER.STEPS = (50, 50)
     cfg.SOLVER.BASE_LR = -1.0
     with pytest.raises(SystemExit) as raised:
         Runner.create_shared_context(cfg)

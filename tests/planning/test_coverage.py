@@ -68,3 +68,13 @@ def test_a_profile_that_names_nothing_holds_for_everything(recipes):
 def test_it_needs_no_torch():
     code = "import sys, d2scale.planning.coverage; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_value_behind_a_python_tag_may_be_what_a_profile_was_made_with(write_config):
+    text = "MODEL: {ANCHOR_GENERATOR: {SIZES: !!python/object/apply:eval ['[[32, 64]]']}}\n"
+    cfg, settings = load_recipe(write_config(text))
+    covers = coverage(cfg, settings)
+    made_for = {**covers, "MODEL.ANCHOR_GENERATOR.SIZES": [[32, 64]]}
+    profile = MemoryProfile((Phase("forward", 0, 1),), "predicted", covers=made_for)
+    assert find_profile([profile], covers) is profile
+    assert find_profile([profile], {**covers, "precision": "16 bit"}) is None

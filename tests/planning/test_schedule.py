@@ -5,7 +5,7 @@ import pytest
 from d2scale.config import get_cfg, load_recipe
 from d2scale.config.keys import differences, set_key
 from d2scale.errors import ConfigError
-from d2scale.planning.schedule import ITERATION_KEYS, Schedule, schedule_faults
+from d2scale.planning.schedule import ITERATION_KEYS, Schedule, schedule_faults, schedule_notes
 
 
 def schedule_of(path, *opts):
@@ -59,9 +59,7 @@ def test_a_config_without_d2go_keys_has_none_of_them_in_its_schedule():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("SOLVER.REFERENCE_WORLD_SIZE", 0),
         ("SOLVER.REFERENCE_WORLD_SIZE", -4),
-        ("SOLVER.IMS_PER_BATCH", 7),
         ("SOLVER.IMS_PER_BATCH", 0),
         ("SOLVER.IMS_PER_BATCH", "16"),
         ("SOLVER.BASE_LR", 0.0),
@@ -75,7 +73,6 @@ def test_a_config_without_d2go_keys_has_none_of_them_in_its_schedule():
         ("SOLVER.STEPS", (3, 2)),
         ("SOLVER.STEPS", (2, 2)),
         ("SOLVER.STEPS", (0, 2)),
-        ("SOLVER.STEPS", (10, 40000)),
         ("SOLVER.STEPS", (10.5,)),
         ("SOLVER.STEPS", ("a", 5)),
         ("SOLVER.STEPS", 5),
@@ -100,7 +97,7 @@ def test_all_faults_are_found_together():
         ("BASE_LR", -1.0),
         ("STEPS", (3, 2)),
         ("MAX_ITER", 0),
-        ("REFERENCE_WORLD_SIZE", 0),
+        ("REFERENCE_WORLD_SIZE", -1),
     ):
         cfg.SOLVER[key] = value
     keys = {fault.key.removeprefix("SOLVER.") for fault in schedule_faults(cfg)}
@@ -109,11 +106,8 @@ def test_all_faults_are_found_together():
 
 def test_keys_are_compared_only_where_each_is_right():
     cfg = get_cfg()
-    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.STEPS = None, (50000,)
-    assert {fault.key for fault in schedule_faults(cfg)} == {
-        "SOLVER.REFERENCE_WORLD_SIZE",
-        "SOLVER.STEPS",
-    }
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH = None, 1
+    assert {fault.key for fault in schedule_faults(cfg)} == {"SOLVER.REFERENCE_WORLD_SIZE"}
 
 
 def test_a_batch_too_large_for_the_drops_is_an_error():
@@ -126,3 +120,44 @@ def test_a_batch_too_large_for_the_drops_is_an_error():
 
 def test_every_iteration_key_of_the_defaults_is_read():
     assert set(Schedule.from_cfg(get_cfg()).iterations) == set(ITERATION_KEYS)
+
+
+def test_a_batch_below_its_gpus_says_what_to_set():
+    cfg = get_cfg()
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH = 8, 4
+    (fault,) = schedule_faults(cfg)
+    assert fault.key == "SOLVER.IMS_PER_BATCH"
+    assert "set REFERENCE_WORLD_SIZE to the number of GPUs" in str(fault)
+
+
+@pytest.mark.parametrize(("images", "gpus"), [(16, 8), (4, 4), (12, 6), (7, 7), (11, 1), (1, 1)])
+def test_a_recipe_that_leaves_its_gpus_out_is_for_as_many_as_share_its_batch(images, gpus):
+    cfg = get_cfg()
+    cfg.SOLVER.IMS_PER_BATCH = images
+    schedule = Schedule.from_cfg(cfg)
+    assert schedule.reference_world_size == gpus
+    notes = schedule_notes(cfg, schedule)
+    assert [f"taken as {gpus}," in note for note in notes] == [True] * (gpus != 8)
+
+
+@pytest.mark.parametrize("rule", ["linear", "gain"])
+def test_steps_beyond_the_end_are_left_out_and_told(rule):
+    cfg = get_cfg()
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 20000, (10000, 30000)
+    schedule = Schedule.from_cfg(cfg)
+    assert schedule_faults(cfg) == []
+    # Kept, 30000 would come before the end of a training that is twice as long.
+    planned = schedule.scaled(8, 4, rule)
+    assert planned.steps == ((20000,) if rule == "linear" else (10000,))
+    assert changes(schedule, planned)["SOLVER.STEPS"][0] == (10000, 30000)
+    assert "(10000, 30000) do not all come before" in schedule_notes(cfg, schedule)[0]
+
+
+@pytest.mark.parametrize("name", ["WarmupCosineLR", "WarmupPolyLR"])
+def test_steps_are_not_judged_under_a_schedule_that_does_not_read_them(name):
+    cfg = get_cfg()
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.STEPS = name, (30000, 20, 90000)
+    assert schedule_faults(cfg) == []
+    schedule = Schedule.from_cfg(cfg)
+    assert "SOLVER.STEPS" not in changes(schedule, schedule.scaled(2, 1, "linear"))
+    assert schedule_notes(cfg, schedule) == []
