@@ -40,6 +40,19 @@ def micro_batch_sizes(total: int, world_size: int, ims_per_gpu: int) -> tuple[tu
     return tuple(split_evenly(images, -(-images // ims_per_gpu)) for images in of_ranks)
 
 
+def own_virtual_ranks(count: int, rank: int, world_size: int) -> range:
+    """Return which of the recipe's ``count`` ranks one of ``world_size`` ranks runs.
+
+    ``world_size`` is at most ``count``.
+
+    >>> own_virtual_ranks(8, 1, 3)
+    range(3, 6)
+    """
+    shares = split_evenly(count, world_size)
+    start = sum(shares[:rank])
+    return range(start, start + shares[rank])
+
+
 def micro_batch_counts(images: int, ims_per_gpu: int) -> tuple[int, ...]:
     """Return the numbers of micro-batches that one rank's images can be cut into.
 

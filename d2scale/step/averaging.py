@@ -1,4 +1,4 @@
-"""Averaging gradients over ranks while the backward pass is still running.
+"""Adding up gradients over ranks while the backward pass is still running.
 
 DistributedDataParallel does it in buckets that hold a second copy of all gradients, and a rank that
 fails in its backward leaves the others waiting inside a reduction. Here two buffers serve all
@@ -54,7 +54,9 @@ class _Bucket:
 
 
 class GradientAverager:
-    """Replaces gradients by their means over the ranks, which all build one alike.
+    """Replaces gradients by their sums over the ranks, which all build one alike.
+
+    Every rank's losses are weighed so that the sum is the step's mean: half floats do not overflow.
 
     What it needs on the device is allocated here, once: two buffers of 16 MiB, or of the largest
     gradient. On one rank it does nothing. Gradients cross the network in the dtype ``compress``,
@@ -75,8 +77,8 @@ class GradientAverager:
         self.counts = torch.zeros(0, dtype=torch.int64)
         if ranks.world_size() == 1:
             return
-        for (device, dtype), members in _by_kind(self.parameters, compress).items():
-            buckets = _buckets(members)
+        for (device, dtype), members in by_kind(self.parameters, compress).items():
+            buckets = [_Bucket(parameters) for parameters in in_buckets(members)]
             size = max(bucket.numel for bucket in buckets)
             buffers = deque(torch.zeros(size, device=device, dtype=dtype) for _ in range(BUFFERS))
             for bucket in buckets:
@@ -109,7 +111,7 @@ class GradientAverager:
     def last_backward(self) -> Iterator[None]:
         """Within the context, which is the last backward pass, reduce each complete bucket.
 
-        When it ends, all gradients are means over the ranks, and ``counts`` are this rank's.
+        When it ends, all gradients are sums over the ranks, and ``counts`` are this rank's.
         """
         if not self._buckets:
             yield
@@ -128,7 +130,14 @@ class GradientAverager:
                 parameter.grad = torch.zeros_like(parameter)
         self._complete_all(use=True)
 
-    def drop_unused(self) -> None:
+    def end_virtual_rank(self) -> None:
+        """Do nothing: the gradients of all virtual ranks of a GPU add up by themselves."""
+
+    def finish(self) -> None:
+        """Do what is left once the step has succeeded on all ranks and ``counts`` are summed."""
+        self._drop_unused()
+
+    def _drop_unused(self) -> None:
         """Take the zeros back that stand for gradients no rank has, once ``counts`` are summed."""
         if not self._buckets:
             return
@@ -174,8 +183,6 @@ class GradientAverager:
             for gradient, view in bucket.views(buffer):
                 view.copy_(gradient)
         flat = buffer[: bucket.numel]
-        # Before the sum, as DistributedDataParallel does it: half floats would overflow.
-        flat.div_(ranks.world_size())
         bucket.started = True
         self._running.append((bucket, buffer, dist.all_reduce(flat, async_op=True)))
 
@@ -196,7 +203,7 @@ class GradientAverager:
             self._complete_first(use=use)
 
 
-def _by_kind(
+def by_kind(
     parameters: Sequence[nn.Parameter], compress: torch.dtype | None
 ) -> dict[tuple[torch.device, torch.dtype], list[nn.Parameter]]:
     """Group parameters that can share a buffer, by its device and dtype."""
@@ -206,16 +213,16 @@ def _by_kind(
     return kinds
 
 
-def _buckets(parameters: Sequence[nn.Parameter]) -> list[_Bucket]:
+def in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Group parameters up to 16 MiB, the last ones first: backward reaches them first."""
-    buckets: list[_Bucket] = []
+    buckets: list[list[nn.Parameter]] = []
     taken = BUCKET_BYTES
     for parameter in reversed(parameters):
         size = parameter.numel() * parameter.element_size()
         if taken + size > BUCKET_BYTES:
-            buckets.append(_Bucket([]))
+            buckets.append([])
             taken = 0
-        buckets[-1].parameters.append(parameter)
+        buckets[-1].append(parameter)
         taken += size
     return buckets
 
@@ -231,6 +238,6 @@ def _laid_out(part: Tensor, parameter: nn.Parameter) -> Tensor:
 def averaging_bytes(parameters: Sequence[nn.Parameter]) -> int:
     """Return the bytes that averaging over several ranks holds on the device."""
     return BUFFERS * sum(
-        max(bucket.numel for bucket in _buckets(members)) * dtype.itemsize
-        for (_, dtype), members in _by_kind(parameters, None).items()
+        max(sum(p.numel() for p in bucket) for bucket in in_buckets(members)) * dtype.itemsize
+        for (_, dtype), members in by_kind(parameters, None).items()
     )

@@ -20,19 +20,14 @@ class StepDoesNotFitError(D2ScaleError):
     """A step needs more memory than there is even with one image at a time."""
 
 
-def smaller_micro_batches(
-    failure: AgreedOutOfMemoryError, rank_images: int, ims_per_gpu: int
-) -> int:
+def smaller_micro_batches(failure: AgreedOutOfMemoryError, own_largest: int) -> int:
     """Return half of the images per GPU with which a step ran out of memory, and log it.
 
-    Every rank calls it, with its own images of the step.
+    Every rank calls it, with the images of its own largest micro-batch.
 
     Raises:
         StepDoesNotFitError: if it was one image.
     """
-    # What ran: 6 images, 5 at a time, are 3 and 3.
-    micro_batches = -(-rank_images // ims_per_gpu)
-    own_largest = -(-rank_images // micro_batches)
     largest = int(ranks.largest_over_ranks({"images": own_largest})["images"])
     if largest == 1:
         raise StepDoesNotFitError(

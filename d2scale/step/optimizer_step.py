@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +16,11 @@ from torch.amp.grad_scaler import GradScaler
 from d2scale.step import ranks
 from d2scale.step.agreement import AgreedOutOfMemoryError, run_alone, run_together
 from d2scale.step.averaging import GradientAverager
+from d2scale.step.forward_backward import ForwardBackward, Part
 from d2scale.step.guard import AllocatorRetries, smaller_micro_batches
-from d2scale.step.micro_batches import ForwardBackward, MicroBatch, PhaseMarker, StepLosses, cut
+from d2scale.step.micro_batches import ExactModel, MicroBatch, PhaseMarker, StepLosses, cut
 from d2scale.step.norms import synchronised_norms
+from d2scale.step.ordered_sum import OrderedSum
 from d2scale.step.undo import StepUndo
 from d2scale.step.update import (
     GradientClipper,
@@ -26,6 +28,7 @@ from d2scale.step.update import (
     trained_parameters,
     update_weights,
 )
+from d2scale.step.virtual_ranks import VirtualRanks
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,9 @@ class StepOptions:
     # the error pass.
     on_oom: str = "split"
     compress: torch.dtype | None = None  # in which gradients cross the network; None: their own
+    virtual_ranks: VirtualRanks | None = None  # that this rank runs in turn; None: only itself
+    # Takes the forwards of a virtual rank whose images need several; None: the model.
+    split_model: ExactModel | None = None
 
 
 class OptimizerStep:
@@ -52,6 +58,9 @@ class OptimizerStep:
     A step that runs out of memory on any rank is undone on all of them and taken again with half
     the images per GPU, which stay halved. Total batch, learning rate and result stay the same;
     only random draws inside the model (dropout) differ with other micro-batches.
+
+    With virtual ranks a rank's images are those of its own virtual ranks, in their order, the same
+    number for each; every one is a micro-batch of its own, or several if it does not fit.
 
     The model is bare, in training mode; ``on_split`` is called with the new images per GPU, on
     every rank, before the step is repeated.
@@ -71,9 +80,15 @@ class OptimizerStep:
         self.options = options = options or StepOptions()
         self.ims_per_gpu = ims_per_gpu  # most images in one forward
         self.on_split = on_split
-        self._averager = GradientAverager(trained_parameters(optimizer), options.compress)
+        self._virtual_ranks = options.virtual_ranks
+        self._averager = _averager(trained_parameters(optimizer), options)
         self._forward_backward = ForwardBackward(
-            model, self._averager, precision=options.precision, scaler=options.scaler
+            model,
+            self._averager,
+            precision=options.precision,
+            scaler=options.scaler,
+            virtual_ranks=options.virtual_ranks,
+            split_model=options.split_model,
         )
         self._momentum = MomentumByGain(optimizer)
         self._undo = StepUndo(model, optimizer, options.scaler)
@@ -97,7 +112,7 @@ class OptimizerStep:
 
     def is_one_part(self, rank_batch: MicroBatch) -> bool:
         """Return whether a step is one forward on one rank: it is cut in two to measure noise."""
-        return ranks.world_size() == 1 and len(rank_batch) <= self.ims_per_gpu
+        return ranks.world_size() == 1 and len(self._cut(rank_batch, self.ims_per_gpu)) == 1
 
     def __call__(
         self,
@@ -105,8 +120,11 @@ class OptimizerStep:
         before_update: BeforeUpdate | None = None,
         *,
         measure: bool = False,
+        number: int = 0,
     ) -> StepLosses:
         """Take one step with this rank's images; ``measure`` the noise of its gradient.
+
+        ``number`` is the step's, of which the random streams of virtual ranks are made.
 
         ``before_update`` is called with the losses when the gradients of the whole step are there,
         at every attempt. It makes no collective calls, and may set learning rates. All ranks
@@ -116,14 +134,13 @@ class OptimizerStep:
             StepDoesNotFitError: on every rank, if one image at a time is too much; model and
                 optimizer are as before the step.
         """
+        attempt = partial(self._attempt, rank_batch, before_update, measure=measure, number=number)
         if self.options.on_oom != "split" or not self._can_agree:
-            return self._attempt(rank_batch, before_update, agrees=False, measure=measure)
+            return attempt(agrees=False)
         self._undo.forget()
         while True:
             try:
-                losses = self._attempt(
-                    rank_batch, before_update, agrees=True, undoable=True, measure=measure
-                )
+                losses = attempt(agrees=True, undoable=True)
             except AgreedOutOfMemoryError as error:
                 failure = error.with_traceback(None)
             else:
@@ -134,7 +151,8 @@ class OptimizerStep:
             gc.collect()  # frames in reference cycles keep activations alive
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.ims_per_gpu = smaller_micro_batches(failure, len(rank_batch), self.ims_per_gpu)
+            images = max(len(part) for _, part in self._cut(rank_batch, self.ims_per_gpu))
+            self.ims_per_gpu = smaller_micro_batches(failure, images)
             if self.on_split is not None:
                 self.on_split(self.ims_per_gpu)
 
@@ -156,9 +174,11 @@ class OptimizerStep:
 
     def held_tensors(self) -> list[Tensor]:
         """Return what lives between steps: weights, buffers, optimizer state, averaging buffers."""
+        virtual = self._virtual_ranks.held_tensors() if self._virtual_ranks else []
         states = (value for state in self.optimizer.state.values() for value in state.values())
         tensors = (value for value in states if isinstance(value, Tensor))
-        return [*self.model.parameters(), *self.model.buffers(), *tensors, *self._averager.buffers]
+        own = [*self.model.parameters(), *self.model.buffers()]
+        return [*own, *virtual, *tensors, *self._averager.buffers]
 
     def _attempt(
         self,
@@ -168,27 +188,44 @@ class OptimizerStep:
         agrees: bool,
         undoable: bool = False,
         measure: bool = False,
+        number: int = 0,
     ) -> StepLosses:
         self.optimizer.zero_grad(set_to_none=True)
         ims_per_gpu = self.ims_per_gpu
         if measure and self.is_one_part(rank_batch):
             ims_per_gpu = -(-len(rank_batch) // 2)
-        micro_batches = cut(rank_batch, ims_per_gpu)
+        parts = self._cut(rank_batch, ims_per_gpu)
+        if self._virtual_ranks is not None:
+            self._virtual_ranks.begin(number)
         # Copies are made beside the forward, and agreed on together with the loss normalizers.
         prepare = self._undo.remember if undoable else None
-        losses = self._forward_backward(
-            micro_batches, agrees=agrees, prepare=prepare, measure=measure
-        )
+        losses = self._forward_backward(parts, agrees=agrees, prepare=prepare, measure=measure)
         self._undo.settle()
         run = run_together if agrees else run_alone
         run("the optimizer", partial(self._update, losses, before_update))
+        if self._virtual_ranks is not None:
+            self._virtual_ranks.end()
         return losses
+
+    def _cut(self, rank_batch: MicroBatch, ims_per_gpu: int) -> list[Part]:
+        if self._virtual_ranks is not None:
+            return [*self._virtual_ranks.cut(rank_batch, ims_per_gpu)]
+        return [(None, micro_batch) for micro_batch in cut(rank_batch, ims_per_gpu)]
 
     def _update(self, losses: StepLosses, before_update: BeforeUpdate | None) -> None:
         if before_update is not None:
             before_update(losses)
         with self.phase("optimizer"):
             update_weights(self.optimizer, self.options.scaler, self.options.clip)
+
+
+def _averager(
+    parameters: Sequence[nn.Parameter], options: StepOptions
+) -> GradientAverager | OrderedSum:
+    virtual = options.virtual_ranks
+    if virtual is not None and virtual.ordered:
+        return OrderedSum(parameters, virtual.count, options.compress)
+    return GradientAverager(parameters, options.compress)
 
 
 @contextmanager

@@ -52,3 +52,16 @@ def run_backward(scalar: Tensor) -> None:
     engine: Any = torch.autograd.Variable._execution_engine
     arguments = ((scalar,), (torch.ones_like(scalar),), False, False, ())
     engine.run_backward(*arguments, allow_unreachable=True, accumulate_grad=True)
+
+
+def buffer_owner(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
+    """Return the mapping that holds a buffer of ``model``, and the buffer's name in it."""
+    owner, _, own_name = name.rpartition(".")
+    return model.get_submodule(owner)._buffers, own_name
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy into the first tensor of each pair the second; on a GPU in few kernels for all."""
+    if pairs:
+        targets, sources = zip(*pairs, strict=True)
+        torch._foreach_copy_(list(targets), list(sources))

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from d2scale.step.model_state import ModelState, State
+
 
 class StepUndo:
     """Copies what a step changes, and restores it after a step that failed.
 
     An optimizer that fails has updated some weights and not others, so weights and optimizer
     state are copied at the start of every step: to host memory, for the device has none to spare,
-    and on a CUDA stream of their own, while the forward only reads them. Buffers (statistics of
-    batch norm, moving normalizers) are small and copied on the device.
+    and on a CUDA stream of their own, while the forward only reads them. What forwards change
+    (statistics of batch norm, moving normalizers) is small and copied on the device.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: GradScaler | None = None
     ) -> None:
-        self._model = model
         self._optimizer = optimizer
         self._scaler = scaler
         self._device = next(model.parameters()).device
@@ -30,7 +31,8 @@ class StepUndo:
         self._stream = torch.cuda.Stream(self._device) if self._on_cuda else None
         self._copies: dict[Tensor, Tensor] = {}
         self._state: dict[Any, dict[str, Any]] = {}
-        self._buffers: dict[str, Tensor] = {}
+        self._model_state = ModelState(model)
+        self._kept_state = State()
         self._random: list[Tensor] = []
         self._scaler_state: dict[str, Any] = {}
         self._complete = False
@@ -48,7 +50,7 @@ class StepUndo:
         if self._on_cuda:
             self._random.append(torch.cuda.get_rng_state(self._device))
         self._scaler_state = self._scaler.state_dict() if self._scaler else {}
-        self._copy_buffers()
+        self._kept_state = self._model_state.take()
         self._state = {key: dict(state) for key, state in self._optimizer.state.items()}
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -75,7 +77,7 @@ class StepUndo:
             tensor.copy_(copy)
         self._optimizer.state.clear()
         self._optimizer.state.update({key: dict(state) for key, state in self._state.items()})
-        self._restore_buffers()
+        self._model_state.put(self._kept_state)
         self._restore_scaler()
         torch.set_rng_state(self._random[0])
         if self._on_cuda:
@@ -88,26 +90,6 @@ class StepUndo:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         values = (value for state in self._state.values() for value in state.values())
         return parameters + [value for value in values if isinstance(value, Tensor)]
-
-    def _copy_buffers(self) -> None:
-        buffers = dict(self._model.named_buffers())
-        kept = {name: copy for name, copy in self._buffers.items() if name in buffers}
-        for name, buffer in buffers.items():
-            copy = kept.get(name)
-            if copy is None or copy.shape != buffer.shape or copy.dtype != buffer.dtype:
-                kept[name] = buffer.clone()
-            else:
-                copy.copy_(buffer)
-        self._buffers = kept
-
-    def _restore_buffers(self) -> None:
-        for name, buffer in list(self._model.named_buffers()):
-            if name in self._buffers:
-                buffer.copy_(self._buffers[name])
-            else:
-                # A moving statistic that the first forward makes.
-                owner, _, own_name = name.rpartition(".")
-                delattr(self._model.get_submodule(owner), own_name)
 
     def _restore_scaler(self) -> None:
         if self._scaler is None or not self._scaler_state:

@@ -18,19 +18,19 @@ def test_gradient_that_a_rank_lacks_counts_as_zero():
 def test_buckets_are_small_and_begin_at_the_end(monkeypatch):
     monkeypatch.setattr(averaging, "BUCKET_BYTES", 24)
     parameters = [nn.Parameter(torch.zeros(size)) for size in (4, 2, 1, 100, 1)]
-    buckets = averaging._buckets(parameters)
-    sizes = [[parameter.numel() for parameter in bucket.parameters] for bucket in buckets]
+    buckets = averaging.in_buckets(parameters)
+    sizes = [[parameter.numel() for parameter in bucket] for bucket in buckets]
     assert sizes == [[1], [100], [1, 2], [4]]
 
 
 def test_buckets_hold_one_dtype(monkeypatch):
     single, double = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    kinds = averaging._by_kind([single, double, single], None)
+    kinds = averaging.by_kind([single, double, single], None)
     assert [(dtype, len(members)) for (_, dtype), members in kinds.items()] == [
         (torch.float32, 2),
         (torch.float64, 1),
     ]
-    ((_, compressed),) = averaging._by_kind([single, double], torch.float16)
+    ((_, compressed),) = averaging.by_kind([single, double], torch.float16)
     assert compressed == torch.float16
 
 

@@ -123,7 +123,7 @@ def test_no_reasons_for_one_micro_batch_or_an_exact_model(caplog):
 def test_frozen_batch_norm_is_exact():
     model = StandIn()
     model.add_module("batch_norm", nn.BatchNorm2d(3).eval())
-    assert inexact_reasons(model) == ()
+    assert inexact_reasons(model, model) == ()
 
 
 def test_a_rank_batch_is_cut_in_order():

@@ -14,8 +14,9 @@ from d2scale.engine.data.sampling import rank_slice
 from d2scale.errors import DataError, Fault
 from d2scale.planning.rules import micro_batch_sizes
 from d2scale.step.averaging import GradientAverager
+from d2scale.step.forward_backward import ForwardBackward
 from d2scale.step.guard import StepDoesNotFitError
-from d2scale.step.micro_batches import ForwardBackward, StepLosses
+from d2scale.step.micro_batches import StepLosses
 from d2scale.step.optimizer_step import OptimizerStep
 from d2scale.step.ranks import (
     alone,
@@ -38,9 +39,11 @@ def split(samples, rank_sizes):
     return [[[next(remaining) for _ in range(size)] for size in sizes] for sizes in rank_sizes]
 
 
-def forward_backward(model, **options) -> ForwardBackward:
+def forward_backward(model, **options):
+    """A function of micro-batches, without virtual ranks."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return ForwardBackward(model, GradientAverager(parameters), **options)
+    step = ForwardBackward(model, GradientAverager(parameters), **options)
+    return lambda micro_batches, **k: step([(None, batch) for batch in micro_batches], **k)
 
 
 def step_gradients(model, micro_batches, **options) -> tuple[StepLosses, dict]:
@@ -241,9 +244,9 @@ def averaged_gradients():
         for parameter in parameters:
             parameter.grad = None
         with averager.taking_part(joins=True), averager.last_backward():
-            sum((p * (rank() + 1)).sum() for p in used).backward()
+            (sum((p * (rank() + 1)).sum() for p in used) / world_size()).backward()
         sum_on_host(averager.counts)
-        averager.drop_unused()
+        averager.finish()
     return [parameter.grad for parameter in parameters]
 
 
@@ -275,7 +278,7 @@ def compressed_gradients():
         parameter = nn.Parameter(torch.zeros(1))
         averager = GradientAverager([parameter], compress)
         with averager.taking_part(joins=True), averager.last_backward():
-            (parameter / 3).sum().backward()
+            (parameter / 3 / world_size()).sum().backward()
         means.append(parameter.grad.item())
     return means
 
