@@ -134,7 +134,7 @@ class OptimizerStep:
             StepDoesNotFitError: on every rank, if one image at a time is too much; model and
                 optimizer are as before the step.
         """
-        attempt = partial(self._attempt, rank_batch, before_update, measure=measure, number=number)
+        attempt = partial(self._attempt, rank_batch, before_update, measure, number)
         if self.options.on_oom != "split" or not self._can_agree:
             return attempt(agrees=False)
         self._undo.forget()
@@ -151,8 +151,8 @@ class OptimizerStep:
             gc.collect()  # frames in reference cycles keep activations alive
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            images = max(len(part) for _, part in self._cut(rank_batch, self.ims_per_gpu))
-            self.ims_per_gpu = smaller_micro_batches(failure, images)
+            largest = max(len(part) for _, part in self._cut(rank_batch, self.ims_per_gpu))
+            self.ims_per_gpu = smaller_micro_batches(failure, largest)
             if self.on_split is not None:
                 self.on_split(self.ims_per_gpu)
 
@@ -184,11 +184,11 @@ class OptimizerStep:
         self,
         rank_batch: MicroBatch,
         before_update: BeforeUpdate | None,
+        measure: bool = False,
+        number: int = 0,
         *,
         agrees: bool,
         undoable: bool = False,
-        measure: bool = False,
-        number: int = 0,
     ) -> StepLosses:
         self.optimizer.zero_grad(set_to_none=True)
         ims_per_gpu = self.ims_per_gpu
