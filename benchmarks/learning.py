@@ -19,8 +19,8 @@ from machine import keep
 from tabulate import tabulate
 
 from d2scale.config import load_cfg
-from d2scale.engine.launch import Topology
 from d2scale.engine.run import train
+from d2scale.launch.launch import Topology
 from d2scale.run_folder.files import METRICS_FILE
 from meta_fcos.reproduction.final_loss import FinalLoss, compare, final_loss
 

@@ -21,11 +21,11 @@ from d2scale.coco.dataset import load_training_dataset
 from d2scale.config import load_cfg
 from d2scale.engine.data.loader import TrainLoader, build_train_loader
 from d2scale.engine.data.sampling import rank_slice
-from d2scale.engine.launch import Topology, launch
 from d2scale.engine.models import build_model
 from d2scale.engine.solver import build_lr_schedule, build_optimizer
 from d2scale.engine.step import build_step
 from d2scale.engine.trainer import Trainer
+from d2scale.launch.launch import Topology, launch
 from d2scale.planning.rules import split_evenly
 from d2scale.step.micro_batches import cut
 from d2scale.step.optimizer_step import OptimizerStep

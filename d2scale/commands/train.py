@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     cfg = load_cfg(arguments.config_file, arguments.opts)
     let_idle_threads_sleep(cfg)
-    from d2scale.engine.launch import Topology
     from d2scale.engine.run import train
+    from d2scale.launch.launch import Topology
 
     if arguments.lr_rule is not None:
         cfg.D2SCALE.LR_RULE = arguments.lr_rule

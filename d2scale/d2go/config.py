@@ -15,7 +15,7 @@ from d2scale.config.loading import (
     unknown_key_fault,
 )
 from d2scale.config.safe_yaml import parse_yaml, parse_yaml_as_detectron2
-from d2scale.d2go.user_errors import exit_on_user_error
+from d2scale.detectron2.user_errors import exit_on_user_error
 from d2scale.errors import ConfigError, Fault
 
 

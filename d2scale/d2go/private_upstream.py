@@ -1,4 +1,4 @@
-"""Private parts of detectron2, d2go and torch that the runner uses, in one place.
+"""Private parts of d2go that the runner uses, in one place.
 
 ``tests/d2go/test_private_upstream.py`` names the versions that they were tried with. Besides,
 ``Runner`` overrides ``_get_trainer_hooks``, for which d2go has no public name.
@@ -6,74 +6,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from d2go.modeling.ema import EMAHook
-from detectron2.engine import HookBase, SimpleTrainer
-from detectron2.engine.hooks import IterationTimer
-from fvcore.common.timer import Timer
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from detectron2.engine import SimpleTrainer
+
+from d2scale.detectron2.private_upstream import hooks_after_backward
 
 
-def next_batch(trainer: SimpleTrainer) -> list[Any]:
-    """Return this rank's samples of the next step."""
-    return next(trainer._data_loader_iter)
+def state_holders(trainer: SimpleTrainer) -> list[Any]:
+    """Return the objects whose attributes are the state of hooks that act after a backward.
 
-
-def hooks_after_backward(trainer: SimpleTrainer) -> list[HookBase]:
-    """Return the trainer's hooks that do something between backward and update."""
-    return [
-        hook
-        for hook in trainer._hooks
-        if type(hook).after_backward is not HookBase.after_backward
-        and not (isinstance(hook, EMAHook) and not hook.is_after_backward)
-    ]
-
-
-def state_holders(hook: HookBase) -> list[Any]:
-    """Return the objects whose attributes are a hook's state: itself, and parts of the EMA."""
-    return [hook, hook.ema_updater, hook.ema] if isinstance(hook, EMAHook) else [hook]
+    They are the hooks themselves, and parts of the EMA if it acts there.
+    """
+    holders: list[Any] = []
+    for hook in hooks_after_backward(trainer):
+        if not isinstance(hook, EMAHook):
+            holders.append(hook)
+        elif hook.is_after_backward:
+            holders += [hook, hook.ema_updater, hook.ema]
+    return holders
 
 
 def set_ema_decay(trainer: SimpleTrainer, decay: float) -> None:
     """Set the decay of the EMA that is updated between backward and update, if there is one."""
     for hook in hooks_after_backward(trainer):
-        if isinstance(hook, EMAHook):
+        if isinstance(hook, EMAHook) and hook.is_after_backward:
             hook.ema_updater.decay = decay
-
-
-class SteadyIterationTimer(IterationTimer):
-    """detectron2's timer, for a trainer that takes no step in some iterations.
-
-    The time left is estimated from the median of the iterations' times. ``seconds`` returns what
-    an iteration takes on average, None where that is not known yet.
-    """
-
-    def __init__(self, seconds: Callable[[], float | None]) -> None:
-        super().__init__()
-        self._step_timer = _Average(seconds)
-
-
-class _Average(Timer):
-    def __init__(self, average: Callable[[], float | None]) -> None:
-        super().__init__()
-        self._average = average
-
-    def seconds(self) -> float:
-        average = self._average()
-        return float(super().seconds()) if average is None else average
-
-
-def without_gradient_buckets(model: nn.Module) -> nn.Module:
-    """Return the bare model of a DistributedDataParallel and free the buckets of the latter.
-
-    They are a second copy of all gradients, which ``OptimizerStep`` has no use for. The wrapper
-    can evaluate afterwards, but not train. Other models are returned as they are.
-    """
-    if not isinstance(model, DistributedDataParallel):
-        return model
-    model.reducer = None  # type: ignore[assignment]
-    model.logger = None
-    return model.module

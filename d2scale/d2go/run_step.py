@@ -1,248 +1,43 @@
-"""d2scale's optimizer step in the place of d2go's own, with the same events around it."""
+"""d2scale's optimizer step in the place of d2go's own, with d2go's EMA and wrappers."""
 
 from __future__ import annotations
 
-import logging
-import math
-import time
-import warnings
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from d2go.utils.abnormal_checker import AbnormalLossCheckerWrapper
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
-from detectron2.utils.events import get_event_storage
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from d2scale.d2go.gain import rates_kept, set_rates
-from d2scale.d2go.hook_states import HookStates
-from d2scale.d2go.private_upstream import next_batch, set_ema_decay, without_gradient_buckets
-from d2scale.d2go.progress import ProgressRecord
-from d2scale.d2go.scaling_methods import applied_plan
+from d2scale.d2go.memory import ENGINE
+from d2scale.d2go.private_upstream import set_ema_decay, state_holders
 from d2scale.d2go.step import build_step
-from d2scale.d2go.user_errors import exit_together_on_user_error
-from d2scale.errors import ConfigError, Fault
-from d2scale.planning.rules import LR_RULE
-from d2scale.planning.schedule import follows_gain
-from d2scale.run_folder.contents import write_plan
-from d2scale.step import ranks
-from d2scale.step.guard import StepDoesNotFitError
-from d2scale.step.micro_batches import StepLosses
+from d2scale.detectron2.run_step import RunStep
 from d2scale.step.optimizer_step import OptimizerStep
 
-logger = logging.getLogger(__name__)
 
+class D2GoRunStep(RunStep):
+    """Gives d2go's trainer another ``run_step``.
 
-class RunStep(HookBase):
-    """Gives the trainer another ``run_step``, which detectron2 means to be replaced.
-
-    It takes one step as ``SimpleTrainer`` and ``AMPTrainer`` do, with the same events around it.
-    Another trainer, or another wrapper of the model than ``DistributedDataParallel``, keeps its
-    own step.
-
-    Args:
-        cfg: the config that runs, scaled.
-        checkpointer: saves the last good step when one image does not fit.
-        record: of this run, in its checkpoints; None: there is none.
+    By the gain rule d2go's EMA is updated once an iteration, with the recipe's decay; after a
+    backward (MODEL_EMA.AFTER_BACKWARD) once a step, with the decay to the power of its gain.
     """
 
-    def __init__(self, cfg: Any, checkpointer: Any, record: ProgressRecord | None = None) -> None:
-        self._cfg = cfg
-        self._checkpointer = checkpointer
-        self._record = record or ProgressRecord(cfg)
-        self._clock = self._record.clock
-        self._by_gain = follows_gain(cfg)
-        self._losses: StepLosses | None = None  # of the last step
-        self._data_seconds = 0.0  # of an iteration, as the last step had it
-        self._lr = 0.0  # of the last step, in d2go's first group of parameters
-        self.iteration_seconds: float | None = None  # as the last step had it; None before
-        self._plan = applied_plan(cfg)
-        self._step: OptimizerStep | None = None
-        self._hook_states: HookStates | None = None
-        self._attempts = 0
+    engine = ENGINE
+    wrappers = (FullyShardedDataParallel, AbnormalLossCheckerWrapper)
 
-    def before_train(self) -> None:
-        """Replace the trainer's step.
+    def build_step(self, **options: Any) -> OptimizerStep:
+        return build_step(self._cfg, self.trainer.model, self.trainer.optimizer, **options)
 
-        Ends the process if the plan needs micro-batches or the gain rule, and the trainer cannot
-        have them.
-        """
-        rank_images = self._cfg.SOLVER.IMS_PER_BATCH // ranks.world_size()
-        asked = self._plan.ims_per_gpu if self._plan else self._cfg.D2SCALE.IMS_PER_GPU
-        ims_per_gpu = min(asked or rank_images, rank_images)
-        splits = ims_per_gpu < rank_images
-        # A batch that fills the memory was measured with this step, not with d2go's.
-        measured = self._plan is not None and self._plan.method == "max_memory"
-        splits_on_oom = self._cfg.D2SCALE.ON_OOM == "split"
-        if not (splits or measured or self._by_gain or splits_on_oom):
-            return
-        obstacle, plain = _obstacle(self.trainer), "or train with a plain model and trainer"
-        if not obstacle:
-            self._replace(ims_per_gpu)
-        elif self._by_gain:
-            allowed = f"linear, sqrt or none with {obstacle}"
-            _refuse(LR_RULE, "gain", allowed, f"take linear, {plain}")
-        elif splits:
-            allowed = f"{rank_images}, the images of a GPU, with {obstacle}"
-            advice = f"let a step be one forward, {plain}"
-            _refuse("D2SCALE.IMS_PER_GPU", ims_per_gpu, allowed, advice)
-        else:
-            logger.warning("An out-of-memory error ends this run: d2go trains it with %s", obstacle)
+    def state_holders(self) -> list[Any]:
+        return state_holders(self.trainer)
 
-    def run_step(self) -> None:
-        """Take the optimizer steps of one iteration of the schedule.
-
-        That is one. By the gain rule, where an iteration is a step of the recipe, it is none where
-        the step before was worth this one too, and several where a step is worth less than one.
-        """
-        if not self._by_gain:
-            self._take_step()
-        else:
-            while self._clock.iterations < self.trainer.iter + 1:
-                self._take_step()
-        # In every iteration, also with the step before: what is written of it stays together.
-        if self._losses is not None and self._writes_losses():
-            self._write_metrics(self._losses)
-
-    def after_step(self) -> None:
-        """Show the learning rate of the last step; d2go shows the scheduler's."""
-        if self._by_gain and self._losses is not None:
-            get_event_storage().put_scalar("lr", self._lr, smoothing_hint=False)
-
-    def _take_step(self) -> None:
-        assert self._step is not None
-        assert self._hook_states is not None
-        trainer, clock = self.trainer, self._clock
-        start = time.perf_counter()
-        rank_batch = _padded_alike(next_batch(trainer))
-        data_seconds = time.perf_counter() - start
-        self._attempts = 0
-        measure = clock.measures(one_part=self._step.is_one_part(rank_batch))
-        try:
-            with rates_kept(trainer.optimizer) as rates:
-                before_update = partial(self._before_update, rates)
-                self._losses = self._step(rank_batch, before_update, measure=measure)
-                self._lr = trainer.optimizer.param_groups[0]["lr"]
-        except StepDoesNotFitError:
-            if self._attempts:
-                self._hook_states.restore()
-            self._save_last_step()
-            with exit_together_on_user_error():
-                raise
-        clock.advance()
-        self._record.images_seen += self._losses.images
-        self._data_seconds = data_seconds / clock.gain
-        self.iteration_seconds = (time.perf_counter() - start) / clock.gain
-
-    def _write_metrics(self, losses: StepLosses) -> None:
-        trainer, clock = self.trainer, self._clock
-        # The same on every rank, so detectron2's mean over ranks changes nothing.
-        values = {name: torch.tensor(value) for name, value in losses.losses.items()}
-        trainer.write_metrics(values, self._data_seconds, trainer.iter)
-        scalars = {} if clock.noise_scale is None else {"noise_scale": clock.noise_scale}
-        if self._by_gain:
-            scalars |= {"gain": clock.gain, "recipe_steps": clock.iterations, "steps": clock.steps}
-            scalars["images_seen"] = self._record.images_seen
-        get_event_storage().put_scalars(smoothing_hint=False, **scalars)
-
-    def _replace(self, ims_per_gpu: int) -> None:
-        trainer = self.trainer
-        trainer.model = without_gradient_buckets(trainer.model)
-        self._step = build_step(
-            self._cfg,
-            trainer.model,
-            trainer.optimizer,
-            ims_per_gpu=ims_per_gpu,
-            precision=getattr(trainer, "precision", None),
-            scaler=getattr(trainer, "grad_scaler", None),
-            on_split=self._record_split,
-        )
-        self._hook_states = HookStates(trainer)
-        if self._by_gain:
-            # torch warns of a resumed run that begins with an iteration without a step.
-            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step")
-        trainer.run_step = self.run_step
-
-    def _before_update(self, rates: list[float], losses: StepLosses) -> None:
-        assert self._step is not None
-        assert self._hook_states is not None
-        trainer = self.trainer
-        if self._by_gain or self._writes_losses():
-            _check_finite(losses, trainer.iter)
-        if self._attempts:
-            self._hook_states.restore()
-        else:
-            self._hook_states.remember()
-            if getattr(trainer, "log_grad_scaler", False):
-                scale = trainer.grad_scaler.get_scale()
-                get_event_storage().put_scalar("[metric]grad_scaler", scale)
-        self._attempts += 1
-        gain = self._clock.gain_with(losses)
-        if self._by_gain:
-            set_rates(trainer.optimizer, rates, gain)
-            self._step.set_gain(gain)
-            # Between backward and update it is updated once a step, not once an iteration.
-            set_ema_decay(trainer, self._cfg.MODEL_EMA.DECAY**gain)
-        # Hooks may change the gradients, and another attempt has others.
-        trainer.after_backward()
-
-    def _writes_losses(self) -> bool:
-        # Reading losses waits for the device.
-        return bool((self.trainer.iter + 1) % self.trainer.gather_metric_period == 0)
-
-    def _record_split(self, ims_per_gpu: int) -> None:
-        if self._plan is not None:
-            self._plan = self._plan.with_smaller_micro_batches(ims_per_gpu)
-            if ranks.rank() == 0:
-                write_plan(Path(self._cfg.OUTPUT_DIR), self._plan)
-
-    def _save_last_step(self) -> None:
-        last = self.trainer.iter - 1
-        if last >= self.trainer.start_iter:
-            self._checkpointer.save(f"model_{last:07d}", iteration=last)
+    def follow_gain(self, gain: float) -> None:
+        # Between backward and update it is updated once a step, not once an iteration.
+        set_ema_decay(self.trainer, self._cfg.MODEL_EMA.DECAY**gain)
 
 
 def can_take_steps(cfg: Any, model: torch.nn.Module) -> bool:
-    """Return whether :class:`RunStep` can take the steps of d2go's own trainer of ``model``."""
+    """Return whether :class:`D2GoRunStep` can take the steps of d2go's own trainer of ``model``."""
     amp_without_cuda = cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available()
     watched = cfg.ABNORMAL_CHECKER.ENABLED
     return not (amp_without_cuda or watched or isinstance(model, FullyShardedDataParallel))
-
-
-def _refuse(key: str, value: Any, allowed: str, advice: str) -> None:
-    with exit_together_on_user_error():
-        raise ConfigError([Fault(key, value, allowed, advice)])
-
-
-def _obstacle(trainer: SimpleTrainer) -> str:
-    """Return why a trainer's step cannot be replaced; empty: it can."""
-    # Through the proxy that a hook has.
-    kind = trainer.__class__
-    if kind not in (SimpleTrainer, AMPTrainer):
-        return f"the trainer {kind.__name__}"
-    if kind is AMPTrainer and not torch.cuda.is_available():
-        return "AMP, which needs CUDA"
-    wrappers = (FullyShardedDataParallel, AbnormalLossCheckerWrapper)
-    return (
-        f"the wrapper {type(trainer.model).__name__}" if isinstance(trainer.model, wrappers) else ""
-    )
-
-
-def _padded_alike(rank_batch: Sequence[Any]) -> list[Any]:
-    """Give every image the size to which detectron2 would pad the whole batch."""
-    images = [sample["image"] for sample in rank_batch if "image" in sample]
-    if len(images) < len(rank_batch):
-        return list(rank_batch)
-    pad_to = tuple(max(image.shape[side] for image in images) for side in (1, 2))
-    return [{**sample, "pad_to": pad_to} for sample in rank_batch]
-
-
-def _check_finite(losses: StepLosses, iteration: int) -> None:
-    # In detectron2's words, and on every rank: the losses are those of the whole step.
-    if not math.isfinite(losses.total):
-        raise FloatingPointError(
-            f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {losses.losses}"
-        )

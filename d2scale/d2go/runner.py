@@ -17,19 +17,19 @@ from detectron2.utils.logger import setup_logger
 from d2scale.config.defaults import add_d2scale_config, add_project_configs
 from d2scale.config.projects import entry_points
 from d2scale.d2go.config import CfgNode
-from d2scale.d2go.datasets import register_datasets
-from d2scale.d2go.memory import TrainingMemory
-from d2scale.d2go.private_upstream import SteadyIterationTimer
-from d2scale.d2go.progress import ProgressRecord, resume_by_images
-from d2scale.d2go.run_step import RunStep, can_take_steps
+from d2scale.d2go.memory import ENGINE, D2GoMemory
+from d2scale.d2go.run_step import D2GoRunStep, can_take_steps
 from d2scale.d2go.scaling_methods import (
-    applied_plan,
     check_recipe,
     leave_scaling_to_training,
     names_own_method,
     scale_for_training,
 )
-from d2scale.d2go.user_errors import (
+from d2scale.detectron2.datasets import register_datasets
+from d2scale.detectron2.private_upstream import SteadyIterationTimer
+from d2scale.detectron2.progress import ProgressRecord, resume_by_images
+from d2scale.detectron2.scaling import applied_plan
+from d2scale.detectron2.user_errors import (
     end_with_status_of_ranks,
     exit_on_user_error,
     exit_together_on_user_error,
@@ -99,7 +99,7 @@ class Runner(GeneralizedRCNNRunner):
         """Return d2go's checkpointer; in training it also keeps, and resumes by, a record."""
         if "optimizer" not in kwargs or "scheduler" not in kwargs:
             return super().build_checkpointer(cfg, model, save_dir, **kwargs)
-        self._record = record = ProgressRecord(cfg, self._recipe)
+        self._record = record = ProgressRecord(cfg, self._recipe, engine=ENGINE)
         checkpointer = super().build_checkpointer(
             cfg, model, save_dir, **{RECORD: record}, **kwargs
         )
@@ -126,7 +126,7 @@ class Runner(GeneralizedRCNNRunner):
         hooks = super()._get_trainer_hooks(
             cfg, model, optimizer, scheduler, periodic_checkpointer, trainer
         )
-        run_step = RunStep(cfg, periodic_checkpointer.checkpointer, self._record)
+        run_step = D2GoRunStep(cfg, periodic_checkpointer.checkpointer, self._record)
         if follows_gain(cfg):
             timer = SteadyIterationTimer(lambda: run_step.iteration_seconds)
             hooks = [timer if type(hook) is IterationTimer else hook for hook in hooks]
@@ -137,7 +137,7 @@ class Runner(GeneralizedRCNNRunner):
         with exit_together_on_user_error():
             # A rule that was asked for is not replaced: RunStep will refuse what it cannot follow.
             can_follow_gain = follows_gain(cfg) or can_take_steps(cfg, model)
-            memory = TrainingMemory(cfg, self, model)
+            memory = D2GoMemory(cfg, self, model)
             scale_for_training(cfg, memory, resume=resume, can_follow_gain=can_follow_gain)
             plan = applied_plan(cfg)
             if plan is not None and ranks.rank() == 0:

@@ -7,40 +7,27 @@ too, and a method cannot know. So under the Runner the methods wait until traini
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
-from d2scale.config.keys import set_key
 from d2scale.config.loading import flatten
-from d2scale.d2go.memory import ENGINE, TrainingMemory, check_memory
-from d2scale.d2go.user_errors import exit_together_on_user_error
+from d2scale.d2go.memory import ENGINE, D2GoMemory
+from d2scale.detectron2.memory import TrainingMemory, check_memory
+from d2scale.detectron2.scaling import applied_plan, defrosted, scale_in_place
+from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
-from d2scale.planning.formats import plan_table
-from d2scale.planning.hardware import Hardware
 from d2scale.planning.learning_rate import choose_rule
 from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_faults, method_of
-from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
 from d2scale.planning.rules import LR_RULE
 from d2scale.planning.schedule import Schedule, follows_gain, schedule_faults
 from d2scale.step import ranks
 
-logger = logging.getLogger(__name__)
-
-# Attributes, not config keys: a dumped config must stay a recipe that can be planned again.
-_APPLIED = "_d2scale_plan"
+# An attribute, not a config key: a dumped config must stay a recipe that can be planned again.
 _REFERENCE = "_d2scale_reference_world_size"
 
 # Each machine may have its own.
 _OWN_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "NUMA_BINDING")
-
-
-def applied_plan(cfg: Any) -> Plan | None:
-    """Return the plan that a method has applied to ``cfg``, if one has."""
-    return cfg.__dict__.get(_APPLIED)
 
 
 def names_own_method(cfg: Any) -> bool:
@@ -57,7 +44,7 @@ def check_recipe(cfg: Any) -> None:
     methods = cfg.SOLVER.AUTO_SCALING_METHODS
     if faults := [*method_faults(methods), *schedule_faults(cfg)]:
         raise ConfigError(faults)
-    check_memory(cfg)
+    check_memory(cfg, ENGINE)
 
 
 def leave_scaling_to_training(cfg: Any) -> None:
@@ -82,7 +69,7 @@ def scale_for_training(
     ranks.refuse_differences({**settings, "--resume": resume}, advice)
     if applied_plan(cfg) is None and names_own_method(cfg):
         reference = cfg.__dict__.pop(_REFERENCE, cfg.SOLVER.REFERENCE_WORLD_SIZE)
-        with _defrosted(cfg):
+        with defrosted(cfg):
             cfg.SOLVER.REFERENCE_WORLD_SIZE = reference
         method = method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
         scale_in_place(cfg, ranks.world_size(), method, memory, can_follow_gain=can_follow_gain)
@@ -103,99 +90,11 @@ def _refuse_gain_alone(cfg: Any, can_follow_gain: bool) -> None:
         raise ConfigError([Fault(LR_RULE, "gain", allowed, advice)])
 
 
-def scale_in_place(
-    cfg: Any,
-    world_size: int,
-    method: str,
-    memory: TrainingMemory | None = None,
-    *,
-    can_follow_gain: bool = False,
-) -> Plan:
-    """Plan the recipe for ``world_size`` ranks and write the plan into ``cfg``.
-
-    ``can_follow_gain`` says whether the training can follow the gain rule, for which d2scale must
-    take the steps.
-
-    Raises:
-        ConfigError: on every rank, for a faulty recipe, a plan that d2go cannot run, a method
-            applied twice or together with d2go's own.
-    """
-    methods = tuple(cfg.SOLVER.AUTO_SCALING_METHODS)
-    if applied_plan(cfg) is not None:
-        advice = "the config is scaled already; call one method, once"
-        raise ConfigError([Fault("SOLVER.AUTO_SCALING_METHODS", methods, "one method", advice)])
-    method_of(methods)
-    memory = memory or TrainingMemory(cfg)
-    plan = _plan_on_ranks(cfg, world_size, method, memory, can_follow_gain=can_follow_gain)
-    with _defrosted(cfg):
-        for key, (_, value) in plan.changes.items():
-            set_key(cfg, key, value)
-    cfg.__dict__[_APPLIED] = plan
-    logger.info("Scaled the config:\n%s", plan_table(plan))
-    return plan
-
-
-def _plan_on_ranks(
-    cfg: Any, world_size: int, method: str, memory: TrainingMemory, *, can_follow_gain: bool
-) -> Plan:
-    """Return rank 0's plan on every rank; where memory is measured, all ranks take part."""
-    outcome: Plan | ConfigError | None = None
-    device_gib = memory.device_gib()
-    if ranks.rank() == 0 or memory.measures:
-        try:
-            hardware = Hardware.for_training(
-                cfg,
-                world_size,
-                method=method,
-                device_gib=device_gib,
-                engine=ENGINE,
-                make_profile=memory.profile,
-                make_variants=memory.variants,
-            )
-            outcome = make_plan(cfg, hardware, method=method, can_follow_gain=can_follow_gain)
-            if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
-                refuse_more_than_all(outcome, memory.batches.images)
-            _refuse_uneven_split(outcome)
-        except ConfigError as error:
-            outcome = error
-    outcome = ranks.broadcast_object(outcome)
-    if isinstance(outcome, ConfigError):
-        raise outcome
-    assert outcome is not None
-    return outcome
-
-
-def _refuse_uneven_split(plan: Plan) -> None:
-    if plan.ims_per_batch % plan.world_size:
-        raise ConfigError(
-            [
-                Fault(
-                    "SOLVER.IMS_PER_BATCH",
-                    plan.ims_per_batch,
-                    f"a multiple of {plan.world_size} processes, because detectron2's loader "
-                    "gives every process as many images",
-                    "use another number of processes, the method d2scale_per_gpu, or d2scale train",
-                )
-            ]
-        )
-
-
-@contextmanager
-def _defrosted(cfg: Any) -> Iterator[None]:
-    frozen = cfg.is_frozen()
-    cfg.defrost()
-    try:
-        yield
-    finally:
-        if frozen:
-            cfg.freeze()
-
-
 def _register(method: str) -> None:
     def scale(cfg: Any, new_world_size: int) -> None:
         if _REFERENCE not in cfg.__dict__:
             with exit_together_on_user_error():
-                scale_in_place(cfg, new_world_size, method)
+                scale_in_place(cfg, new_world_size, method, D2GoMemory(cfg))
 
     scale.__name__ = METHOD_PREFIX + method
     CONFIG_SCALING_METHOD_REGISTRY.register(scale)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 
-from d2scale.step.optimizer_step import OnSplit, OptimizerStep, StepOptions
+from d2scale.detectron2 import step
+from d2scale.step.optimizer_step import OptimizerStep
 
 
 class D2GoStep(OptimizerStep):
@@ -22,30 +22,11 @@ class D2GoStep(OptimizerStep):
 
 
 def build_step(
-    cfg: Any,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    ims_per_gpu: int = 1,
-    precision: torch.dtype | None = None,
-    scaler: GradScaler | None = None,
-    on_split: OnSplit | None = None,
-) -> D2GoStep:
-    """Return the optimizer step of ``cfg``.
+    cfg: Any, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any
+) -> OptimizerStep:
+    """Return the optimizer step of the Runner's ``cfg``.
 
-    Args:
-        cfg: of the Runner.
-        model: bare.
-        optimizer: d2go's, which clips gradients by itself.
-        ims_per_gpu: most images in one forward.
-        precision: dtype of autocast; None: off.
-        scaler: of the losses, for float16.
-        on_split: see :class:`OptimizerStep`.
+    ``options``: see :func:`d2scale.detectron2.step.build_step`.
     """
-    options = StepOptions(
-        precision=precision,
-        scaler=scaler,
-        on_oom=cfg.D2SCALE.ON_OOM,
-        compress=torch.float16 if cfg.MODEL.DDP_FP16_GRAD_COMPRESS else None,
-    )
-    return D2GoStep(model, optimizer, ims_per_gpu=ims_per_gpu, options=options, on_split=on_split)
+    compress = torch.float16 if cfg.MODEL.DDP_FP16_GRAD_COMPRESS else None
+    return step.build_step(cfg, model, optimizer, compress=compress, kind=D2GoStep, **options)

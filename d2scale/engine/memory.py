@@ -12,10 +12,10 @@ from d2scale.coco.dataset import load_training_dataset
 from d2scale.coco.records import CocoDataset
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
-from d2scale.engine.launch import launch
 from d2scale.engine.models import device_of, new_model, precision_of
 from d2scale.engine.step import build_step
 from d2scale.errors import ConfigError, DataError, Fault
+from d2scale.launch.launch import launch
 from d2scale.memory.devices import CudaDevice, Device, SimulatedDevice
 from d2scale.memory.predict import Workload, predict
 from d2scale.memory.probe import measure_workload

@@ -12,11 +12,11 @@ from d2scale.coco.dataset import check_datasets
 from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
-from d2scale.engine.launch import RESTARTS, Topology, launch, under_torchrun
 from d2scale.engine.models import check_model
 from d2scale.engine.planning import check_plan
 from d2scale.engine.worker import Job, Results, run_rank
 from d2scale.errors import ConfigError, Fault, collecting
+from d2scale.launch.launch import RESTARTS, Topology, launch, under_torchrun
 from d2scale.run_folder.contents import holds_run
 from d2scale.run_folder.files import folder_faults
 from d2scale.run_folder.lock import refuse_locked

@@ -63,7 +63,7 @@ def train(optimizer_class, **settings):
     from d2go.modeling import ema
     from detectron2.engine import SimpleTrainer
 
-    from d2scale.d2go.run_step import RunStep
+    from d2scale.d2go.run_step import D2GoRunStep
     from d2scale.d2go.runner import Runner
 
     cfg = Runner.get_default_cfg()
@@ -77,7 +77,7 @@ def train(optimizer_class, **settings):
     ema.may_build_model_ema(cfg, model)
     trainer = SimpleTrainer(model, loader(), optimizer_class(model.parameters(), lr=0.1))
     hooks = [ema.EMAHook(cfg, model), halving_hook()]
-    trainer.register_hooks([*hooks, RunStep(cfg, checkpointer=None)])
+    trainer.register_hooks([*hooks, D2GoRunStep(cfg, checkpointer=None)])
     trainer.train(0, STEPS)
     return model, hooks
 

@@ -52,11 +52,11 @@ def cfg(recipes, tmp_path, monkeypatch):
 
 
 def counted_peak(cfg, images):
-    from d2scale.d2go.memory import TrainingMemory
+    from d2scale.d2go.memory import D2GoMemory
     from d2scale.memory.predict import make_optimizer_state, record_step
     from d2scale.memory.tracker import StorageTracker
 
-    work = TrainingMemory(cfg).workload(cfg)
+    work = D2GoMemory(cfg).workload(cfg)
     step = work.build_step(torch.device("cpu"))
     tracker = StorageTracker()
     with tracker:
@@ -67,9 +67,9 @@ def counted_peak(cfg, images):
 
 
 def test_detectron2s_backbone_is_predicted_with_fake_tensors(cfg):
-    from d2scale.d2go.memory import TrainingMemory
+    from d2scale.d2go.memory import D2GoMemory
 
-    profile = TrainingMemory(cfg).profile()
+    profile = D2GoMemory(cfg).profile()
     assert profile.source == "predicted"
     assert "in d2go" in profile.description
     assert "fake tensors" in profile.description
@@ -80,10 +80,11 @@ def test_detectron2s_backbone_is_predicted_with_fake_tensors(cfg):
 
 
 def test_the_method_that_fills_the_memory_decides_by_itself(cfg):
-    from d2scale.d2go.scaling_methods import scale_in_place
+    from d2scale.d2go.memory import D2GoMemory
+    from d2scale.detectron2.scaling import scale_in_place
 
     cfg.SOLVER.AUTO_SCALING_METHODS = ("d2scale_max_memory",)
-    plan = scale_in_place(cfg, 2, "max_memory")
+    plan = scale_in_place(cfg, 2, "max_memory", D2GoMemory(cfg))
     assert plan.ims_per_gpu > 8
     assert 2 * plan.ims_per_gpu == cfg.SOLVER.IMS_PER_BATCH
     assert plan.predicted_peak_gib < 0.95 * 0.8
@@ -91,12 +92,13 @@ def test_the_method_that_fills_the_memory_decides_by_itself(cfg):
 
 
 def test_fewer_images_than_the_chosen_batch_are_refused(cfg):
-    from d2scale.d2go.scaling_methods import scale_in_place
+    from d2scale.d2go.memory import D2GoMemory
+    from d2scale.detectron2.scaling import scale_in_place
 
     cfg.SOLVER.AUTO_SCALING_METHODS = ("d2scale_max_memory",)
     cfg.D2SCALE.MEMORY.BUDGET_GIB = 4.0
     with pytest.raises(DataError, match=r"images in DATASETS\.TRAIN is .* chosen total batch"):
-        scale_in_place(cfg, 2, "max_memory")
+        scale_in_place(cfg, 2, "max_memory", D2GoMemory(cfg))
 
 
 RECIPE = (

@@ -1,68 +1,20 @@
-"""The private parts of detectron2, d2go and torch in ``private_upstream`` still do what they did.
+"""The private parts of d2go in ``private_upstream`` still do what they did.
 
 Tried with detectron2 02b5c4e, d2go f4ac156 and mobile-vision bb8465c, on torch 2.5.1 and 2.9.1.
 """
 
 import inspect
-import os
 
 import pytest
-import torch
-import torch.distributed as dist
 from torch import nn
 
 
-@pytest.fixture
-def group(tmp_path):
-    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def mapped_bytes():
-    """All memory of this process, touched or not."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
-def test_freed_buckets_are_a_copy_of_all_gradients_and_the_model_goes_on(group):
-    from torch.nn.parallel import DistributedDataParallel
-
-    from d2scale.d2go.private_upstream import without_gradient_buckets
-
-    model = nn.Linear(2**13, 2**13, bias=False)
-    gradient_bytes = model.weight.numel() * 4
-    wrapped = DistributedDataParallel(model)
-    before = mapped_bytes()
-    assert without_gradient_buckets(wrapped) is model
-    assert before - mapped_bytes() == pytest.approx(gradient_bytes, rel=0.05)
-    assert without_gradient_buckets(wrapped) is model
-    assert without_gradient_buckets(model) is model
-    inputs = torch.ones(1, 2**13)
-    model(inputs).sum().backward()
-    assert torch.equal(model.weight.grad[0], inputs[0])
-    with torch.no_grad():
-        assert torch.equal(wrapped.eval()(inputs), model(inputs))
-
-
-def test_next_batch_goes_on_and_follows_a_new_loader():
-    from detectron2.engine import SimpleTrainer
-
-    from d2scale.d2go.private_upstream import next_batch
-
-    trainer = SimpleTrainer(nn.Linear(1, 1), [1, 2, 3], None)
-    assert [next_batch(trainer), next_batch(trainer)] == [1, 2]
-    trainer.reset_data_loader(lambda: [4])
-    assert next_batch(trainer) == 4
-
-
-def test_hooks_after_backward_are_those_that_act_there():
+def test_the_ema_holds_state_where_it_acts():
     from d2go.modeling import ema
     from d2go.runner import GeneralizedRCNNRunner
     from detectron2.engine import HookBase, SimpleTrainer, hooks
 
-    from d2scale.d2go.private_upstream import hooks_after_backward, state_holders
+    from d2scale.d2go.private_upstream import state_holders
 
     class Acting(HookBase):
         def after_backward(self):
@@ -79,11 +31,9 @@ def test_hooks_after_backward_are_those_that_act_there():
     acting = Acting()
     trainer = SimpleTrainer(model, [], None)
     trainer.register_hooks([hooks.IterationTimer(), after_step, after_backward, acting])
-    assert hooks_after_backward(trainer) == [after_backward, acting]
-    holders = state_holders(after_backward)
-    assert holders == [after_backward, after_backward.ema_updater, model.ema_state]
+    holders = state_holders(trainer)
+    assert holders == [after_backward, after_backward.ema_updater, model.ema_state, acting]
     assert {"_num_updates", "state"} <= {key for holder in holders for key in vars(holder)}
-    assert state_holders(acting) == [acting]
 
 
 def test_the_decay_of_the_ema_is_set_where_it_acts():
@@ -107,29 +57,6 @@ def test_the_decay_of_the_ema_is_set_where_it_acts():
     nn.init.constant_(model.weight, before["weight"].item() + 1.0)
     trainer.after_backward()
     assert model.ema_state.state["weight"].item() == pytest.approx(before["weight"].item() + 0.75)
-
-
-def test_the_timer_reports_what_it_is_told():
-    from detectron2.engine import SimpleTrainer
-    from detectron2.utils.events import EventStorage
-
-    from d2scale.d2go.private_upstream import SteadyIterationTimer
-
-    times = iter([None, None, None, 7.0])
-    trainer = SimpleTrainer(nn.Linear(1, 1), [], None)
-    timer = SteadyIterationTimer(lambda: next(times))
-    trainer.register_hooks([timer])
-    with EventStorage() as trainer.storage:
-        trainer.before_train()
-        for trainer.iter in range(6):
-            trainer.before_step()
-            trainer.after_step()
-            if trainer.iter == 5:
-                break
-        values = [value for value, _ in trainer.storage.history("time").values()]
-    # The first two iterations are not timed.
-    assert values[3] == 7.0
-    assert all(value < 1.0 for value in values[:3])
 
 
 def test_the_runner_overrides_a_method_of_d2go():

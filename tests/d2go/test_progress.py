@@ -37,7 +37,7 @@ class Checkpointer:
 def resume(cfg):
     from detectron2.solver import build_lr_scheduler
 
-    from d2scale.d2go.progress import ProgressRecord, resume_by_images
+    from d2scale.detectron2.progress import ProgressRecord, resume_by_images
 
     layers = [nn.Conv2d(2, 2, 3, bias=False) for _ in range(2)]
     theirs = torch.optim.SGD(
@@ -66,7 +66,7 @@ def test_state_is_kept_with_the_settings_and_strides_of_this_run(cfg):
 
 def record_of(cfg, ims_per_batch, rule, **loaded):
     """Return a record that has loaded one that ``loaded`` changes, of a recipe of 4 images."""
-    from d2scale.d2go.progress import ProgressRecord
+    from d2scale.detectron2.progress import ProgressRecord
     from d2scale.planning.progress import recipe_of
 
     recipe = recipe_of(cfg)

@@ -70,12 +70,13 @@ def test_two_methods_are_refused(d2go_cfg, methods, capsys):
 
 
 def test_a_method_applied_again_is_refused(d2go_cfg):
-    from d2scale.d2go.scaling_methods import scale_in_place
+    from d2scale.d2go.memory import D2GoMemory
+    from d2scale.detectron2.scaling import scale_in_place
 
     d2go_cfg.SOLVER.AUTO_SCALING_METHODS = ["d2scale_per_gpu"]
-    scale_in_place(d2go_cfg, 2, "per_gpu")
+    scale_in_place(d2go_cfg, 2, "per_gpu", D2GoMemory(d2go_cfg))
     with pytest.raises(ConfigError, match="scaled already"):
-        scale_in_place(d2go_cfg.clone(), 2, "per_gpu")
+        scale_in_place(d2go_cfg.clone(), 2, "per_gpu", D2GoMemory(d2go_cfg))
 
 
 def test_without_the_runner_the_gain_rule_is_not_to_be_had(d2go_cfg, capsys):
@@ -97,13 +98,13 @@ def test_without_the_runner_auto_is_linear_and_says_so(d2go_cfg, caplog):
 
 
 def test_the_gain_rule_needs_a_method_of_d2scale(d2go_cfg):
-    from d2scale.d2go.memory import TrainingMemory
+    from d2scale.d2go.memory import D2GoMemory
     from d2scale.d2go.scaling_methods import scale_for_training
 
     d2go_cfg.D2SCALE.LR_RULE = "gain"
     d2go_cfg.SOLVER.AUTO_SCALING_METHODS = ["default_scale_d2_configs"]
     with pytest.raises(ConfigError, match="with d2go's own scaling methods; name a d2scale"):
-        scale_for_training(d2go_cfg, TrainingMemory(d2go_cfg), resume=False, can_follow_gain=True)
+        scale_for_training(d2go_cfg, D2GoMemory(d2go_cfg), resume=False, can_follow_gain=True)
 
 
 def test_an_uneven_split_is_refused_where_the_loader_would_fail(d2go_cfg, capsys):

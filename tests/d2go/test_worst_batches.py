@@ -96,9 +96,9 @@ def cfg(tmp_path):
 
 
 def find(cfg):
-    from d2scale.d2go.memory import TrainingMemory
+    from d2scale.d2go.memory import D2GoMemory
 
-    return TrainingMemory(cfg).batches
+    return D2GoMemory(cfg).batches
 
 
 def largest(images):
@@ -147,7 +147,7 @@ def test_samples_are_those_of_training_padded_as_a_larger_image_would_pad_them(c
 
 
 def test_maps_of_classes_are_padded_with_what_the_loss_ignores():
-    from d2scale.d2go.worst_batches import _padded
+    from d2scale.detectron2.worst_batches import _padded
 
     sample = {
         "image": torch.ones(3, 2, 3),
@@ -170,10 +170,10 @@ def test_images_without_instances_are_refused(cfg, tmp_path):
 
 @pytest.mark.parametrize("keypoints", [False, True], ids=["masks", "masks and keypoints"])
 def test_models_that_need_more_than_boxes_are_predicted(cfg, keypoints):
-    from d2scale.d2go.memory import TrainingMemory
+    from d2scale.d2go.memory import D2GoMemory
 
     cfg.MODEL.KEYPOINT_ON = keypoints
-    memory = TrainingMemory(cfg)
+    memory = D2GoMemory(cfg)
     before = torch.get_rng_state()
     profile = memory.profile()
     assert torch.equal(torch.get_rng_state(), before)
@@ -185,8 +185,9 @@ def test_models_that_need_more_than_boxes_are_predicted(cfg, keypoints):
 
 
 def test_measuring_takes_real_steps_while_the_model_waits(cfg, monkeypatch):
-    from d2scale.d2go import memory
+    from d2scale.d2go.memory import D2GoMemory
     from d2scale.d2go.runner import Runner
+    from d2scale.detectron2 import memory
     from d2scale.memory.devices import SimulatedDevice
 
     monkeypatch.setattr(memory, "_on_cuda", lambda cfg: True)
@@ -194,7 +195,7 @@ def test_measuring_takes_real_steps_while_the_model_waits(cfg, monkeypatch):
     runner = Runner()
     model = runner.build_model(cfg)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    profile = memory.TrainingMemory(cfg, runner, model).profile()
+    profile = D2GoMemory(cfg, runner, model).profile()
     assert profile.source == "measured"
     assert 1 < profile.largest_ims_per_gpu(2**29) <= 5
     torch.testing.assert_close(model.state_dict(), before)
@@ -202,21 +203,22 @@ def test_measuring_takes_real_steps_while_the_model_waits(cfg, monkeypatch):
 
 @pytest.mark.parametrize("measures", [False, True], ids=["predicted", "measured"])
 def test_the_copy_of_the_weights_that_ema_keeps_counts(cfg, monkeypatch, measures):
-    from d2scale.d2go import memory
+    from d2scale.d2go.memory import D2GoMemory
+    from d2scale.detectron2 import memory
     from d2scale.memory.devices import SimulatedDevice
 
     monkeypatch.setattr(memory, "_on_cuda", lambda cfg: measures)
     monkeypatch.setattr(memory, "_cuda_device", lambda: SimulatedDevice(2**29))
 
     def points():
-        profile = memory.TrainingMemory(cfg).profile()
+        profile = D2GoMemory(cfg).profile()
         return {point.ims_per_gpu: point.live_bytes for point in profile.points}
 
     cfg.D2SCALE.MAX_IMS_PER_BATCH = 1
     plain = points()
     cfg.MODEL_EMA.ENABLED = True
     with_ema = points()
-    state = memory.TrainingMemory(cfg)._runner.build_model(cfg).state_dict()
+    state = D2GoMemory(cfg)._runner.build_model(cfg).state_dict()
     copy_bytes = sum(value.nbytes for value in state.values())
     assert with_ema[1] - plain[1] == pytest.approx(copy_bytes, rel=0.02)
     if not measures:
@@ -225,9 +227,9 @@ def test_the_copy_of_the_weights_that_ema_keeps_counts(cfg, monkeypatch, measure
 
 
 def test_half_precision_is_counted_in_bfloat16_on_a_cpu(cfg):
-    from d2scale.d2go.memory import TrainingMemory
+    from d2scale.d2go.memory import D2GoMemory
 
     cfg.SOLVER.AMP.ENABLED = True
-    step = TrainingMemory(cfg).workload(cfg).build_step(torch.device("cpu"))
+    step = D2GoMemory(cfg).workload(cfg).build_step(torch.device("cpu"))
     assert step.options.precision is torch.bfloat16
     assert step.options.scaler is None

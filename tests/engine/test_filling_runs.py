@@ -9,8 +9,8 @@ import pytest
 from d2scale.cli import main
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
-from d2scale.engine.launch import Topology
 from d2scale.engine.run import train
+from d2scale.launch.launch import Topology
 from d2scale.memory.tracker import StorageTracker
 from d2scale.planning.memory_profile import GIB
 

@@ -10,9 +10,9 @@ import torch
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
 from d2scale.engine.run import train
-from d2scale.engine.topology import Topology
 from d2scale.engine.trainer import Trainer
 from d2scale.errors import CheckpointError
+from d2scale.launch.topology import Topology
 from meta_fcos.detector import OneStageDetector
 from training_processes import RECIPE
 

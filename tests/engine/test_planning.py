@@ -14,9 +14,9 @@ import training_processes
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
 from d2scale.engine import planning
-from d2scale.engine.launch import Topology, launch
 from d2scale.engine.planning import check_plan, plan_on_ranks
 from d2scale.errors import ConfigError, DataError
+from d2scale.launch.launch import Topology, launch
 from d2scale.planning.memory_profile import GIB, MemoryProfile, Phase
 from landscapes import landscapes
 from planning_functions import plans_for_devices_of

@@ -9,10 +9,10 @@ import torch
 
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config import load_cfg
-from d2scale.engine.launch import Topology
 from d2scale.engine.run import train
 from d2scale.engine.trainer import Trainer
 from d2scale.errors import ConfigError, D2ScaleError
+from d2scale.launch.launch import Topology
 
 RECIPE = """
 _BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml

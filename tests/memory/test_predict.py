@@ -4,8 +4,8 @@ from torch import nn
 
 import small_training
 from d2scale.config import load_cfg
-from d2scale.engine.launch import Topology, launch
 from d2scale.engine.memory import workload_of
+from d2scale.launch.launch import Topology, launch
 from d2scale.memory.predict import Workload, make_optimizer_state, predict, record_step
 from d2scale.memory.tracker import StorageTracker
 from d2scale.memory.worst_case import WorstCase

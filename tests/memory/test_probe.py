@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2scale.engine.launch import RankError, Topology, launch
+from d2scale.launch.launch import RankError, Topology, launch
 from d2scale.memory.devices import SimulatedDevice
 from d2scale.memory.predict import predict
 from d2scale.memory.probe import Probe, measured_profile

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from d2scale.engine.launch import Topology, launch
+from d2scale.launch.launch import Topology, launch
 from d2scale.step import averaging
 from rank_functions import averaged_gradients
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from d2scale.engine.launch import RankError, Topology, launch
+from d2scale.launch.launch import RankError, Topology, launch
 from d2scale.step.guard import AllocatorRetries
 from d2scale.step.optimizer_step import OptimizerStep, StepOptions
 from rank_functions import (

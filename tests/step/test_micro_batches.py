@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2scale.engine.launch import Topology, launch
+from d2scale.launch.launch import Topology, launch
 from d2scale.planning.rules import micro_batch_sizes
 from d2scale.step.micro_batches import cut, inexact_reasons
 from rank_functions import (

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from d2scale.engine.launch import launch
-from d2scale.engine.topology import Topology
+from d2scale.launch.launch import launch
+from d2scale.launch.topology import Topology
 from d2scale.planning.gain import gain_of
 from d2scale.step.noise import GradientNoise, NoiseAverage, SquaredNorms
 from d2scale.step.optimizer_step import OptimizerStep, StepOptions

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from d2scale.engine.launch import Topology, launch
 from d2scale.errors import ConfigError
+from d2scale.launch.launch import Topology, launch
 from d2scale.step import ranks
 from rank_functions import (
     compressed_gradients,

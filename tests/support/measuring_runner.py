@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from d2scale.d2go import memory
 from d2scale.d2go.runner import Runner
+from d2scale.detectron2 import memory
 from d2scale.memory.devices import SimulatedDevice
 
 memory._on_cuda = lambda cfg: True

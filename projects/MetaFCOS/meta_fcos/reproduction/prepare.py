@@ -14,9 +14,9 @@ from d2scale.coco.catalog import ROOT_VARIABLE
 from d2scale.coco.dataset import check_datasets
 from d2scale.config import load_cfg
 from d2scale.engine.checkpoint.weights import find_weights
-from d2scale.engine.launch import under_torchrun
 from d2scale.engine.models import load_initial_weights, new_model
 from d2scale.errors import ConfigError, D2ScaleError, Fault, collecting
+from d2scale.launch.launch import under_torchrun
 from d2scale.run_folder.lock import refuse_locked
 from meta_fcos.reproduction.data import SMALL_IMAGES, Data, read_subset, small_data, whole_coco
 from meta_fcos.reproduction.experiments import (

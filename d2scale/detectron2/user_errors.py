@@ -1,7 +1,7 @@
-"""A user's mistake under d2go ends in one line a fault and exit status 2, on any number of ranks.
+"""A user's mistake ends in one line a fault and exit status 2, on any number of ranks.
 
-d2go does not distinguish a user's mistake from a bug: what a runner raises is printed as a
-traceback.
+detectron2 and d2go do not distinguish a user's mistake from a bug: what a trainer or a runner
+raises is printed as a traceback.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2scale.engine.launch import RankError, Topology, launch
 from d2scale.errors import ConfigError, D2ScaleError, DataError
+from d2scale.launch.launch import RankError, Topology, launch
 from rank_functions import killed_on, program_error, sleep_for_ever, user_error_on, where_am_i
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -80,7 +80,7 @@ def test_interrupt_ends_all_ranks_quietly(tmp_path, capfd):
 def test_ranks_end_with_a_parent_that_is_killed(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
-        "from d2scale.engine.launch import Topology, launch\n"
+        "from d2scale.launch.launch import Topology, launch\n"
         "from rank_functions import sleep_for_ever\n"
         "if __name__ == '__main__':\n"
         f"    launch(sleep_for_ever, [r'{tmp_path}/pid'], Topology(2))\n"
@@ -130,7 +130,7 @@ def test_a_port_that_another_program_uses_is_told_in_one_line():
 def test_under_torchrun_the_ranks_are_used(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
-        "from d2scale.engine.launch import Topology, launch\n"
+        "from d2scale.launch.launch import Topology, launch\n"
         "from rank_functions import where_am_i\n"
         "found = launch(where_am_i)\n"
         "assert found['world_size'] == Topology(1).world_size == 2\n"

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-from d2scale.engine.topology import Topology, address_of, under_torchrun, url_fault
 from d2scale.errors import ConfigError, D2ScaleError, Fault
+from d2scale.launch.topology import Topology, address_of, under_torchrun, url_fault
 from d2scale.run_folder.files import write_atomically
 
 # The evaluation of a large dataset keeps the other ranks waiting for the first.

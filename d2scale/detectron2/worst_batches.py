@@ -1,4 +1,4 @@
-"""The largest batches of a d2go training: real samples, through the recipe's own mapper."""
+"""The largest batches of a detectron2 training: real samples, through the recipe's own mapper."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def worst_batches(cfg: Any, make_mapper: Callable[[Any], Mapper]) -> WorstBatche
     """Find the worst samples of ``DATASETS.TRAIN`` and augment them as in training.
 
     Args:
-        cfg: of the Runner.
+        cfg: of the training.
         make_mapper: makes the mapper of training from a config.
 
     Raises:

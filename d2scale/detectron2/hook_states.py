@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from detectron2.engine import SimpleTrainer
 from torch import Tensor
 
-from d2scale.d2go.private_upstream import hooks_after_backward, state_holders
 from d2scale.step.undo import host_copy
 
 
 class HookStates:
-    """Keeps the state of the hooks that act in ``after_backward``, such as d2go's EMA.
+    """Keeps the state of the hooks that act in ``after_backward``, such as a moving average.
 
     They must act on the gradients of every attempt at a step, for they may change them, but what
     they count or average must count a step once. Kept are a hook's attributes, as far as they are
     replaced and not changed in place, and the values of its tensors, in the host's memory.
+
+    Args:
+        holders: the objects whose attributes are the hooks' state: mostly the hooks themselves.
     """
 
-    def __init__(self, trainer: SimpleTrainer) -> None:
-        self._holders = [
-            holder for hook in hooks_after_backward(trainer) for holder in state_holders(hook)
-        ]
+    def __init__(self, holders: Sequence[Any]) -> None:
+        self._holders = holders
         self._attributes: list[dict[str, Any]] = []
         self._copies: dict[Tensor, Tensor] = {}
 

@@ -1,8 +1,8 @@
-"""Resuming under d2go by images seen: on another world size, or by another method.
+"""Resuming detectron2's loop by images seen: on another world size, or by another method.
 
-d2go's ``do_train`` reads one number from a checkpoint, the iteration, and takes optimizer and
-scheduler as they were saved. Here a checkpoint also holds a record of its run, and before
-``do_train`` sees what was loaded, it is translated into the iterations of the current plan.
+The loop reads one number from a checkpoint, the iteration, and takes optimizer and scheduler as
+they were saved. Here a checkpoint also holds a record of its run, and before the loop sees what
+was loaded, it is translated into the iterations of the current plan.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from d2scale import __version__
-from d2scale.d2go.scaling_methods import applied_plan
-from d2scale.d2go.user_errors import exit_together_on_user_error
+from d2scale.detectron2.scaling import applied_plan
+from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.continuation import Continuation, continue_training
 from d2scale.planning.progress import FORMAT, Progress, recipe_of
@@ -28,29 +28,33 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressRecord:
-    """The record of a run in its checkpoints; d2go's checkpointer saves and loads it.
+    """The record of a run in its checkpoints; detectron2's checkpointer saves and loads it.
 
     Args:
         cfg: the config that runs, scaled.
         recipe: ``recipe_of`` the config before it was scaled; None: not known, and then taken
             back from the plan.
+        engine: what scales and trains a config that has no plan of d2scale.
     """
 
-    def __init__(self, cfg: Any, recipe: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, cfg: Any, recipe: Mapping[str, Any] | None = None, *, engine: str = "detectron2"
+    ) -> None:
         plan = applied_plan(cfg)
         self._cfg = cfg
         self._recipe = dict(recipe or recipe_of(cfg, plan.changes if plan else None))
-        self._plan = plan.to_json() if plan else self._d2go_plan()
+        self._plan = plan.to_json() if plan else self._plan_of_engine(engine)
         self._loaded: Mapping[str, Any] | None = None
         self._start_iteration = 0
         self._images_before = 0
         self._recipe_images_before = 0.0
-        # Kept by what takes the steps. Without the gain rule that may be d2go, which keeps neither.
+        # Kept by what takes the steps. Without the gain rule that may be the engine's own trainer,
+        # which keeps neither.
         self.clock = build_clock(cfg)
         self.images_seen = 0
 
-    def _d2go_plan(self) -> dict[str, Any]:
-        """Return what d2go's own methods have changed, as far as a plan has words for it."""
+    def _plan_of_engine(self, engine: str) -> dict[str, Any]:
+        """Return what the engine's own methods have changed, as far as a plan has words for it."""
         total, world_size = self._cfg.SOLVER.IMS_PER_BATCH, ranks.world_size()
         now = {**self._recipe, **recipe_of(self._cfg)}
         changes = {key: [old, now[key]] for key, old in self._recipe.items() if now[key] != old}
@@ -58,7 +62,7 @@ class ProgressRecord:
         if follows_gain(self._cfg):
             by_gain = {"lr_rule": "gain", "batch_ratio": total / recipe_ims_per_batch(self._cfg)}
         return {
-            "method": "d2go",
+            "method": engine,
             "world_size": world_size,
             "ims_per_gpu": total // world_size,
             "accumulation_steps": 1,
@@ -160,7 +164,7 @@ def resume_by_images(
     """Make ``checkpointer.resume_or_load`` answer in the iterations of the current plan.
 
     Args:
-        checkpointer: d2go's; ``record`` is one of its checkpointables.
+        checkpointer: detectron2's; ``record`` is one of its checkpointables.
         record: of this run.
         optimizer: keeps the loaded state of its parameters, with its own settings.
         scheduler: detectron2's; it is set to the new iteration, with its own rates.

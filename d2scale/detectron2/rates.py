@@ -1,9 +1,7 @@
 """The gain rule under detectron2's loop, which goes over the iterations of the recipe's schedule.
 
 The plan leaves the schedule as the recipe has it, so an iteration is one of the recipe's steps,
-and whatever counts iterations counts those: scheduler, checkpoints, evaluation, QAT. d2go's EMA is
-updated once an iteration, with the recipe's decay; after a backward (MODEL_EMA.AFTER_BACKWARD) once
-a step, with the decay to the power of its gain.
+and whatever counts iterations counts those: scheduler, checkpoints, evaluation, QAT.
 """
 
 from __future__ import annotations

@@ -1,0 +1,115 @@
+"""Scaling a config in place: the plan that the ranks of a training share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from d2scale.config.keys import set_key
+from d2scale.detectron2.memory import TrainingMemory
+from d2scale.errors import ConfigError, Fault
+from d2scale.planning.formats import plan_table
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.methods import method_of
+from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
+from d2scale.step import ranks
+
+logger = logging.getLogger(__name__)
+
+# An attribute, not a config key: a dumped config must stay a recipe that can be planned again.
+_APPLIED = "_d2scale_plan"
+
+
+def applied_plan(cfg: Any) -> Plan | None:
+    """Return the plan that a method has applied to ``cfg``, if one has."""
+    return cfg.__dict__.get(_APPLIED)
+
+
+def scale_in_place(
+    cfg: Any,
+    world_size: int,
+    method: str,
+    memory: TrainingMemory,
+    *,
+    can_follow_gain: bool = False,
+) -> Plan:
+    """Plan the recipe for ``world_size`` ranks and write the plan into ``cfg``.
+
+    ``can_follow_gain`` says whether the training can follow the gain rule, for which d2scale must
+    take the steps.
+
+    Raises:
+        ConfigError: on every rank, for a faulty recipe, a plan that the engine cannot run, a method
+            applied twice or together with d2go's own.
+    """
+    methods = tuple(cfg.SOLVER.AUTO_SCALING_METHODS)
+    if applied_plan(cfg) is not None:
+        advice = "the config is scaled already; call one method, once"
+        raise ConfigError([Fault("SOLVER.AUTO_SCALING_METHODS", methods, "one method", advice)])
+    method_of(methods)
+    plan = _plan_on_ranks(cfg, world_size, method, memory, can_follow_gain=can_follow_gain)
+    with defrosted(cfg):
+        for key, (_, value) in plan.changes.items():
+            set_key(cfg, key, value)
+    cfg.__dict__[_APPLIED] = plan
+    logger.info("Scaled the config:\n%s", plan_table(plan))
+    return plan
+
+
+def _plan_on_ranks(
+    cfg: Any, world_size: int, method: str, memory: TrainingMemory, *, can_follow_gain: bool
+) -> Plan:
+    """Return rank 0's plan on every rank; where memory is measured, all ranks take part."""
+    outcome: Plan | ConfigError | None = None
+    device_gib = memory.device_gib()
+    if ranks.rank() == 0 or memory.measures:
+        try:
+            hardware = Hardware.for_training(
+                cfg,
+                world_size,
+                method=method,
+                device_gib=device_gib,
+                engine=memory.engine,
+                make_profile=memory.profile,
+                make_variants=memory.variants,
+            )
+            outcome = make_plan(cfg, hardware, method=method, can_follow_gain=can_follow_gain)
+            if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
+                refuse_more_than_all(outcome, memory.batches.images)
+            _refuse_uneven_split(outcome)
+        except ConfigError as error:
+            outcome = error
+    outcome = ranks.broadcast_object(outcome)
+    if isinstance(outcome, ConfigError):
+        raise outcome
+    assert outcome is not None
+    return outcome
+
+
+def _refuse_uneven_split(plan: Plan) -> None:
+    if plan.ims_per_batch % plan.world_size:
+        raise ConfigError(
+            [
+                Fault(
+                    "SOLVER.IMS_PER_BATCH",
+                    plan.ims_per_batch,
+                    f"a multiple of {plan.world_size} processes, because detectron2's loader "
+                    "gives every process as many images",
+                    "use another number of processes, the method d2scale_per_gpu, or d2scale train",
+                )
+            ]
+        )
+
+
+@contextmanager
+def defrosted(cfg: Any) -> Iterator[None]:
+    """Within the context, ``cfg`` can be changed."""
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    try:
+        yield
+    finally:
+        if frozen:
+            cfg.freeze()

@@ -1,0 +1,42 @@
+"""The optimizer step of a detectron2 training, built in one place for training and measuring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+
+from d2scale.step.optimizer_step import OnSplit, OptimizerStep, StepOptions
+
+
+def build_step(
+    cfg: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    ims_per_gpu: int = 1,
+    precision: torch.dtype | None = None,
+    scaler: GradScaler | None = None,
+    compress: torch.dtype | None = None,
+    on_split: OnSplit | None = None,
+    kind: type[OptimizerStep] = OptimizerStep,
+) -> OptimizerStep:
+    """Return the optimizer step of ``cfg``.
+
+    Args:
+        cfg: of the training, with d2scale's keys.
+        model: bare.
+        optimizer: detectron2's, which clips gradients by itself.
+        ims_per_gpu: most images in one forward.
+        precision: dtype of autocast; None: off.
+        scaler: of the losses, for float16.
+        compress: dtype in which gradients cross the network; None: their own.
+        on_split: see :class:`OptimizerStep`.
+        kind: what an engine makes of OptimizerStep.
+    """
+    options = StepOptions(
+        precision=precision, scaler=scaler, on_oom=cfg.D2SCALE.ON_OOM, compress=compress
+    )
+    return kind(model, optimizer, ims_per_gpu=ims_per_gpu, options=options, on_split=on_split)
