@@ -60,7 +60,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # argparse cannot take KEY VALUE pairs behind options: they are what it leaves over.
     arguments, rest = parser.parse_known_args(argv)
     wrong = [word for word in rest if word.startswith("--") or not arguments.takes_opts]
-    if wrong:
+    if wrong and not arguments.passes_on(arguments):
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     arguments.opts = rest
     return arguments

@@ -27,7 +27,8 @@ def add_command(
     """Add the parser of one command, and return it.
 
     ``text`` has no full stop; ``run`` returns the exit status. With ``takes_opts``, KEY VALUE pairs
-    may follow, in ``arguments.opts``.
+    may follow, in ``arguments.opts``; so may options that the parser does not know, where
+    ``arguments.passes_on(arguments)`` is true.
     """
     description = text[0].upper() + text[1:] + "."
     if takes_opts:
@@ -36,7 +37,7 @@ def add_command(
     parser = commands.add_parser(
         name, help=text, description=description, epilog=epilog, formatter_class=raw
     )
-    parser.set_defaults(command=run, takes_opts=takes_opts)
+    parser.set_defaults(command=run, takes_opts=takes_opts, passes_on=lambda _: False)
     return parser
 
 

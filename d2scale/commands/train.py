@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from d2scale.commands.common import Commands, add_command, let_idle_threads_sleep
+from d2scale.errors import ConfigError
+from d2scale.launch.topology import Topology, under_torchrun
 
 _EPILOG = """\
 example, two processes on the small form:
@@ -17,8 +20,11 @@ def add_parser(commands: Commands) -> None:
     """Add ``d2scale train``."""
     text = "train and evaluate a recipe"
     parser = add_command(commands, "train", text, run, epilog=_EPILOG, takes_opts=True)
+    parser.set_defaults(passes_on=lambda arguments: arguments.engine == "d2go")
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE")
+    help_text = "what trains: auto takes default; d2go takes d2go's own options too (auto)"
+    add("--engine", choices=tuple(_ENGINES), default="auto", help=help_text)
     names = ("--num-gpus", "--num-processes")
     help_text = "processes on this machine, one to a GPU (1)"
     add(*names, dest="num_processes", type=int, default=1, metavar="N", help=help_text)
@@ -35,19 +41,59 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale train``."""
+    _ENGINES[arguments.engine](arguments)
+    return 0
+
+
+def _topology(arguments: argparse.Namespace) -> Topology:
+    machines = (arguments.num_machines, arguments.machine_rank, arguments.dist_url)
+    return Topology(arguments.num_processes, *machines)
+
+
+def _train_by_default_engine(arguments: argparse.Namespace) -> None:
     from d2scale.config import load_cfg
 
     cfg = load_cfg(arguments.config_file, arguments.opts)
     let_idle_threads_sleep(cfg)
     from d2scale.engine.run import train
-    from d2scale.launch.launch import Topology
 
     if arguments.lr_rule is not None:
         cfg.D2SCALE.LR_RULE = arguments.lr_rule
     if arguments.allow_changed_recipe:
         cfg.D2SCALE.ALLOW_CHANGED_RECIPE = True
-    machines = (arguments.num_machines, arguments.machine_rank, arguments.dist_url)
-    topology = Topology(arguments.num_processes, *machines)
     resume, eval_only = arguments.resume, arguments.eval_only
+    topology = _topology(arguments)
     train(cfg, topology, resume=resume, eval_only=eval_only, method=arguments.method)
-    return 0
+
+
+def _train_by_d2go(arguments: argparse.Namespace) -> None:
+    """Hand d2go its own arguments: d2scale's say the same in other words."""
+    if faults := _topology(arguments).faults():
+        raise ConfigError(faults)
+    words = [f"--num-processes={arguments.num_processes}"]
+    words += [
+        f"--num-machines={arguments.num_machines}",
+        f"--machine-rank={arguments.machine_rank}",
+    ]
+    if arguments.dist_url != "auto":
+        words.append(f"--dist-url={arguments.dist_url}")
+    if under_torchrun():
+        words.append("--run-as-worker=True")
+    words += ["--resume"] * arguments.resume + ["--eval-only"] * arguments.eval_only
+    settings = []
+    if arguments.method is not None:
+        settings += ["SOLVER.AUTO_SCALING_METHODS", f"('d2scale_{arguments.method}',)"]
+    if arguments.lr_rule is not None:
+        settings += ["D2SCALE.LR_RULE", arguments.lr_rule]
+    if arguments.allow_changed_recipe:
+        settings += ["D2SCALE.ALLOW_CHANGED_RECIPE", "True"]
+    from d2scale.d2go.start import train
+
+    train(arguments.config_file, [*words, *arguments.opts], settings)
+
+
+_ENGINES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "auto": _train_by_default_engine,
+    "default": _train_by_default_engine,
+    "d2go": _train_by_d2go,
+}

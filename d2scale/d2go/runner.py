@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from d2go.runner import GeneralizedRCNNRunner
-from d2go.trainer.api import TestNetOutput, TrainNetOutput
 from detectron2.engine.hooks import IterationTimer
 from detectron2.utils.logger import setup_logger
 
 from d2scale.config.defaults import add_d2scale_config, add_project_configs
 from d2scale.config.projects import entry_points
 from d2scale.d2go.config import CfgNode
+from d2scale.d2go.environment import refuse_missing_quantization
 from d2scale.d2go.memory import ENGINE, D2GoMemory
 from d2scale.d2go.run_step import D2GoRunStep, can_take_steps
 from d2scale.d2go.scaling_methods import (
@@ -25,15 +24,12 @@ from d2scale.d2go.scaling_methods import (
     names_own_method,
     scale_for_training,
 )
+from d2scale.d2go.start import prepare_parent
 from d2scale.detectron2.datasets import register_datasets
 from d2scale.detectron2.private_upstream import SteadyIterationTimer
 from d2scale.detectron2.progress import ProgressRecord, resume_by_images
 from d2scale.detectron2.scaling import applied_plan
-from d2scale.detectron2.user_errors import (
-    end_with_status_of_ranks,
-    exit_on_user_error,
-    exit_together_on_user_error,
-)
+from d2scale.detectron2.user_errors import exit_on_user_error, exit_together_on_user_error
 from d2scale.planning.progress import RECORD, recipe_of
 from d2scale.planning.schedule import follows_gain
 from d2scale.run_folder.contents import write_plan
@@ -75,11 +71,10 @@ class Runner(GeneralizedRCNNRunner):
     @classmethod
     def create_shared_context(cls, cfg: Any) -> None:
         """Check the recipe before processes are launched; d2go calls this in their parent."""
-        # The parent reads every rank's result by torch.load, which since torch 2.6 refuses
-        # classes that it was not told of.
-        torch.serialization.add_safe_globals([TrainNetOutput, TestNetOutput, OrderedDict])
-        end_with_status_of_ranks()
+        prepare_parent()
         with exit_on_user_error():
+            if cfg.QUANTIZATION.PT2E:
+                refuse_missing_quantization()
             if names_own_method(cfg) and not _evaluates_or_exports():
                 check_recipe(cfg)
 

@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 
@@ -38,3 +39,17 @@ def test_a_user_and_a_gpu_keep_their_way_of_waiting(waiting_of_the_training, mon
     assert waiting_of_the_training("MODEL.DEVICE", "cuda") is None
     monkeypatch.setenv(WAITING, "ACTIVE")
     assert waiting_of_the_training() == "ACTIVE"
+
+
+def test_without_d2go_its_engine_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setenv("DETECTRON2_ENV_MODULE", "")
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    assert main(["train", "--engine", "d2go", "--config-file", RECIPE, "--output-dir", "out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--engine d2go needs detectron2, which is not installed; install d2go" in line
+
+
+def test_only_d2go_takes_options_that_are_not_d2scales(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--config-file", RECIPE, "--output-dir", "out"])
+    assert "unrecognized arguments: --output-dir" in capsys.readouterr().err

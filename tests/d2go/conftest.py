@@ -34,6 +34,9 @@ def import_upstream():
     captured = sys.stdin
     with open(os.devnull, encoding="utf-8") as sys.stdin:
         try:
+            from d2scale.d2go.environment import setup_environment
+
+            setup_environment()
             import d2go.runner  # noqa: F401
         finally:
             sys.stdin = captured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 SUPPORT = Path(__file__).resolve().parent
 COMMANDS = Path(sys.executable).parent
+# d2scale train with d2go's arguments, beside the names of d2go's commands.
+D2SCALE_TRAIN = "d2scale train --engine d2go"
 
 META_FCOS = """
 _BASE_: [d2scale://MetaFCOS/Base-MetaFCOS.yaml, d2scale://keep_total.yaml]
@@ -38,9 +41,11 @@ DATASETS: {TRAIN: [coco_2017_train], TEST: [coco_2017_val]}
 
 
 def command(name: str, recipe: Path, out: Path, *arguments: str, runner: str) -> list[str]:
-    """Return the words of a d2go command: a script, or a module of d2go.tools."""
+    """Return the words of a command: a script, a module of d2go.tools, or ``D2SCALE_TRAIN``."""
     script = COMMANDS / name
     program = [str(script)] if script.exists() else [sys.executable, "-m", name]
+    if name == D2SCALE_TRAIN:
+        program = [sys.executable, "-m", "d2scale.cli", *name.split()[1:]]
     return [
         *program,
         *("--runner", runner, "--config-file", str(recipe), "--output-dir", str(out)),
@@ -49,9 +54,16 @@ def command(name: str, recipe: Path, out: Path, *arguments: str, runner: str) ->
     ]
 
 
+def lacks_quantization() -> bool:
+    """Return whether torch has removed what d2go imports."""
+    return importlib.util.find_spec("torch.ao.quantization.quantize_pt2e") is None
+
+
 def environment(datasets: Path, **variables: object) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH", "")]))
     own = {"DETECTRON2_DATASETS": datasets, "OMP_NUM_THREADS": 1, "PYTHONPATH": path, **variables}
+    if lacks_quantization():
+        own.setdefault("DETECTRON2_ENV_MODULE", "d2scale.d2go.environment")
     return {**os.environ, **{key: str(value) for key, value in own.items()}}
 
 
