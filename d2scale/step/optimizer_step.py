@@ -124,11 +124,9 @@ class OptimizerStep:
     ) -> StepLosses:
         """Take one step with this rank's images; ``measure`` the noise of its gradient.
 
-        ``number`` is the step's, of which the random streams of virtual ranks are made.
-
         ``before_update`` is called with the losses when the gradients of the whole step are there,
         at every attempt. It makes no collective calls, and may set learning rates. All ranks
-        ``measure``, or none.
+        ``measure``, or none. Virtual ranks draw the random numbers of the step's ``number``.
 
         Raises:
             StepDoesNotFitError: on every rank, if one image at a time is too much; model and
