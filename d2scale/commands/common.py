@@ -43,7 +43,15 @@ def add_command(
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the positional argument ``config``."""
-    parser.add_argument("config", help="the recipe: a file or d2scale://NAME.yaml")
+    help_text = (
+        "the recipe: a file or d2scale://NAME.yaml; a .py is run, as detectron2's LazyConfig"
+    )
+    parser.add_argument("config", help=help_text)
+
+
+def is_lazy_config(path: str) -> bool:
+    """Return whether a recipe is a LazyConfig of detectron2, which is code."""
+    return path.endswith(".py")
 
 
 def let_idle_threads_sleep(cfg: Any) -> None:

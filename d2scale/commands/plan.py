@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2scale.commands.common import Commands, add_command, add_recipe, emit
+from d2scale.commands.common import Commands, add_command, add_recipe, emit, is_lazy_config
 from d2scale.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
@@ -53,10 +53,29 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale plan``."""
+    if is_lazy_config(arguments.config):
+        return _run_lazy(arguments)
     from d2scale.config.loading import load_recipe
+
+    _print_plan(arguments, *load_recipe(arguments.config, arguments.opts))
+    return 0
+
+
+def _run_lazy(arguments: argparse.Namespace) -> int:
+    from d2scale.detectron2.lazy_config import lazy_names, load_lazy_config, read_lazy_recipe
+
+    if arguments.format == "yaml":
+        advice = "use table, and give its changes to detectron2 as key=value"
+        raise ConfigError([Fault("--format", "yaml", "table or json with a LazyConfig", advice)])
+    cfg, settings = read_lazy_recipe(load_lazy_config(arguments.config, arguments.opts))
+    with lazy_names():
+        _print_plan(arguments, cfg, settings)
+    return 0
+
+
+def _print_plan(arguments: argparse.Namespace, cfg: Any, settings: Mapping[str, Any]) -> None:
     from d2scale.planning.hardware import Hardware
 
-    cfg, settings = load_recipe(arguments.config, arguments.opts)
     noise = _read_noise(arguments, cfg)
     hardware = Hardware.from_cfg(
         cfg,
@@ -71,7 +90,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         text = _plan(arguments, cfg, settings, hardware, noise)
     emit(text.rstrip("\n") + "\n", arguments.output)
-    return 0
 
 
 def _choices(arguments: argparse.Namespace, cfg: Any, hardware: Hardware) -> str:
@@ -106,6 +124,10 @@ def _plan(
         return plan_yaml(plan, recipe, settings, folder)
     if arguments.format == "json":
         return json.dumps(plan.to_json(), indent=2)
+    if is_lazy_config(arguments.config):
+        from d2scale.detectron2.lazy_config import in_lazy_names
+
+        plan = in_lazy_names(plan)
     return plan_table(plan)
 
 

@@ -160,23 +160,32 @@ def load_cfg(path: str, opts: Sequence[str] = ()) -> CfgNode:
 def load_recipe(path: str, opts: Sequence[str] = ()) -> tuple[CfgNode, dict[str, Any]]:
     """Load a recipe of any engine for planning.
 
-    Keys that planning does not read are passed over, for other runners bring their own, unless
-    they look like a misspelling of one that it reads. A value behind a Python tag is not run: it is
-    a fault where planning needs it, and elsewhere the config keeps its default. Returned are the
-    config with d2go's defaults filled in, and the recipe's own settings by dotted key, such values
-    as UnreadValue. ConfigError with all faults together.
+    Returned are the config, as :func:`recipe_from_settings` has it, and the recipe's own settings
+    by dotted key, those behind a Python tag as UnreadValue. ``opts`` are ``KEY VALUE`` pairs that
+    win over the file. ConfigError with all faults together.
     """
-    cfg = get_cfg()
     settings = dict(flatten(load_yaml(path)))
     overrides = parse_opts(opts)
-    known = dict(flatten(cfg))
+    known = dict(flatten(get_cfg()))
     unknown = [pair for pair in overrides if pair[0] not in {**known, **settings}]
     if faults := [unknown_key_fault(key, value, known) for key, value in unknown]:
         raise ConfigError(faults)
     settings.update(overrides)
+    return recipe_from_settings(settings), settings
+
+
+def recipe_from_settings(settings: Mapping[str, Any]) -> CfgNode:
+    """Return a recipe's config for planning: its settings by dotted key, and d2go's defaults.
+
+    Keys that planning does not read are passed over, for other runners bring their own, unless
+    they look like a misspelling of one that it reads. A value behind a Python tag is not run: it is
+    a fault where planning needs it, and elsewhere the config keeps its default. ConfigError with
+    all faults together.
+    """
+    cfg = get_cfg()
     read = {key: value for key, value in settings.items() if not _is_unread_for_others(key, value)}
     _merge(cfg, read.items(), _faults_of_misspelt_key)
-    return cfg, settings
+    return cfg
 
 
 def _is_unread_for_others(key: str, value: Any) -> bool:
