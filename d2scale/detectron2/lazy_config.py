@@ -106,7 +106,7 @@ def read_lazy_recipe(cfg: Any) -> tuple[CfgNode, dict[str, Any]]:
         ConfigError: with all faults, by the names of the LazyConfig.
     """
     settings = {name: _select(cfg, key) for name, key in _NAMES.items()}
-    settings = {name: value for name, value in settings.items() if value is not _ABSENT}
+    settings = {name: v for name, v in settings.items() if v is not _ABSENT and v is not None}
     if missing := [key for name, key in _REQUIRED.items() if name not in settings]:
         advice = "add it; d2scale plans by it"
         allowed = "a value, in a LazyConfig that trains"
@@ -231,4 +231,4 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return as_json(value)
     named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+    return f"{getattr(named, '__module__', '')}.{named.__qualname__}"
