@@ -1,0 +1,58 @@
+"""The same data on any number of processes, from the loader that d2go builds."""
+
+from itertools import chain, islice
+
+import pytest
+import torch
+
+from virtual_rank_loaders import numbers, process
+
+RECIPE = """
+VERSION: 2
+MODEL: {DEVICE: cpu}
+DATASETS: {TRAIN: [shapes_for_virtual_ranks]}
+DATALOADER: {NUM_WORKERS: 0}
+INPUT: {MIN_SIZE_TRAIN: [48, 64, 80], MAX_SIZE_TRAIN: 96}
+D2GO_DATA: {AUG_OPS: {TRAIN: ["ResizeShortestEdgeOp", "RandomFlipOp"]}}
+SOLVER: {IMS_PER_BATCH: 4}
+SEED: 4
+"""
+
+
+@pytest.fixture
+def build(datasets, monkeypatch, write_config):
+    """Build d2go's loader in one process of some number, over the images of ``datasets``."""
+    from detectron2.data import DatasetCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    from d2scale.d2go.runner import Runner
+
+    name = "shapes_for_virtual_ranks"
+    annotations = datasets / "coco/annotations/instances_train2017.json"
+    register_coco_instances(name, {}, str(annotations), str(datasets / "coco/train2017"))
+    cfg = Runner.get_default_cfg()
+    cfg.merge_from_file(write_config(RECIPE))
+    monkeypatch.setattr(Runner, "get_data_loader_vis_wrapper", lambda: None)
+
+    def run(rank, world_size):
+        with process(rank, world_size):
+            return Runner.build_detection_train_loader(cfg)
+
+    yield run
+    DatasetCatalog.remove(name)
+
+
+def test_virtual_ranks_get_what_d2go_gives_its_processes(build):
+    from d2scale.detectron2.data.loader import train_loader
+
+    cluster = [list(islice(build(rank, 2), 5)) for rank in range(2)]
+    expected = [numbers(chain(*step)) for step in zip(*cluster, strict=True)]
+    alone = train_loader(build(0, 1), range(2), 2, 2)
+    halves = [train_loader(build(rank, 2), range(rank, rank + 1), 2, 2) for rank in range(2)]
+    for images in expected:
+        step = next(alone)
+        assert numbers(step) == images
+        for sample, other in zip(step, chain(*map(next, halves)), strict=True):
+            assert torch.equal(sample["image"], other["image"])
+            boxes, others = (s["instances"].gt_boxes.tensor for s in (sample, other))
+            assert torch.equal(boxes, others)
