@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from d2scale.errors import CheckpointError, ConfigError, DataError
+from d2scale.planning.rules import own_virtual_ranks
 from virtual_rank_loaders import (
     IMAGES,
     entries,
@@ -59,7 +60,7 @@ def ours(rank=0, world_size=1, layout=(VIRTUAL_RANKS, EACH), **options):
     from d2scale.detectron2.data.loader import train_loader
 
     virtual_ranks, images = layout
-    own = range(virtual_ranks * rank // world_size, virtual_ranks * (rank + 1) // world_size)
+    own = own_virtual_ranks(virtual_ranks, rank, world_size)
     with process(rank, world_size):
         return train_loader(build(total=world_size, **options), own, virtual_ranks, images)
 
