@@ -48,7 +48,7 @@ class SplitDenseDetector:
         self._average = None
         return totals
 
-    def __call__(self, samples: Samples, *, normalizers: Mapping[str, Tensor]) -> Any:
+    def __call__(self, samples: Samples, normalizers: Mapping[str, Tensor]) -> Any:
         """Return the losses of ``samples``, divided by the virtual rank's moving average."""
         with (
             _replaced(self._model, "_ema_update", self._update_once),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
+from d2scale.detectron2.dense_detectors import split_model
 from d2scale.step.optimizer_step import OnSplit, OptimizerStep, StepOptions
 
 
@@ -37,6 +38,10 @@ def build_step(
         kind: what an engine makes of OptimizerStep.
     """
     options = StepOptions(
-        precision=precision, scaler=scaler, on_oom=cfg.D2SCALE.ON_OOM, compress=compress
+        precision=precision,
+        scaler=scaler,
+        on_oom=cfg.D2SCALE.ON_OOM,
+        compress=compress,
+        split_model=split_model(model),
     )
     return kind(model, optimizer, ims_per_gpu=ims_per_gpu, options=options, on_split=on_split)

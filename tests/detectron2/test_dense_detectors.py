@@ -1,5 +1,6 @@
 """Micro-batches of a virtual rank of RetinaNet and FCOS are its one forward."""
 
+import copy
 from itertools import islice
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from upstream_in_float64 import losses_in_float64
 
 import dense_detectors
+from d2scale.step.optimizer_step import OptimizerStep, StepOptions
+from d2scale.step.virtual_ranks import VirtualRanks
 
 SPLITS = [(1, 3), (1, 1, 1, 1)]
 
@@ -118,3 +121,23 @@ def test_subclasses_and_other_models_have_losses_of_their_own(model):
     model.__class__ = Own
     assert split_model(model) is None
     assert split_model(torch.nn.Linear(1, 1)) is None
+
+
+def test_the_step_splits_virtual_ranks_exactly(model):
+    """Weights after steps of two virtual ranks of four images, two images at a time."""
+    from d2scale.detectron2.dense_detectors import split_model
+
+    started = copy.deepcopy(model.state_dict())
+    weights = []
+    for ims_per_gpu in (4, 2):
+        model.load_state_dict(started)
+        vars(model).pop("loss_normalizer", None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+        virtual_ranks = VirtualRanks(model, 2, seed=0)
+        options = StepOptions(virtual_ranks=virtual_ranks, split_model=split_model(model))
+        step = OptimizerStep(model, optimizer, ims_per_gpu=ims_per_gpu, options=options)
+        for number in range(2):
+            step(dense_detectors.samples(8, number), number=number)
+        weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    start = torch.cat([started[name].flatten() for name, _ in model.named_parameters()])
+    assert torch.dist(*weights) < 1e-10 * torch.dist(weights[0], start)

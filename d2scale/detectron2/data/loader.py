@@ -177,8 +177,8 @@ def train_loader(
 ) -> TrainLoader | CutLoader:
     """Return a loader of this process's images, from the one that the recipe builds.
 
-    The latter is only taken apart, so its own batch size does not matter. One that cannot be is
-    read in its own order, with a warning.
+    The latter is only taken apart, so its own batch size does not matter (see
+    :func:`with_even_batch`). One that cannot be is read in its own order, with a warning.
 
     Args:
         loader: detectron2's, d2go's or a user's own.
@@ -197,6 +197,20 @@ def train_loader(
         )
         return CutLoader(loader, len(own) * ims_per_virtual_rank)
     return TrainLoader(parts, own, virtual_ranks, ims_per_virtual_rank)
+
+
+def with_even_batch(cfg: Any, world_size: int) -> Any:
+    """Return ``cfg`` with a total batch of which every process builds a loader of the same size.
+
+    detectron2 refuses to build another, and for :func:`train_loader` the size does not matter.
+    """
+    images, frozen = cfg.SOLVER.IMS_PER_BATCH, cfg.is_frozen()
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH = -(-images // world_size) * world_size
+    if frozen:
+        cfg.freeze()
+    return cfg
 
 
 # No method: a loader in a reference cycle would keep its workers alive, and then wait for them.

@@ -190,6 +190,20 @@ def test_a_state_of_another_dataset_is_refused():
         ours().load_state_dict({**state, "images": 3})
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_config_whose_batch_detectron2_can_share_out(frozen):
+    from detectron2.config import get_cfg
+
+    from d2scale.detectron2.data.loader import with_even_batch
+
+    cfg = get_cfg()
+    if frozen:
+        cfg.freeze()
+    found = with_even_batch(cfg, 3)
+    assert (cfg.SOLVER.IMS_PER_BATCH, found.SOLVER.IMS_PER_BATCH) == (16, 18)
+    assert found.is_frozen() == frozen
+
+
 def foreign_loaders():
     from detectron2.data import build_batch_data_loader
     from detectron2.data.common import MapDataset, ToIterableDataset
