@@ -111,9 +111,9 @@ def _plan(
     from d2scale.planning.plan import make_plan
 
     # YAML is for engines that d2scale does not drive: they cannot follow the gain rule.
-    can_follow_gain = arguments.format != "yaml"
+    takes_steps = arguments.format != "yaml"
     asked = {"method": arguments.method, "lr_rule": arguments.lr_rule}
-    plan = make_plan(cfg, hardware, **asked, can_follow_gain=can_follow_gain)
+    plan = make_plan(cfg, hardware, **asked, takes_steps=takes_steps)
     if noise is not None:
         plan = plan.with_noise(noise.points)
         if plan.expected_steps is None:

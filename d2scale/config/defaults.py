@@ -39,6 +39,13 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     # What an out-of-memory error does to a run. "split": the step is undone and taken again in
     # smaller micro-batches, with the same result. "raise": the run ends.
     cfg.D2SCALE.ON_OOM = "split"
+    # Run the recipe's ranks in turn on fewer GPUs, each with its own images, random numbers and
+    # state: the cluster's step for any model. "auto": with keep_total, for models that do not tell
+    # their loss normalizers. "on", "off".
+    cfg.D2SCALE.VIRTUAL_RANKS = "auto"
+    # Add the gradients of virtual ranks in their order: the same bits on any number of GPUs, for
+    # a copy of the gradients for each virtual rank of a GPU, and a broadcast for each.
+    cfg.D2SCALE.ORDERED_SUM = False
     # Make every step independent of the number of ranks and micro-batches, to rounding.
     cfg.D2SCALE.EXACT = False
     # Let --resume go on with a recipe that is not the one the training was started with.

@@ -131,9 +131,9 @@ class Runner(GeneralizedRCNNRunner):
         """Scale the config, then train as d2go does."""
         with exit_together_on_user_error():
             # A rule that was asked for is not replaced: RunStep will refuse what it cannot follow.
-            can_follow_gain = follows_gain(cfg) or can_take_steps(cfg, model)
+            takes_steps = follows_gain(cfg) or can_take_steps(cfg, model)
             memory = D2GoMemory(cfg, self, model)
-            scale_for_training(cfg, memory, resume=resume, can_follow_gain=can_follow_gain)
+            scale_for_training(cfg, memory, resume=resume, takes_steps=takes_steps)
             plan = applied_plan(cfg)
             if plan is not None and ranks.rank() == 0:
                 write_plan(Path(cfg.OUTPUT_DIR), plan)

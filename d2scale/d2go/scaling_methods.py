@@ -53,12 +53,12 @@ def leave_scaling_to_training(cfg: Any) -> None:
 
 
 def scale_for_training(
-    cfg: Any, memory: TrainingMemory, *, resume: bool, can_follow_gain: bool = True
+    cfg: Any, memory: TrainingMemory, *, resume: bool, takes_steps: bool = True
 ) -> None:
     """Scale ``cfg`` in place by the method of d2scale that it names, if it names one.
 
     d2go itself calls methods only where the world size differs from the recipe's. Every rank must
-    call this. ``can_follow_gain`` says whether the training can follow the gain rule.
+    call this. ``takes_steps`` says whether the training can follow the gain rule.
 
     Raises:
         ConfigError: on every rank, if the ranks were given different recipes; and what
@@ -72,16 +72,16 @@ def scale_for_training(
         with defrosted(cfg):
             cfg.SOLVER.REFERENCE_WORLD_SIZE = reference
         method = method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
-        scale_in_place(cfg, ranks.world_size(), method, memory, can_follow_gain=can_follow_gain)
+        scale_in_place(cfg, ranks.world_size(), method, memory, takes_steps=takes_steps)
     elif follows_gain(cfg):
-        _refuse_gain_alone(cfg, can_follow_gain)
+        _refuse_gain_alone(cfg, takes_steps)
 
 
-def _refuse_gain_alone(cfg: Any, can_follow_gain: bool) -> None:
+def _refuse_gain_alone(cfg: Any, takes_steps: bool) -> None:
     """Refuse the gain rule where no method of d2scale has planned the batch."""
     schedule = Schedule.from_cfg(cfg)
     total = schedule.ims_per_batch
-    choose_rule("gain", "keep_total", schedule, total, can_follow_gain=can_follow_gain)
+    choose_rule("gain", "keep_total", schedule, total, takes_steps=takes_steps)
     if total == schedule.recipe_ims_per_batch and cfg.SOLVER.AUTO_SCALING_METHODS:
         allowed = "auto, linear, sqrt or none with d2go's own scaling methods"
         advice = (

@@ -33,11 +33,11 @@ def scale_in_place(
     method: str,
     memory: TrainingMemory,
     *,
-    can_follow_gain: bool = False,
+    takes_steps: bool = False,
 ) -> Plan:
     """Plan the recipe for ``world_size`` ranks and write the plan into ``cfg``.
 
-    ``can_follow_gain`` says whether the training can follow the gain rule, for which d2scale must
+    ``takes_steps`` says whether the training can follow the gain rule, for which d2scale must
     take the steps.
 
     Raises:
@@ -49,7 +49,7 @@ def scale_in_place(
         advice = "the config is scaled already; call one method, once"
         raise ConfigError([Fault("SOLVER.AUTO_SCALING_METHODS", methods, "one method", advice)])
     method_of(methods)
-    plan = _plan_on_ranks(cfg, world_size, method, memory, can_follow_gain=can_follow_gain)
+    plan = _plan_on_ranks(cfg, world_size, method, memory, takes_steps=takes_steps)
     with defrosted(cfg):
         for key, (_, value) in plan.changes.items():
             set_key(cfg, key, value)
@@ -59,7 +59,7 @@ def scale_in_place(
 
 
 def _plan_on_ranks(
-    cfg: Any, world_size: int, method: str, memory: TrainingMemory, *, can_follow_gain: bool
+    cfg: Any, world_size: int, method: str, memory: TrainingMemory, *, takes_steps: bool
 ) -> Plan:
     """Return rank 0's plan on every rank; where memory is measured, all ranks take part."""
     outcome: Plan | ConfigError | None = None
@@ -75,7 +75,7 @@ def _plan_on_ranks(
                 make_profile=memory.profile,
                 make_variants=memory.variants,
             )
-            outcome = make_plan(cfg, hardware, method=method, can_follow_gain=can_follow_gain)
+            outcome = make_plan(cfg, hardware, method=method, takes_steps=takes_steps)
             if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
                 refuse_more_than_all(outcome, memory.batches.images)
             _refuse_uneven_split(outcome)

@@ -13,6 +13,12 @@ from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
 from d2scale.planning.hardware import IMS_PER_GPU, Hardware
 from d2scale.planning.schedule import Schedule
+from d2scale.planning.virtual_ranks import (
+    VIRTUAL_RANKS_RULE,
+    ModelFacts,
+    choose_virtual_ranks,
+    virtual_rank_notes,
+)
 
 # How a plan's note begins to say that no more images fit, after their number.
 FIT_IN = "images per GPU fit in"
@@ -20,6 +26,7 @@ _CAP, _STEPS = "D2SCALE.MAX_IMS_PER_BATCH", "D2SCALE.ACCUMULATION_STEPS"
 BATCH_RULES = (
     whole(_CAP, 0, advice="set it to 0 for no limit"),
     whole(_STEPS, 0, advice="set it to 0 to have it decided"),
+    VIRTUAL_RANKS_RULE,
 )
 
 
@@ -31,6 +38,11 @@ class Batch:
     ims_per_gpu: int  # in the largest micro-batch of any rank
     accumulation_steps: int  # most micro-batches of any rank
     notes: tuple[str, ...]  # the reasons
+    virtual_ranks: int = 0  # of a step, each with as many images; 0: none
+
+    def sizes(self) -> dict[str, int]:
+        """Return the numbers by name, without the reasons."""
+        return {name: value for name, value in vars(self).items() if name != "notes"}
 
     @property
     def accumulates(self) -> bool:
@@ -38,13 +50,42 @@ class Batch:
         return self.accumulation_steps > 1
 
 
-def decide_batch(cfg: Any, method: str, schedule: Schedule, hardware: Hardware) -> Batch:
+def decide_batch(
+    cfg: Any, method: str, schedule: Schedule, hardware: Hardware, model: ModelFacts | None = None
+) -> Batch:
     """Choose the total batch and the micro-batches for a recipe without faults.
+
+    ``model`` decides on virtual ranks; None: there are none.
 
     Raises:
         ConfigError: if there is no such batch.
     """
-    return _CHOOSE[method](cfg, schedule, hardware)
+    batch = _CHOOSE[method](cfg, schedule, hardware)
+    if model is None:
+        return batch
+    count, notes = choose_virtual_ranks(cfg, method, schedule, hardware.world_size, model)
+    if count:
+        return decide_virtual_batch(count, batch.ims_per_batch, hardware)
+    return replace(batch, notes=(*batch.notes, *notes))
+
+
+def decide_virtual_batch(count: int, total: int, hardware: Hardware) -> Batch:
+    """Divide ``total`` images over ``count`` virtual ranks, each a micro-batch if it fits.
+
+    Raises:
+        ConfigError: if not even one image fits.
+    """
+    images = total // count
+    largest = hardware.largest_fit(accumulates=count > hardware.world_size)
+    micro_batches = -(-images // min(largest or images, images))
+    ims_per_gpu = -(-images // micro_batches)
+    turns = max(rules.split_evenly(count, hardware.world_size))
+    notes = [*virtual_rank_notes(count, hardware.world_size, total, ims_per_gpu, largest)]
+    if largest is None:
+        notes.append(f"images per GPU {images}: a virtual rank's; whether they fit is not known")
+    else:
+        notes.append(_reason_for_largest(hardware, largest))
+    return Batch(total, ims_per_gpu, turns * micro_batches, tuple(notes), count)
 
 
 def _batch(total: int, ims_per_gpu: int, hardware: Hardware, notes: Sequence[str]) -> Batch:

@@ -10,12 +10,12 @@ from d2scale.planning.schedule import Schedule
 
 
 def choose_rule(
-    asked: str, method: str, schedule: Schedule, ims_per_batch: int, *, can_follow_gain: bool
+    asked: str, method: str, schedule: Schedule, ims_per_batch: int, *, takes_steps: bool
 ) -> str:
     """Return the rule for a recipe that runs with ``ims_per_batch`` images a step.
 
     ``auto`` is the gain rule for a larger batch than the recipe's that is taken for its own sake,
-    with SGD, if what will train ``can_follow_gain``: of all rules it alone keeps the recipe's
+    with SGD, if what will train ``takes_steps``: of all rules it alone keeps the recipe's
     quality there. With a smaller batch the linear rule keeps it, and the gain rule loses it
     (docs/larger_batches.md has the evidence).
 
@@ -25,9 +25,9 @@ def choose_rule(
     rule = rules.resolve_lr_rule(
         asked,
         schedule.optimizer,
-        prefers_gain=can_follow_gain and _is_larger_by_choice(method, schedule, ims_per_batch),
+        prefers_gain=takes_steps and _is_larger_by_choice(method, schedule, ims_per_batch),
     )
-    if rule == "gain" and (fault := _gain_fault(schedule, ims_per_batch, can_follow_gain)):
+    if rule == "gain" and (fault := _gain_fault(schedule, ims_per_batch, takes_steps)):
         raise ConfigError([fault])
     return rule
 
@@ -51,10 +51,10 @@ def _fewest_steps(schedule: Schedule, ims_per_batch: int) -> int:
     return range_of_steps(schedule.max_iter, ims_per_batch, schedule.recipe_ims_per_batch)[0]
 
 
-def _gain_fault(schedule: Schedule, ims_per_batch: int, can_follow_gain: bool) -> Fault | None:
+def _gain_fault(schedule: Schedule, ims_per_batch: int, takes_steps: bool) -> Fault | None:
     """Return why the gain rule cannot be followed, None if it can."""
     allowed = "auto, linear, sqrt or none"
-    if not can_follow_gain:
+    if not takes_steps:
         where = "where d2scale does not take the optimizer steps"
         advice = "take linear, or train with d2scale train or d2scale's Runner"
     elif not rules.gain_is_proven_for(schedule.optimizer):

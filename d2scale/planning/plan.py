@@ -17,6 +17,7 @@ from d2scale.planning.hardware import Hardware
 from d2scale.planning.learning_rate import choose_rule, rule_notes
 from d2scale.planning.methods import METHODS, method_faults, method_of
 from d2scale.planning.schedule import Schedule, schedule_faults, schedule_notes
+from d2scale.planning.virtual_ranks import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Plan:
     changes: dict[str, tuple[Any, Any]]  # config key to (recipe's value, planned value)
     notes: tuple[str, ...]  # the reasons, and what the user should know
     expected_steps: int | None = None  # by the gain rule, if the noise scale is known
+    # The recipe's ranks that the GPUs run in turn, each with as many images; 0: they do not.
+    virtual_ranks: int = 0
 
     def apply(self, cfg: Any) -> Any:
         """Return a copy of ``cfg`` with the planned values; keys it lacks are passed over."""
@@ -50,13 +53,15 @@ class Plan:
 
     def with_smaller_micro_batches(self, ims_per_gpu: int) -> Plan:
         """Return the plan after an out-of-memory error has cut the run to ``ims_per_gpu``."""
-        sizes = rules.micro_batch_sizes(self.ims_per_batch, self.world_size, ims_per_gpu)
+        parts = self.virtual_ranks or self.world_size
+        sizes = rules.micro_batch_sizes(self.ims_per_batch, parts, ims_per_gpu)
+        turns = -(-parts // self.world_size)
         cut = f"images per GPU cut from {self.ims_per_gpu} to {ims_per_gpu}"
         note = f"{cut} during the run, by an out-of-memory error"
         return replace(
             self,
             ims_per_gpu=max(map(max, sizes)),
-            accumulation_steps=max(map(len, sizes)),
+            accumulation_steps=turns * max(map(len, sizes)),
             # It was too low, or other programs have taken memory.
             predicted_peak_gib=None,
             notes=(*self.notes, note),
@@ -88,39 +93,39 @@ def make_plan(
     *,
     method: str | None = None,
     lr_rule: str | None = None,
-    can_follow_gain: bool = True,
+    takes_steps: bool = True,
+    model: ModelFacts | None = None,
 ) -> Plan:
     """Decide how the recipe in ``cfg`` runs on ``hardware``.
 
     Args:
-        cfg: a detectron2, d2go or d2scale config; it is not changed.
+        cfg: a detectron2, d2go or d2scale config.
         method: one of ``METHODS``; None: the one that ``SOLVER.AUTO_SCALING_METHODS`` names, or
             else ``keep_total``, which changes nothing about the training.
         lr_rule: one of ``rules.LR_RULES``; None takes ``D2SCALE.LR_RULE``.
-        can_follow_gain: whether what will train can follow the gain rule.
+        takes_steps: whether d2scale takes the steps: gain rule and virtual ranks need that.
+        model: what is known of it; None: what its name tells.
 
     Raises:
         ConfigError: with all faults of the recipe and the request.
     """
     method, lr_rule = _checked_request(cfg, method, lr_rule)
     schedule = Schedule.from_cfg(cfg)
-    notes = schedule_notes(cfg, schedule)
-    batch = decide_batch(cfg, method, schedule, hardware)
-    total = batch.ims_per_batch
-    rule = choose_rule(lr_rule, method, schedule, total, can_follow_gain=can_follow_gain)
+    model = (model or ModelFacts.by_name(cfg)) if takes_steps else None
+    batch = decide_batch(cfg, method, schedule, hardware, model)
+    total, notes = batch.ims_per_batch, (*schedule_notes(cfg, schedule), *batch.notes)
+    rule = choose_rule(lr_rule, method, schedule, total, takes_steps=takes_steps)
     planned = schedule.scaled(total, hardware.world_size, rule)
     return Plan(
         method=method,
         world_size=hardware.world_size,
-        ims_per_gpu=batch.ims_per_gpu,
-        accumulation_steps=batch.accumulation_steps,
-        ims_per_batch=total,
+        **batch.sizes(),
         batch_ratio=total / schedule.recipe_ims_per_batch,
         lr_rule=rule,
         steps=range_of_steps(planned.max_iter, total, planned.recipe_ims_per_batch),
         predicted_peak_gib=hardware.peak_gib(batch.ims_per_gpu, accumulates=batch.accumulates),
         changes=_changes(cfg, schedule, planned, rule),
-        notes=(*notes, *batch.notes, *rule_notes(lr_rule, rule, schedule, planned)),
+        notes=(*notes, *rule_notes(lr_rule, rule, schedule, planned)),
     )
 
 

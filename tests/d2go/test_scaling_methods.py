@@ -31,7 +31,7 @@ def scale(cfg, world_size, methods):
 def test_each_method_does_in_d2go_what_the_plan_says(d2go_cfg, recipes, method):
     recipe, _ = load_recipe(str(recipes / "Meta-FCOS-pretrain.yaml"))
     hardware = Hardware(2, ims_per_gpu=15)
-    plan = make_plan(recipe, hardware, method=method, can_follow_gain=False)
+    plan = make_plan(recipe, hardware, method=method, takes_steps=False)
     d2go_cfg.D2SCALE.IMS_PER_GPU = 15
     scale(d2go_cfg, 2, [f"d2scale_{method}"])
     assert {key: get_key(d2go_cfg, key) for key in plan.changes} == {
@@ -104,7 +104,7 @@ def test_the_gain_rule_needs_a_method_of_d2scale(d2go_cfg):
     d2go_cfg.D2SCALE.LR_RULE = "gain"
     d2go_cfg.SOLVER.AUTO_SCALING_METHODS = ["default_scale_d2_configs"]
     with pytest.raises(ConfigError, match="with d2go's own scaling methods; name a d2scale"):
-        scale_for_training(d2go_cfg, D2GoMemory(d2go_cfg), resume=False, can_follow_gain=True)
+        scale_for_training(d2go_cfg, D2GoMemory(d2go_cfg), resume=False, takes_steps=True)
 
 
 def test_an_uneven_split_is_refused_where_the_loader_would_fail(d2go_cfg, capsys):

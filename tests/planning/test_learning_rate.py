@@ -25,7 +25,7 @@ def plan_of(*opts, m=16, gpus=2, method="max_memory", **options):
         ((), {"m": 4}, "linear"),  # a smaller one
         ((), {"m": 16, "method": "keep_total"}, "linear"),
         ((), {"gpus": 4, "method": "per_gpu"}, "linear"),
-        ((), {"m": 16, "can_follow_gain": False}, "linear"),
+        ((), {"m": 16, "takes_steps": False}, "linear"),
         (("SOLVER.OPTIMIZER", "adamw"), {"m": 16}, "sqrt"),
         (("SOLVER.OPTIMIZER", "sgd_mt"), {"m": 16}, "gain"),
         (("SOLVER.OPTIMIZER", "rmsprop"), {"m": 16}, "linear"),
@@ -72,7 +72,7 @@ def test_steps_to_expect_from_a_known_noise_scale():
     ("opts", "options", "message"),
     [
         (("SOLVER.OPTIMIZER", "adamw"), {}, "with SOLVER.OPTIMIZER adamw; take sqrt"),
-        ((), {"can_follow_gain": False}, "take linear, or train with d2scale train"),
+        ((), {"takes_steps": False}, "take linear, or train with d2scale train"),
         ((), {"m": 1, "gpus": 1}, "a total batch of one image; take a larger batch"),
         (("SOLVER.MAX_ITER", 90, "SOLVER.STEPS", "(60, 80)"), {"m": 400}, "could become 2"),
         (("SOLVER.MAX_ITER", 5, "SOLVER.STEPS", "()"), {"m": 100}, "could become 1"),
@@ -92,7 +92,7 @@ def test_the_gain_rule_warns_of_a_smaller_batch():
 
 
 def test_auto_without_the_means_says_what_it_would_be():
-    assert any("the gain rule" in note for note in plan_of(can_follow_gain=False).notes)
+    assert any("the gain rule" in note for note in plan_of(takes_steps=False).notes)
 
 
 def test_too_few_steps_are_told_of_the_schedule_unless_the_rule_was_asked_for():

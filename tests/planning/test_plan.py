@@ -123,6 +123,7 @@ def test_json_has_the_documented_keys(recipes):
         "changes",
         "notes",
         "expected_steps",
+        "virtual_ranks",
     ]
     assert content["changes"] == {"SOLVER.REFERENCE_WORLD_SIZE": [2, 1]}
     assert content["predicted_peak_gib"] is None

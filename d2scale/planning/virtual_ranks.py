@@ -1,0 +1,107 @@
+"""Decide whether GPUs run the recipe's ranks in turn, as virtual ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2scale.config.keys import get_key
+from d2scale.config.projects import entry_points
+from d2scale.config.value_rules import one_of
+from d2scale.errors import ConfigError, Fault
+from d2scale.planning.rules import own_virtual_ranks
+from d2scale.planning.schedule import Schedule
+
+VIRTUAL_RANKS = "D2SCALE.VIRTUAL_RANKS"
+VIRTUAL_RANKS_RULE = one_of(VIRTUAL_RANKS, ("auto", "on", "off"))
+# Models of the default engine, by name.
+MODELS = "d2scale.models"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What decides how the steps of a model can be split."""
+
+    # It tells the divisors of its losses, so that any split of a step is exact.
+    tells_normalizers: bool = False
+    # Why the recipe's ranks cannot be run in turn, in words that follow "with"; empty: they can.
+    obstacle: str = ""
+
+    @classmethod
+    def by_name(cls, cfg: Any) -> ModelFacts:
+        """Return what is known before a model is built: a project's own tells its normalizers."""
+        name = get_key(cfg, "MODEL.META_ARCHITECTURE", "")
+        return cls(any(entry.name == name for entry in entry_points(group=MODELS)))
+
+
+def choose_virtual_ranks(
+    cfg: Any, method: str, schedule: Schedule, world_size: int, model: ModelFacts
+) -> tuple[int, tuple[str, ...]]:
+    """Return how many virtual ranks a step has, 0 for none, and the reasons worth telling.
+
+    ``auto`` takes them with ``keep_total``, for a model that does not tell its loss normalizers.
+
+    Raises:
+        ConfigError: if they are asked for and cannot be had.
+    """
+    asked = get_key(cfg, VIRTUAL_RANKS, "auto")
+    auto = asked == "auto"
+    if asked == "off" or (auto and (method != "keep_total" or model.tells_normalizers)):
+        return 0, ()
+    count = world_size if method == "per_gpu" else schedule.reference_world_size
+    fault = _obstacle(cfg, method, schedule, world_size, model)
+    if fault is None:
+        return (0 if auto and count == 1 else count), ()
+    allowed, advice = fault
+    if auto:
+        return 0, (f"no virtual ranks {allowed}: a step is approximately the recipe's; {advice}",)
+    raise ConfigError([Fault(VIRTUAL_RANKS, asked, f"auto or off {allowed}", advice)])
+
+
+def _obstacle(
+    cfg: Any, method: str, schedule: Schedule, world_size: int, model: ModelFacts
+) -> tuple[str, str] | None:
+    """Return where there are no virtual ranks, and what to do; None: there can be."""
+    count, images = schedule.reference_world_size, schedule.ims_per_batch
+    if model.obstacle:
+        return f"with {model.obstacle}", "train on as many GPUs as the recipe for the same step"
+    if method == "max_memory":
+        return "with the method max_memory", "take keep_total"
+    if world_size > count and method == "keep_total":
+        return f"on {world_size} GPUs for a recipe of {count}", f"use at most {count} GPUs"
+    if images % count:
+        advice = "set SOLVER.REFERENCE_WORLD_SIZE to the recipe's GPUs"
+        return f"with {images} images on {count} GPUs, which is no whole number each", advice
+    if get_key(cfg, "D2SCALE.ACCUMULATION_STEPS", 0):
+        return "with D2SCALE.ACCUMULATION_STEPS", "set that to 0"
+    return None
+
+
+def virtual_rank_notes(
+    count: int, world_size: int, ims_per_batch: int, ims_per_gpu: int, largest: int | None
+) -> Sequence[str]:
+    """Return what a user should know of the virtual ranks of a plan.
+
+    ``largest`` is the most images per GPU that fit, None if that is not known.
+    """
+    images = ims_per_batch // count
+    shares = sorted({len(own_virtual_ranks(count, rank, world_size)) for rank in range(world_size)})
+    turns = " or ".join(map(str, shares))
+    notes = [
+        f"virtual ranks: each GPU runs {turns} of the recipe's {count} ranks in turn, {images} "
+        "images each with random numbers, statistics and loss normalizers of their own, so that "
+        "the training is the recipe's"
+    ]
+    if ims_per_gpu < images:
+        notes.append(
+            f"a virtual rank's {images} images do not fit: in micro-batches of {ims_per_gpu} they "
+            "are approximately the recipe's, unless the model tells its loss normalizers"
+        )
+    elif largest is not None and largest > images and shares[-1] > 1:
+        notes.append(
+            f"{VIRTUAL_RANKS} off would take up to {min(largest, shares[-1] * images)} images in "
+            "one forward, which is faster where a GPU is not busy with small images, and not "
+            "exactly the recipe's training"
+        )
+    return notes
