@@ -14,7 +14,9 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name == "Runner":
         try:
-            from d2scale.d2go.runner import Runner
+            from d2scale.d2go.start import load_runner
+
+            return load_runner()
         except ModuleNotFoundError as error:
             from d2scale.errors import MissingPackageError
 
@@ -22,6 +24,4 @@ def __getattr__(name: str) -> Any:
                 raise
             advice = "it is not on the package index: see 'With d2go' in README.md"
             raise MissingPackageError(error.name, "d2scale.Runner", advice) from error
-
-        return Runner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from d2scale.config.loading import flatten, load_yaml, resolve_config_path
-from d2scale.d2go.environment import ENV_MODULE, USERS_ENV_MODULE, setup_environment
+from d2scale.d2go.environment import (
+    ENV_MODULE,
+    USERS_ENV_MODULE,
+    put_back_quantization,
+    setup_environment,
+)
 from d2scale.detectron2.user_errors import end_with_status_of_ranks, exit_on_user_error
 from d2scale.errors import ConfigError, Fault, MissingPackageError
 from d2scale.planning.methods import METHOD_NAMES, METHOD_PREFIX
@@ -44,6 +49,14 @@ def train(config_file: str, words: Sequence[str], settings: Sequence[str]) -> No
     # Without --disable-post-mortem d2go asks for a debugger, and exits with 0 after a failure.
     start = ("--disable-post-mortem", "--runner", asked.runner, "--config-file", config_file)
     train_net.cli([*start, *rest, *settings])
+
+
+def load_runner() -> Any:
+    """Return d2scale's Runner, also where torch lacks what d2go imports."""
+    put_back_quantization()
+    from d2scale.d2go.runner import Runner
+
+    return Runner
 
 
 def prepare_parent() -> None:

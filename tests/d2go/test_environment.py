@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from d2go_commands import D2SCALE_TRAIN, RETINANET, errors, lacks_quantization
+from d2go_commands import D2SCALE_TRAIN, LACKS_QUANTIZATION, RETINANET, errors
 from d2scale.errors import MissingPackageError
 
 
@@ -46,7 +46,7 @@ def test_what_torch_has_is_left_alone(monkeypatch):
 
 
 @pytest.mark.skipif(
-    not lacks_quantization() or importlib.util.find_spec("torchao") is not None,
+    not LACKS_QUANTIZATION or importlib.util.find_spec("torchao") is not None,
     reason="needs a torch without PT2E, and no torchao",
 )
 def test_quantization_without_torchao_is_one_line(d2go, tmp_path):
@@ -58,7 +58,7 @@ def test_quantization_without_torchao_is_one_line(d2go, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
-@pytest.mark.skipif(not lacks_quantization(), reason="needs a torch without PT2E")
+@pytest.mark.skipif(not LACKS_QUANTIZATION, reason="needs a torch without PT2E")
 def test_d2go_quantizes_by_torchao():
     import torch
     from d2go.quantization import modeling

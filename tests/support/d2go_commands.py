@@ -14,6 +14,11 @@ SUPPORT = Path(__file__).resolve().parent
 COMMANDS = Path(sys.executable).parent
 # d2scale train with d2go's arguments, beside the names of d2go's commands.
 D2SCALE_TRAIN = "d2scale train --engine d2go"
+# Whether torch has removed what d2go imports; looked up before d2scale puts it back.
+LACKS_QUANTIZATION = (
+    importlib.util.find_spec("torch") is not None
+    and importlib.util.find_spec("torch.ao.quantization.quantize_pt2e") is None
+)
 
 META_FCOS = """
 _BASE_: [d2scale://MetaFCOS/Base-MetaFCOS.yaml, d2scale://keep_total.yaml]
@@ -54,15 +59,10 @@ def command(name: str, recipe: Path, out: Path, *arguments: str, runner: str) ->
     ]
 
 
-def lacks_quantization() -> bool:
-    """Return whether torch has removed what d2go imports."""
-    return importlib.util.find_spec("torch.ao.quantization.quantize_pt2e") is None
-
-
 def environment(datasets: Path, **variables: object) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(SUPPORT), os.environ.get("PYTHONPATH", "")]))
     own = {"DETECTRON2_DATASETS": datasets, "OMP_NUM_THREADS": 1, "PYTHONPATH": path, **variables}
-    if lacks_quantization():
+    if LACKS_QUANTIZATION:
         own.setdefault("DETECTRON2_ENV_MODULE", "d2scale.d2go.environment")
     return {**os.environ, **{key: str(value) for key, value in own.items()}}
 
