@@ -16,10 +16,12 @@ from d2scale.engine.activations import apply_activation_checkpointing
 from d2scale.engine.checkpoint.files import mismatches, read_checkpoint
 from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.errors import CheckpointError, ConfigError, Fault
+from d2scale.planning.virtual_ranks import MODELS, ModelFacts
+from d2scale.step.micro_batches import ExactModel
+from d2scale.step.norms import synchronised_norms
 
 logger = logging.getLogger(__name__)
 
-ENTRY_POINTS = "d2scale.models"
 Builder = Callable[[CfgNode], nn.Module]
 
 
@@ -28,10 +30,10 @@ def find_builder(name: str) -> Builder:
 
     Raises ConfigError, which lists the models that are offered, if no installed package has it.
     """
-    offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    offered = {entry.name: entry for entry in entry_points(group=MODELS)}
     if name not in offered:
         allowed = ", ".join(sorted(offered)) or "none, for no installed package offers a model"
-        advice = f"install a package that offers it as an entry point {ENTRY_POINTS}"
+        advice = f"install a package that offers it as an entry point {MODELS}"
         raise ConfigError([Fault("MODEL.META_ARCHITECTURE", name, allowed, advice)])
     builder: Builder = offered[name].load()
     return builder
@@ -56,6 +58,17 @@ def check_model(cfg: CfgNode) -> None:
         logging.disable(logging.NOTSET)
     if faults := _class_faults(cfg, model):
         raise ConfigError(faults)
+
+
+def model_facts(cfg: CfgNode) -> ModelFacts:
+    """Return what planning needs to know of the config's model; it is built without memory."""
+    try:
+        with torch.device("meta"):
+            model = new_model(cfg)
+    except (NotImplementedError, RuntimeError):
+        return ModelFacts.by_name(cfg)
+    obstacle = "synchronised batch norm" if synchronised_norms(model) else ""
+    return ModelFacts(isinstance(model, ExactModel), obstacle)
 
 
 def _class_faults(cfg: CfgNode, model: nn.Module) -> list[Fault]:

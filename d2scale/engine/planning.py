@@ -11,7 +11,7 @@ import torch
 
 from d2scale.coco.dataset import load_training_dataset
 from d2scale.engine.memory import measure_on_ranks, predict_profile, predict_variants, worst_case_of
-from d2scale.engine.models import device_of
+from d2scale.engine.models import device_of, model_facts
 from d2scale.errors import ConfigError
 from d2scale.memory.worst_case import WorstCase
 from d2scale.planning.coverage import DEFAULT_ENGINE
@@ -89,7 +89,8 @@ def _plan(
     device_gib: float | None,
     make_profile: Callable[[], MemoryProfile] | None,
 ) -> Plan:
-    return make_plan(cfg, _hardware(cfg, ranks, method, device_gib, make_profile), method=method)
+    hardware = _hardware(cfg, ranks, method, device_gib, make_profile)
+    return make_plan(cfg, hardware, method=method, model=model_facts(cfg))
 
 
 def _hardware(

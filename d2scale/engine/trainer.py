@@ -80,7 +80,7 @@ class Trainer:
 
         measure = clock.measures(one_part=self._step.is_one_part(rank_batch))
         try:
-            result = self._step(rank_batch, before_update, measure=measure)
+            result = self._step(rank_batch, before_update, measure=measure, number=clock.number)
         except abnormal.NotFiniteLossError as error:
             if self._folder is not None:
                 abnormal.write_not_finite_step(error, rank_batch, self._folder)

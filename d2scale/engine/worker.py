@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from d2scale import __version__
 from d2scale.coco.dataset import load_training_dataset
@@ -41,6 +42,7 @@ from d2scale.step.clock import StepClock, build_clock
 from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.norms import without_synchronised_norms
 from d2scale.step.optimizer_step import OptimizerStep
+from d2scale.step.virtual_ranks import VirtualRanks
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +125,7 @@ class _Training(NamedTuple):
 def _train(job: Job, plan: Plan) -> Results:
     training = _prepare(job, plan)
     cfg, position = training.cfg, training.position
-    with _open_loader(cfg, position) as loader, _open_reporter(cfg, position) as reporter:
+    with _open_loader(cfg, plan, position) as loader, _open_reporter(cfg, position) as reporter:
         _write_facts(cfg, plan)
         return _train_and_evaluate(training, loader, reporter)
 
@@ -136,7 +138,8 @@ def _prepare(job: Job, plan: Plan) -> _Training:
     model = build_model(cfg).train()
     if ranks.world_size() == 1:
         model = without_synchronised_norms(model)
-    step = build_step(cfg, model, ims_per_gpu=plan.ims_per_gpu)
+    virtual_ranks = _virtual_ranks(cfg, plan, model, seed)
+    step = build_step(cfg, model, ims_per_gpu=plan.ims_per_gpu, virtual_ranks=virtual_ranks)
     # Before a checkpoint sets the groups to the rates of its own moment.
     schedule = build_lr_schedule(cfg, step.optimizer)
     checkpointer = RunCheckpointer(
@@ -145,6 +148,7 @@ def _prepare(job: Job, plan: Plan) -> _Training:
         writes=ranks.rank() == 0,
         optimizer=step.optimizer,
         scaler=step.options.scaler,
+        virtual_ranks=virtual_ranks,
     )
     recipe, position = recipe_of(job.cfg), None
     if job.resume:
@@ -153,6 +157,8 @@ def _prepare(job: Job, plan: Plan) -> _Training:
         load_initial_weights(model, cfg.MODEL.WEIGHTS)
         position = Position(iterations=0, images_seen=0, recipe_images=0, seed=seed)
     logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
+    if virtual_ranks is not None:
+        virtual_ranks.seed = position.seed
     step.on_split = RunRecord(checkpointer, plan, recipe, position.seed).record_split
     ranks.broadcast_model(model)
     clock = build_clock(cfg)
@@ -160,7 +166,15 @@ def _prepare(job: Job, plan: Plan) -> _Training:
     return _Training(cfg, step, schedule, checkpointer, position, clock)
 
 
-def _open_loader(cfg: CfgNode, position: Position) -> TrainLoader:
+def _virtual_ranks(cfg: CfgNode, plan: Plan, model: nn.Module, seed: int) -> VirtualRanks | None:
+    if not plan.virtual_ranks:
+        return None
+    refuses = cfg.D2SCALE.VIRTUAL_RANKS == "on"
+    ordered = cfg.D2SCALE.ORDERED_SUM
+    return VirtualRanks(model, plan.virtual_ranks, seed, ordered=ordered, refuses=refuses)
+
+
+def _open_loader(cfg: CfgNode, plan: Plan, position: Position) -> TrainLoader:
     dataset = load_training_dataset(cfg)
     logger.info("training on %d images of %s", len(dataset), dataset.name)
     return build_train_loader(
@@ -172,6 +186,7 @@ def _open_loader(cfg: CfgNode, position: Position) -> TrainLoader:
         seed=position.seed,
         start_state=position.sampler,
         exact=cfg.D2SCALE.EXACT,
+        virtual_ranks=plan.virtual_ranks,
     )
 
 
@@ -221,7 +236,7 @@ def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Repo
         checkpointer, loader, clock, period=cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=max_iter
     )
     evaluation = EvaluationHook(
-        partial(evaluate_datasets, cfg, step.model),
+        partial(_evaluate, cfg, step.model),
         reporter,
         period=cfg.TEST.EVAL_PERIOD,
         max_iter=max_iter,
@@ -233,3 +248,9 @@ def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Repo
         raise
     loader.close()
     return evaluation.evaluate(max_iter - 1, trainer.images_seen)
+
+
+def _evaluate(cfg: CfgNode, model: nn.Module) -> Results:
+    # Every rank judges its share of the images with what a checkpoint holds.
+    ranks.broadcast_buffers(model)
+    return evaluate_datasets(cfg, model)

@@ -63,7 +63,7 @@ class VirtualRanks:
         self.count = count
         self.own = own_virtual_ranks(count, ranks.rank(), ranks.world_size())
         self.ordered = ordered
-        self._seed = seed
+        self.seed = seed  # a resumed run has that of its beginning
         self._around = around
         self._refuses = refuses
         self._state = ModelState(model)
@@ -90,7 +90,7 @@ class VirtualRanks:
         """Within the context, which holds forward and backward, be virtual rank ``number``."""
         self._state.put(self._states[number])
         before = None if self._checked else self._state.fingerprint()
-        with random_stream(self._seed, self._step_number, number):
+        with random_stream(self.seed, self._step_number, number):
             if self._around is None:
                 yield
             else:

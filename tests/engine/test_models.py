@@ -28,7 +28,7 @@ def needs_memory(cfg):
 @pytest.fixture
 def cfg(monkeypatch):
     offered = [
-        EntryPoint(name, f"{__name__}:{name}", models.ENTRY_POINTS)
+        EntryPoint(name, f"{__name__}:{name}", models.MODELS)
         for name in ("build_stand_in", "refuse", "needs_memory")
     ]
     functions = {f.__name__: f for f in (build_stand_in, refuse, needs_memory)}

@@ -46,11 +46,12 @@ class RunCheckpointer:
     def save(self, name: str, **progress: Any) -> None:
         """Write ``name``.pth whole or not at all, then make it the last checkpoint.
 
-        Raises CheckpointError if the folder cannot be written or is full.
+        Every rank calls it: some states are gathered. Raises CheckpointError if the folder cannot
+        be written or is full.
         """
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
         if not self._writes:
             return
-        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
         record = {"format": FORMAT, **self.facts}
         content = {"model": self.model.state_dict(), **states, RECORD: record, **progress}
         path = self.folder / f"{name}.pth"

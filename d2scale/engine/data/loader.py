@@ -19,6 +19,7 @@ from d2scale.engine.data.chunks import ChunkDataset, LoaderOptions, Request, Sam
 from d2scale.engine.data.sampling import Draw, StepSampler, rank_slice
 from d2scale.engine.data.transforms import ResizeAndFlip
 from d2scale.errors import DataError
+from d2scale.planning.rules import own_virtual_ranks
 
 # Images. Small enough for several workers to share a step, large enough to be worth a message.
 _LARGEST_CHUNK = 4
@@ -134,14 +135,16 @@ def build_train_loader(
     seed: int,
     start_state: dict[str, Any] | None = None,
     exact: bool = False,
+    virtual_ranks: int = 0,
 ) -> TrainLoader:
     """Build the training loader of one rank from ``INPUT``, ``DATALOADER`` and ``MODEL.DEVICE``.
 
     Args:
-        ims_per_batch: images in one optimizer step over all ranks.
+        ims_per_batch: images in one optimizer step, over all ranks.
         seed: of the order and the augmentations, the same on all ranks.
         start_state: continue here (:meth:`TrainLoader.state_dict`); its seed replaces ``seed``.
         exact: pad all images of a step alike, on every rank.
+        virtual_ranks: of a step, each with as many images, which no rank shares; 0: none.
 
     Raises:
         ConfigError: if an ``INPUT`` key has a value that cannot be served.
@@ -155,8 +158,15 @@ def build_train_loader(
         sampler.load_state_dict(start_state)
     augmentation = ResizeAndFlip.for_training(cfg)
     rank_images = rank_slice(ims_per_batch, world_size, rank)
+    if virtual_ranks:
+        own = own_virtual_ranks(virtual_ranks, rank, world_size)
+        rank_images = _images_of(own, ims_per_batch // virtual_ranks)
     options = LoaderOptions.from_cfg(cfg)
     return TrainLoader(records, augmentation, sampler, rank_images, exact=exact, options=options)
+
+
+def _images_of(own: range, images: int) -> slice:
+    return slice(own.start * images, own.stop * images)
 
 
 def build_test_loader(
