@@ -20,7 +20,7 @@ SEED: 4
 
 
 @pytest.fixture
-def build(datasets, monkeypatch, write_config):
+def build(datasets, tmp_path, write_config):
     """Build d2go's loader in one process of some number, over the images of ``datasets``."""
     from detectron2.data import DatasetCatalog
     from detectron2.data.datasets import register_coco_instances
@@ -32,7 +32,7 @@ def build(datasets, monkeypatch, write_config):
     register_coco_instances(name, {}, str(annotations), str(datasets / "coco/train2017"))
     cfg = Runner.get_default_cfg()
     cfg.merge_from_file(write_config(RECIPE))
-    monkeypatch.setattr(Runner, "get_data_loader_vis_wrapper", lambda: None)
+    cfg.OUTPUT_DIR = str(tmp_path)
 
     def run(rank, world_size):
         with process(rank, world_size):
@@ -42,7 +42,7 @@ def build(datasets, monkeypatch, write_config):
     DatasetCatalog.remove(name)
 
 
-def test_virtual_ranks_get_what_d2go_gives_its_processes(build):
+def test_virtual_ranks_get_what_d2go_gives_its_processes(build, caplog):
     from d2scale.detectron2.data.loader import train_loader
 
     cluster = [list(islice(build(rank, 2), 5)) for rank in range(2)]
@@ -56,3 +56,21 @@ def test_virtual_ranks_get_what_d2go_gives_its_processes(build):
             assert torch.equal(sample["image"], other["image"])
             boxes, others = (s["instances"].gt_boxes.tensor for s in (sample, other))
             assert torch.equal(boxes, others)
+    assert "read as it comes" not in caplog.text
+
+
+def test_what_d2go_draws_are_the_samples_of_a_step(build, monkeypatch):
+    from d2go.utils.visualization import DataLoaderVisWrapper
+
+    from d2scale.detectron2.data.loader import train_loader
+
+    drawn = []
+    monkeypatch.setattr(
+        DataLoaderVisWrapper, "_maybe_write_vis", lambda _, data: drawn.append(data)
+    )
+    loader = build(0, 1)
+    assert isinstance(loader, DataLoaderVisWrapper)
+    alone = train_loader(loader, range(2), 2, 2)
+    steps = [next(alone), next(alone)]
+    assert [len(step) for step in steps] == [4, 4]
+    assert drawn == steps

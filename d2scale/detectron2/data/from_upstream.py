@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ class LoaderParts:
     sampler: Any  # with a stream that all processes share
     grouped: bool  # by aspect ratio
     collate: Callable[[list[Any]], Any] | None  # of a batch; None: it stays a list
+    # Shows a step's samples to what the loader was wrapped in, and returns what comes out.
+    pass_on: Callable[[list[Any]], list[Any]]
     options: dict[str, Any] = field(default_factory=dict)  # of a DataLoader
 
 
@@ -38,8 +41,10 @@ def take_apart(loader: Any) -> LoaderParts:
     It may be what detectron2's ``build_detection_train_loader`` or ``build_batch_data_loader``
     returns, or torch's DataLoader over a map-style dataset, with a sampler of detectron2's kind.
 
-    Raises ForeignLoaderError for another.
+    d2go wraps it into an object that draws some of the samples. Raises ForeignLoaderError for
+    another.
     """
+    loader, pass_on = _unwrapped(loader)
     loader, collate = unmapped(loader)
     grouped = type(loader) is AspectRatioGroupedDataset
     if grouped:
@@ -57,7 +62,20 @@ def take_apart(loader: Any) -> LoaderParts:
     options = {name: getattr(loader, name) for name in _OPTIONS}
     if loader.num_workers:
         options["prefetch_factor"] = loader.prefetch_factor
-    return LoaderParts(entries, mapper or _unchanged, sampler, grouped, collate, options)
+    mapper = mapper or _unchanged
+    return LoaderParts(entries, mapper, sampler, grouped, collate, pass_on, options)
+
+
+def _unwrapped(loader: Any) -> tuple[Any, Callable[[Any], Any]]:
+    if isinstance(loader, (DataLoader, IterableDataset)) or not hasattr(loader, "data_loader"):
+        return loader, _unchanged
+    wrapper = copy.copy(loader)
+
+    def pass_on(samples: list[Any]) -> Any:
+        wrapper.data_loader = [samples]
+        return next(iter(wrapper))
+
+    return loader.data_loader, pass_on
 
 
 def _dataset_and_sampler(loader: DataLoader[Any]) -> tuple[Any, Any]:
@@ -80,5 +98,5 @@ def _check_sizes(entries: Any, mapper: Any) -> None:
         raise ForeignLoaderError("the entries of its dataset have no width and height")
 
 
-def _unchanged(entry: Any) -> Any:
-    return entry
+def _unchanged(value: Any) -> Any:
+    return value

@@ -59,7 +59,7 @@ class TrainLoader(Iterator[list[Any]]):
             self.close()
             raise
         self._steps += 1
-        return samples
+        return self._parts.pass_on(samples)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the stream after the steps that were handed out."""
