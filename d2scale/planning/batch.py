@@ -17,6 +17,7 @@ from d2scale.planning.virtual_ranks import (
     VIRTUAL_RANKS_RULE,
     ModelFacts,
     choose_virtual_ranks,
+    refuse_split_share,
     virtual_rank_notes,
 )
 
@@ -66,6 +67,8 @@ def decide_batch(
     count, notes = choose_virtual_ranks(cfg, method, schedule, hardware.world_size, model)
     if count:
         return decide_virtual_batch(count, batch.ims_per_batch, hardware)
+    share = max(rules.split_evenly(batch.ims_per_batch, hardware.world_size))
+    refuse_split_share(cfg, model, batch.ims_per_gpu, share)
     return replace(batch, notes=(*batch.notes, *notes))
 
 

@@ -59,13 +59,25 @@ def choose_virtual_ranks(
     raise ConfigError([Fault(VIRTUAL_RANKS, asked, f"auto or off {allowed}", advice)])
 
 
+def refuse_split_share(cfg: Any, model: ModelFacts, ims_per_gpu: int, share: int) -> None:
+    """Raise a ConfigError where a GPU's share must be one forward of a model and is not.
+
+    ``off`` accepts that as well.
+    """
+    if not model.obstacle or ims_per_gpu >= share or get_key(cfg, VIRTUAL_RANKS, "auto") == "off":
+        return
+    allowed = f"{share}, the share of a GPU in one forward, with {model.obstacle}"
+    advice = f"use more GPUs or smaller images; {VIRTUAL_RANKS} off trains it approximately"
+    raise ConfigError([Fault("images per GPU", ims_per_gpu, allowed, advice)])
+
+
 def _obstacle(
     cfg: Any, method: str, schedule: Schedule, world_size: int, model: ModelFacts
 ) -> tuple[str, str] | None:
     """Return where there are no virtual ranks, and what to do; None: there can be."""
     count, images = schedule.reference_world_size, schedule.ims_per_batch
     if model.obstacle:
-        return f"with {model.obstacle}", "train on as many GPUs as the recipe for the same step"
+        return f"with {model.obstacle}", "a GPU takes its share of a step in one forward instead"
     if method == "max_memory":
         return "with the method max_memory", "take keep_total"
     if world_size > count and method == "keep_total":

@@ -1,7 +1,7 @@
 """The state of a model that its forwards change: buffers, and plain attributes of its modules.
 
-Batch norm keeps its statistics in buffers. detectron2's RetinaNet and FCOS keep their moving
-normalizer as a number on the module, which is in no state dict.
+Batch norm keeps its statistics in buffers. detectron2's RetinaNet keeps its moving normalizer as a
+number on the module, which is in no state dict.
 """
 
 from __future__ import annotations

@@ -90,6 +90,19 @@ def test_obstacle_of_the_model_is_the_reason():
     assert any("no virtual ranks with synchronised batch norm" in note for note in plan.notes)
 
 
+def test_share_that_must_be_one_forward_is_refused_where_it_does_not_fit():
+    facts = ModelFacts(obstacle="synchronised batch norm")
+    with pytest.raises(ConfigError) as caught:
+        zoo_plan(2, ims_per_gpu=4, model=facts)
+    assert str(caught.value) == (
+        "images per GPU is 4; allowed: 8, the share of a GPU in one forward, with synchronised "
+        "batch norm; use more GPUs or smaller images; D2SCALE.VIRTUAL_RANKS off trains it "
+        "approximately"
+    )
+    plan = zoo_plan(2, "D2SCALE.VIRTUAL_RANKS", "off", ims_per_gpu=4, model=facts)
+    assert plan.accumulation_steps == 2
+
+
 def test_recipe_for_one_gpu_needs_none():
     assert zoo_plan(1, "SOLVER.REFERENCE_WORLD_SIZE", "1").virtual_ranks == 0
 
