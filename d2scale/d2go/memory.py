@@ -8,10 +8,9 @@ import torch
 from d2go.runner import GeneralizedRCNNRunner
 from d2go.trainer.helper import parse_precision_from_string
 from torch import nn
-from torch.amp.grad_scaler import GradScaler
 
 from d2scale.d2go.step import build_step
-from d2scale.detectron2.memory import TrainingMemory
+from d2scale.detectron2.memory import TrainingMemory, autocast_for
 from d2scale.detectron2.worst_batches import Mapper
 from d2scale.step.norms import without_synchronised_norms
 from d2scale.step.optimizer_step import OptimizerStep
@@ -49,10 +48,8 @@ class D2GoMemory(TrainingMemory):
         without_synchronised_norms(model, "memory is being measured")
         if cfg.MODEL_EMA.ENABLED and cfg.MODEL_EMA.DEVICE in ("", cfg.MODEL.DEVICE):
             model.ema_state.save_from(model)
-        amp, on_cuda = cfg.SOLVER.AMP, device.type == "cuda"
-        precision = parse_precision_from_string(amp.PRECISION) if amp.ENABLED else None
-        scaler = GradScaler("cuda") if on_cuda and precision is torch.float16 else None
-        if precision is torch.float16 and not on_cuda:
-            precision = torch.bfloat16  # as many bytes, and much faster on a CPU
+        amp = cfg.SOLVER.AMP
+        asked = parse_precision_from_string(amp.PRECISION) if amp.ENABLED else None
+        precision, scaler = autocast_for(device, asked)
         optimizer = self._runner.build_optimizer(own, model)
         return build_step(own, model, optimizer, precision=precision, scaler=scaler)

@@ -9,13 +9,22 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from detectron2.data import DatasetMapper
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from d2scale.detectron2.private_upstream import without_gradient_buckets
-from d2scale.detectron2.worst_batches import Mapper, WorstBatches, worst_batches
+from d2scale.detectron2.worst_batches import (
+    Mapper,
+    TrainingImages,
+    WorstBatches,
+    images_of,
+    worst_batches,
+)
+from d2scale.detectron2.worst_proposals import give_most_foreground
 from d2scale.memory.devices import CudaDevice
-from d2scale.memory.predict import Workload, predict
+from d2scale.memory.predict import Prediction, Workload, predict
 from d2scale.memory.preserve import random_numbers_kept
 from d2scale.memory.probe import measure_workload
 from d2scale.planning.coverage import coverage
@@ -54,12 +63,26 @@ class TrainingMemory(ABC):
         self._model = model
 
     @abstractmethod
-    def make_mapper(self, cfg: Any) -> Mapper:
-        """Return the mapper of training, with the sizes of ``cfg``."""
-
-    @abstractmethod
     def build_step(self, cfg: Any, device: torch.device) -> OptimizerStep:
         """Return the step of a new model with random weights on ``device``."""
+
+    def make_mapper(self, cfg: Any) -> Mapper:
+        """Return the mapper of training, with the sizes of ``cfg``."""
+        mapper: Mapper = DatasetMapper(cfg, True)
+        return mapper
+
+    def images(self) -> TrainingImages:
+        """Return the images of the training."""
+        return images_of(self._cfg, self.make_mapper)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name, for the description of a profile."""
+        return str(self._cfg.MODEL.META_ARCHITECTURE)
+
+    def covers(self, cfg: Any) -> dict[str, Any]:
+        """Return the settings that a profile of ``cfg`` holds for."""
+        return coverage(cfg, engine=self.engine)
 
     @property
     def measures(self) -> bool:
@@ -70,7 +93,7 @@ class TrainingMemory(ABC):
     def batches(self) -> WorstBatches:
         """The largest batches of the training dataset."""
         with random_numbers_kept():
-            return worst_batches(self._cfg, self.make_mapper)
+            return worst_batches(self.images())
 
     def device_gib(self) -> float | None:
         """Return the memory of the smallest GPU of all ranks, None on a CPU. All ranks call it."""
@@ -80,7 +103,7 @@ class TrainingMemory(ABC):
     def profile(self) -> MemoryProfile:
         """Measure on all ranks, or predict: with fake tensors, or with real steps on a CPU."""
         if not self.measures:
-            return self._predicted(self._cfg)
+            return self._predicted_profile(self._cfg)
         images = self.batches.images
         most_images = min(self._cfg.D2SCALE.MAX_IMS_PER_BATCH or images, images)
         device = _cuda_device()
@@ -100,7 +123,7 @@ class TrainingMemory(ABC):
             variant.defrost()
             variant.SOLVER.AMP.ENABLED = amp
             try:
-                variants.append(self._predicted(variant, fake=True))
+                variants.append(self._predicted_profile(variant, fake=True))
             except NOT_FAKEABLE:
                 return ()  # for some advice, minutes would be too long
         return tuple(variants)
@@ -108,22 +131,31 @@ class TrainingMemory(ABC):
     def workload(self, cfg: Any) -> Workload:
         """Return the training of ``cfg`` on the worst batches, with random weights."""
         amp = cfg.SOLVER.AMP
+        numbers = f"AMP {amp.get('PRECISION', 'float16')}" if amp.ENABLED else "float32"
         height, width = self.batches.size
         return Workload(
-            lambda device: self.build_step(cfg, device),
+            lambda device: self._build_worst_step(cfg, device),
             self.batches.batch,
             self.batches.trial_batches,
-            f"{cfg.MODEL.META_ARCHITECTURE} in {self.engine}, images of {height}x{width} pixels "
+            f"{self.model_name} in {self.engine}, images of {height}x{width} pixels "
             f"with {self.batches.instances} instances ({self.batches.images} images of "
-            f"{','.join(cfg.DATASETS.TRAIN)}), "
-            f"{f'AMP {amp.PRECISION}' if amp.ENABLED else 'float32'}, {cfg.SOLVER.OPTIMIZER}",
-            coverage(cfg, engine=self.engine),
+            f"{self.batches.name}), "
+            f"{numbers}, {cfg.SOLVER.OPTIMIZER}",
+            self.covers(cfg),
         )
 
-    def _predicted(self, cfg: Any, *, fake: bool | None = None) -> MemoryProfile:
-        workload = self.workload(cfg)
+    def _build_worst_step(self, cfg: Any, device: torch.device) -> OptimizerStep:
+        step = self.build_step(cfg, device)
+        give_most_foreground(step.model)
+        return step
+
+    def predicted(self, cfg: Any, *, fake: bool | None = None) -> Prediction:
+        """Predict the memory of ``cfg``; ``fake`` as for :func:`predict`."""
         with _as_in_training():
-            return predict(workload, fake=fake).profile(workload)
+            return predict(self.workload(cfg), fake=fake)
+
+    def _predicted_profile(self, cfg: Any, *, fake: bool | None = None) -> MemoryProfile:
+        return self.predicted(cfg, fake=fake).profile(self.workload(cfg))
 
     @contextmanager
     def _model_off_device(self) -> Iterator[None]:
@@ -137,6 +169,17 @@ class TrainingMemory(ABC):
             yield
         finally:
             model.to(device)
+
+
+def autocast_for(
+    device: torch.device, precision: torch.dtype | None
+) -> tuple[torch.dtype | None, GradScaler | None]:
+    """Return the dtype of autocast and the scaler with which ``precision`` is measured there."""
+    if precision is not torch.float16:
+        return precision, None
+    if device.type == "cuda":
+        return precision, GradScaler("cuda")
+    return torch.bfloat16, None  # as many bytes, and much faster on a CPU
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from d2scale.step import ranks
 from d2scale.step.averaging import BUFFERS, averaging_bytes
 from d2scale.step.micro_batches import MicroBatch
 from d2scale.step.norms import without_synchronised_norms
-from d2scale.step.optimizer_step import OptimizerStep
+from d2scale.step.optimizer_step import OptimizerStep, learning_rates_zero
 from d2scale.step.private_torch import NOT_FAKEABLE, FakeTensorMode
 from d2scale.step.update import trained_parameters
 
@@ -168,12 +168,14 @@ def _predict(workload: Workload, fake: bool) -> Prediction:
         else:
             step = workload.build_step(_CPU)
         without_synchronised_norms(step.model, "the prediction is for one rank")
-        _choose_as_on_cuda(step.optimizer)
+        choose_as_on_cuda(step.optimizer)
         tracker = StorageTracker()
         with tracker:
             tracker.count(*step.held_tensors())
             make_optimizer_state(step.optimizer)
-        traces = [record_step(step, workload.make_batch(images), tracker) for images in (1, 2)]
+        # With random weights an update can make the next step overflow.
+        with learning_rates_zero(step.optimizer):
+            traces = [record_step(step, workload.make_batch(images), tracker) for images in (1, 2)]
         parameters = trained_parameters(step.optimizer)
         gradient_bytes = sum(p.numel() * p.element_size() for p in parameters)
     stream = Stream.from_traces(*traces)
@@ -202,7 +204,7 @@ def _fake_step(workload: Workload, mode: FakeTensorMode) -> OptimizerStep:
     return step
 
 
-def _choose_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
+def choose_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
     """Take the form that torch takes on CUDA where nobody has chosen: all tensors at once."""
     for group in optimizer.param_groups:
         if "foreach" in group and group["foreach"] is None and not group.get("fused"):

@@ -1,0 +1,128 @@
+"""How much fits into a detectron2 training, counted with samples of the recipe's own mapper."""
+
+import pickle
+
+import pytest
+import torch
+
+from d2scale.errors import DataError
+
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.DEPTH": "18",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
+    "MODEL.FPN.OUT_CHANNELS": "32",
+    "MODEL.ROI_BOX_HEAD.FC_DIM": "32",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": "32",
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": "(32,)",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": "64",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": "32",
+    "INPUT.MIN_SIZE_TRAIN": "(160, 320)",
+    "INPUT.MAX_SIZE_TRAIN": "500",
+}
+MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+KEYPOINT_RCNN = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"
+PANOPTIC_FPN = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """The name of a registered dataset with masks, keypoints and maps of classes."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2_memory import register_dataset
+
+    name = f"memory_{tmp_path.name}"
+    register_dataset(name, tmp_path)
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def memory_of(recipe, dataset, **settings):
+    from d2scale.detectron2.config import load_cfg
+    from d2scale.detectron2.plain_memory import PlainMemory
+
+    settings = {**SMALL, "DATASETS.TRAIN": f"('{dataset}',)", **settings}
+    path = f"detectron2://{recipe}"
+    cfg = load_cfg(path, [word for pair in settings.items() for word in pair])
+    return PlainMemory(cfg), cfg
+
+
+def lazy_memory_of(recipe, dataset, *overrides):
+    from d2scale.detectron2.lazy_config import load_lazy_config, read_lazy_recipe
+    from d2scale.detectron2.plain_memory import LazyMemory
+
+    lazy = load_lazy_config(
+        f"detectron2://{recipe}",
+        ["train.device=cpu", f"dataloader.train.dataset.names={dataset}", *overrides],
+    )
+    resize = lazy.dataloader.train.mapper.augmentations[0]
+    resize.short_edge_length, resize.max_size = (160, 320), 500
+    return LazyMemory(lazy, read_lazy_recipe(lazy)), read_lazy_recipe(lazy)[0]
+
+
+def error_at_four(memory, cfg):
+    """Return how far the prediction is off a counted step of 4 images, as a part of it."""
+    from detectron2.utils.events import EventStorage
+    from detectron2_memory import counted_bytes
+
+    workload = memory.workload(cfg)
+    torch.manual_seed(1)
+    with EventStorage(1):
+        counted = counted_bytes(workload.build_step(torch.device("cpu")), workload, 4)
+    predicted = memory.predicted(cfg)
+    # The images, not the optimizer's copies, decide.
+    lines = [line for group in predicted.stream.peak_lines().values() for line in group]
+    assert max(lines, key=lambda line: line.at(4)).bytes_per_image > 2**20
+    return abs(predicted.live_bytes(4) / counted - 1)
+
+
+@pytest.mark.parametrize("recipe", [RETINANET, MASK_RCNN, KEYPOINT_RCNN, PANOPTIC_FPN])
+def test_four_images_are_predicted_from_one_and_two(recipe, dataset):
+    memory, cfg = memory_of(recipe, dataset)
+    assert error_at_four(memory, cfg) < 0.02
+
+
+def test_a_lazy_config_is_predicted_on_its_own_mapper(dataset):
+    memory, cfg = lazy_memory_of("COCO-Detection/fcos_R_50_FPN_1x.py", dataset)
+    assert memory.batches.size == (320, 427)
+    assert memory.batches.smaller["image"].shape[-2:] == (256, 341)
+    assert error_at_four(memory, cfg) < 0.02
+    assert "FCOS in detectron2, images of 320x427 pixels with 11" in memory.profile().description
+
+
+def test_the_heads_see_as_many_proposals_on_instances_as_they_can_sample(dataset):
+    from detectron2.utils.events import EventStorage
+
+    memory, cfg = memory_of(KEYPOINT_RCNN, dataset)
+    workload = memory.workload(cfg)
+    step = workload.build_step(torch.device("cpu"))
+    with EventStorage(1) as storage:
+        step.model(workload.make_batch(2))
+        latest = storage.latest()
+    assert latest["roi_head/num_fg_samples"][0] == 16
+    assert latest["roi_head/num_bg_samples"][0] == 48
+
+
+def test_proposals_that_were_computed_before_come_with_the_samples(dataset, tmp_path):
+    proposals = {
+        "ids": [0, 1, 2, 3],
+        "boxes": [torch.tensor([[0.0, 0.0, 50.0, 50.0]] * 30).numpy()] * 4,
+        "objectness_logits": [torch.zeros(30).numpy()] * 4,
+        "bbox_mode": 0,
+    }
+    path = tmp_path / "proposals.pkl"
+    path.write_bytes(pickle.dumps(proposals))
+    settings = {"DATASETS.PROPOSAL_FILES_TRAIN": f"('{path}',)"}
+    memory, cfg = memory_of("COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml", dataset, **settings)
+    assert len(memory.batches.batch(1)[0]["proposals"]) > 0
+    assert error_at_four(memory, cfg) < 0.02
+
+
+def test_a_dataset_that_is_not_there_is_one_line():
+    memory, _ = memory_of(MASK_RCNN, "nowhere_2017_train")
+    with pytest.raises(DataError, match=r"DATASETS\.TRAIN is 'nowhere_2017_train'") as raised:
+        memory.profile()
+    assert "\n" not in str(raised.value)
