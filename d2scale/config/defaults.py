@@ -125,8 +125,19 @@ _RECIPE: dict[str, Any] = {
         },
         "AMP": {"ENABLED": False, "PRECISION": "float16"},
     },
-    "TEST": {"EVAL_PERIOD": 0, "DETECTIONS_PER_IMAGE": 100},
-    "QUANTIZATION": {"QAT": {"ENABLED": False, **_QAT_ITERATIONS}},
+    "TEST": {
+        "EVAL_PERIOD": 0,
+        "DETECTIONS_PER_IMAGE": 100,
+        "PRECISE_BN": {"ENABLED": False, "NUM_ITER": 200},
+    },
+    "QUANTIZATION": {
+        "QAT": {
+            "ENABLED": False,
+            **_QAT_ITERATIONS,
+            "UPDATE_OBSERVER_STATS_PERIODICALLY": False,
+            "UPDATE_OBSERVER_STATS_PERIOD": 1,
+        }
+    },
     "MODEL_EMA": {"ENABLED": False, "DECAY": 0.999},
     "DATASETS": {"TRAIN": (), "TEST": ()},
     "DATALOADER": {

@@ -28,9 +28,7 @@ LOOK_ALIKES = {
 # Schedules that do not read SOLVER.STEPS; the second is that of detectron2's DeepLab.
 SCHEDULES_WITHOUT_STEPS = ("WarmupCosineLR", "WarmupPolyLR", "WarmupStepWithFixedGammaLR")
 # Sections that planning has no keys in, or only look-alikes.
-UNPLANNED_SECTIONS = (
-    *("MODEL.", "INPUT.", "DATASETS.", "DATALOADER.", "TEST.AUG.", "TEST.PRECISE_BN."),
-)
+UNPLANNED_SECTIONS = (*("MODEL.", "INPUT.", "DATASETS.", "DATALOADER.", "TEST.AUG."),)
 
 
 def is_plain_detectron2(keys: Iterable[str]) -> bool:

@@ -14,7 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 from d2scale.config.defaults import add_d2scale_config, add_project_configs
 from d2scale.config.projects import entry_points
-from d2scale.d2go.config import CfgNode
+from d2scale.d2go.config import CfgNode, for_d2go_alone
 from d2scale.d2go.environment import refuse_missing_quantization
 from d2scale.d2go.memory import ENGINE, D2GoMemory
 from d2scale.d2go.run_step import D2GoRunStep, can_take_steps
@@ -140,7 +140,9 @@ class Runner(GeneralizedRCNNRunner):
         for key, reason in _WITHOUT_EFFECT.items():
             if cfg.D2SCALE[key]:
                 logger.warning("D2SCALE.%s has no effect under d2go: %s", key, reason)
-        return super().do_train(cfg, model, resume)
+        trained = super().do_train(cfg, model, resume)
+        theirs, ours = GeneralizedRCNNRunner.get_default_cfg(), self.get_default_cfg()
+        return {name: for_d2go_alone(config, theirs, ours) for name, config in trained.items()}
 
 
 def _log_to_folder(folder: str) -> None:

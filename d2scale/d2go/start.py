@@ -109,4 +109,7 @@ def _refuse_own_settings(runner: str, config_file: str, words: Sequence[str]) ->
     own += [METHOD_NAMES.key for word in methods if METHOD_PREFIX in word]
     if own:
         allowed = f"{OWN_RUNNER} or a class derived from it, with {own[0]} in the recipe"
-        raise ConfigError([Fault("--runner", runner, allowed, "leave one of them out")])
+        advice = (
+            "or name what a run has trained: trained_model_configs/model_final.yaml in its folder"
+        )
+        raise ConfigError([Fault("--runner", runner, allowed, advice)])

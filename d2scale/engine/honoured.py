@@ -64,6 +64,7 @@ _RULES = (
     one_of("SOLVER.AMP.PRECISION", PRECISIONS),
     _only("MODEL_EMA.ENABLED", False),
     _only("QUANTIZATION.QAT.ENABLED", False),
+    _only("TEST.PRECISE_BN.ENABLED", False),
     _only("DATALOADER.SAMPLER_TRAIN", "TrainingSampler"),
     whole("DATALOADER.NUM_WORKERS", 0),
     whole("TEST.DETECTIONS_PER_IMAGE", 1),

@@ -23,6 +23,9 @@ ITERATION_KEYS = (
     "TEST.EVAL_PERIOD",
     *(f"QUANTIZATION.QAT.{key}" for key in QAT_ITERATION_KEYS),
 )
+# Counted as well, where the second is set.
+_OBSERVER_PERIOD = "QUANTIZATION.QAT.UPDATE_OBSERVER_STATS_PERIOD"
+_OBSERVED_PERIODICALLY = "QUANTIZATION.QAT.UPDATE_OBSERVER_STATS_PERIODICALLY"
 
 
 def _are_moments(steps: Sequence[int]) -> bool:
@@ -37,6 +40,7 @@ _RULES = (
     number("SOLVER.BASE_LR_END", least=0, advice="set it to 0"),
     whole("SOLVER.MAX_ITER", 1, advice="set the recipe's length"),
     *(whole(key, 0, advice="set it to 0 for never") for key in ITERATION_KEYS),
+    whole(_OBSERVER_PERIOD, 1, advice="set it to 1 for every iteration"),
     whole("D2SCALE.RECIPE_IMS_PER_BATCH", 0, advice="set it to 0 for SOLVER.IMS_PER_BATCH"),
 )
 # d2go's default of SOLVER.REFERENCE_WORLD_SIZE.
@@ -62,7 +66,9 @@ class Schedule:
     # Iterations at which the learning rate drops; none under a schedule that does not read STEPS.
     steps: tuple[int, ...]
     iterations: Mapping[str, int]  # the other counts of iterations, by config key
-    ema_decay: float | None  # per-step decay of the averaged weights, None without such an average
+    # Per-step decay of the averaged weights, None without such an average. DECAY_WARM_UP_FACTOR f
+    # stays: after n updates its (1 + n) / (f + n) averages over the last n / (f - 1), of any size.
+    ema_decay: float | None
     optimizer: str  # name, lower case
 
     @classmethod
@@ -71,7 +77,9 @@ class Schedule:
 
         Keys that the engine does not have (QAT in detectron2, say) are left out.
         """
-        counts = {key: get_key(cfg, key) for key in ITERATION_KEYS}
+        periodic = get_key(cfg, _OBSERVED_PERIODICALLY, False)
+        keys = (*ITERATION_KEYS, _OBSERVER_PERIOD) if periodic else ITERATION_KEYS
+        counts = {key: get_key(cfg, key) for key in keys}
         ema = get_key(cfg, "MODEL_EMA.ENABLED", False)
         return cls(
             reference_world_size=reference_world_size(cfg),
@@ -182,6 +190,9 @@ def schedule_notes(cfg: Any, schedule: Schedule) -> list[str]:
             f"SOLVER.STEPS {schedule.steps} do not all come before SOLVER.MAX_ITER = "
             f"{schedule.max_iter}: the others have no effect"
         )
+    if get_key(cfg, "TEST.PRECISE_BN.ENABLED", False):
+        batches = cfg.TEST.PRECISE_BN.NUM_ITER
+        notes.append(f"TEST.PRECISE_BN.NUM_ITER stays {batches} batches of a GPU, of its size now")
     return notes
 
 

@@ -47,6 +47,22 @@ def test_ema_decay_is_scaled_only_where_ema_is_enabled(recipes):
     assert changes(on, on.scaled(32, 2, "linear"))["MODEL_EMA.DECAY"] == (0.999, 0.999**2)
 
 
+def test_the_observers_period_is_scaled_only_where_it_has_an_effect(recipes):
+    path, qat = recipes / "experiment-1-baseline.yaml", "QUANTIZATION.QAT.UPDATE_OBSERVER_STATS"
+    off = schedule_of(path, f"{qat}_PERIOD", "4")
+    assert f"{qat}_PERIOD" not in off.to_config()
+    on = schedule_of(path, f"{qat}_PERIOD", "4", f"{qat}_PERIODICALLY", "True")
+    assert changes(on, on.scaled(32, 2, "linear"))[f"{qat}_PERIOD"] == (4, 2)
+    assert on.scaled(1024, 2, "linear").iterations[f"{qat}_PERIOD"] == 1
+
+
+def test_precise_batch_norm_is_not_scaled_and_a_note_says_so(recipes):
+    opts = ("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "50")
+    cfg, _ = load_recipe(str(recipes / "experiment-1-baseline.yaml"), opts)
+    (note,) = schedule_notes(cfg, Schedule.from_cfg(cfg))
+    assert note.startswith("TEST.PRECISE_BN.NUM_ITER stays 50 batches of a GPU")
+
+
 def test_a_config_without_d2go_keys_has_none_of_them_in_its_schedule():
     cfg = get_cfg()
     del cfg["QUANTIZATION"]

@@ -71,11 +71,11 @@ class D2Go:
     """Runs commands on a dataset; returns what they print and checks their exit status."""
 
     def __init__(self, folder: Path, datasets: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._datasets = datasets
 
     def recipe(self, config: str, name: str = "recipe.yaml") -> Path:
-        path = self._folder / name
+        path = self.folder / name
         path.write_text(config)
         return path
 
@@ -87,11 +87,11 @@ class D2Go:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-        paths = [self._folder / f"machine{rank}.txt" for rank in range(len(arguments))]
+        paths = [self.folder / f"machine{rank}.txt" for rank in range(len(arguments))]
         machines = []
         for rank, (own, path) in enumerate(zip(arguments, paths, strict=True)):
             words = command(
-                *("d2go.train_net", recipe, self._folder / f"machine{rank}"),
+                *("d2go.train_net", recipe, self.folder / f"machine{rank}"),
                 *("--num-machines", str(len(arguments)), "--machine-rank", str(rank)),
                 *("--dist-url", url, *own),
                 runner="d2scale.Runner",
@@ -125,7 +125,7 @@ class D2Go:
     ) -> str:
         number = () if name == "d2go.exporter" else ("--num-processes", str(processes))
         words = command(
-            *(name, self.recipe(config), self._folder / out, *number, *arguments), runner=runner
+            *(name, self.recipe(config), self.folder / out, *number, *arguments), runner=runner
         )
         done = subprocess.run(
             words,
