@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from d2scale.commands.common import Commands, add_command, add_recipe, emit
+from d2scale.errors import ConfigError, Fault, MissingPackageError
+
+if TYPE_CHECKING:
+    from d2scale.planning.memory_profile import MemoryProfile
 
 _EPILOG = """\
 example, without a GPU:
@@ -22,21 +29,56 @@ def add_parser(commands: Commands) -> None:
     add = parser.add_argument
     help_text = "cpu: predict for a GPU that need not be there; cuda: measure (cpu)"
     add("--device", choices=("cpu", "cuda"), default="cpu", help=help_text)
-    help_text = "with cpu: also AMP, activation checkpointing and both"
+    help_text = "what would train (auto: by the recipe)"
+    add("--engine", choices=("auto", *_ENGINES), default="auto", help=help_text)
+    help_text = "with cpu and the default engine: also AMP, activation checkpointing and both"
     add("--explore", action="store_true", help=help_text)
     add("-o", "--output", metavar="FILE", help="write the memory profile there")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale memory``."""
-    from d2scale.config import load_cfg
-    from d2scale.engine.memory import make_profiles
+    from d2scale.commands.engines import choose_engine
     from d2scale.planning.formats import profiles_table
     from d2scale.planning.memory_profile import dump_profiles
 
-    cfg = load_cfg(arguments.config, arguments.opts)
-    profiles = make_profiles(cfg, arguments.device, explore=arguments.explore)
+    engine = arguments.engine
+    if engine == "auto":
+        engine, reason = choose_engine(arguments.config)
+        print(f"d2scale: engine {engine}: {reason}", file=sys.stderr)
+    if engine not in _ENGINES:
+        advice = "train it with d2scale's Runner, whose max_memory measures or predicts by itself"
+        raise ConfigError([Fault("--engine", engine, ", ".join(_ENGINES), advice)])
+    profiles, fraction = _ENGINES[engine](arguments)
     if arguments.output is not None:
         emit(dump_profiles(profiles), arguments.output)
-    print(profiles_table(profiles, cfg.D2SCALE.MEMORY.FRACTION))
+    print(profiles_table(profiles, fraction))
     return 0
+
+
+def _by_default_engine(arguments: argparse.Namespace) -> tuple[Sequence[MemoryProfile], float]:
+    from d2scale.config import load_cfg
+    from d2scale.engine.memory import make_profiles
+
+    cfg = load_cfg(arguments.config, arguments.opts)
+    profiles = make_profiles(cfg, arguments.device, explore=arguments.explore)
+    return profiles, cfg.D2SCALE.MEMORY.FRACTION
+
+
+def _by_detectron2(arguments: argparse.Namespace) -> tuple[Sequence[MemoryProfile], float]:
+    try:
+        from d2scale.detectron2.plain_memory import make_profile
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in ("detectron2", "omegaconf"):
+            raise
+        install = "build it as its install page says (https://detectron2.readthedocs.io)"
+        raise MissingPackageError(package, "this recipe", install) from error
+    if arguments.explore:
+        allowed, advice = "with the default engine", "ask for one choice: SOLVER.AMP.ENABLED True"
+        raise ConfigError([Fault("--explore", True, allowed, advice)])
+    profile, fraction = make_profile(arguments.config, arguments.opts, arguments.device)
+    return (profile,), fraction
+
+
+_ENGINES = {"default": _by_default_engine, "detectron2": _by_detectron2}

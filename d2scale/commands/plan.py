@@ -84,6 +84,7 @@ def _print_plan(arguments: argparse.Namespace, cfg: Any, settings: Mapping[str, 
         profile_path=arguments.profile,
         ims_per_gpu=arguments.ims_per_gpu,
         settings=settings,
+        engine=None,  # that of the profile
     )
     if arguments.explore:
         text = _choices(arguments, cfg, hardware)

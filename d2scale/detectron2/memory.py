@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from d2scale.detectron2.worst_batches import (
     worst_batches,
 )
 from d2scale.detectron2.worst_proposals import give_most_foreground
+from d2scale.errors import DataError, Fault
 from d2scale.memory.devices import CudaDevice
 from d2scale.memory.predict import Prediction, Workload, predict
 from d2scale.memory.preserve import random_numbers_kept
@@ -107,7 +109,7 @@ class TrainingMemory(ABC):
         images = self.batches.images
         most_images = min(self._cfg.D2SCALE.MAX_IMS_PER_BATCH or images, images)
         device = _cuda_device()
-        with _as_in_training(), self._model_off_device():
+        with _as_in_training(self.batches.name), self._model_off_device():
             return measure_workload(
                 self.workload(self._cfg),
                 device,
@@ -151,7 +153,7 @@ class TrainingMemory(ABC):
 
     def predicted(self, cfg: Any, *, fake: bool | None = None) -> Prediction:
         """Predict the memory of ``cfg``; ``fake`` as for :func:`predict`."""
-        with _as_in_training():
+        with _as_in_training(self.batches.name):
             return predict(self.workload(cfg), fake=fake)
 
     def _predicted_profile(self, cfg: Any, *, fake: bool | None = None) -> MemoryProfile:
@@ -183,11 +185,23 @@ def autocast_for(
 
 
 @contextmanager
-def _as_in_training() -> Iterator[None]:
-    """Within the context, models can write events, and random numbers are restored at the end."""
-    # Not from iteration 0, in which models draw pictures of their proposals.
-    with random_numbers_kept(), EventStorage(1):
-        yield
+def _as_in_training(dataset: str) -> Iterator[None]:
+    """Within the context, models can write events, and random numbers are restored at the end.
+
+    Raises:
+        DataError: if the samples of ``dataset`` lack what the model learns from, such as masks.
+    """
+    try:
+        # Not from iteration 0, in which models draw pictures of their proposals.
+        with random_numbers_kept(), EventStorage(1):
+            yield
+    except AttributeError as error:
+        lacking = re.search(r"Cannot find field '(\w+)'", str(error))
+        if lacking is None:
+            raise
+        allowed = f"a dataset with what the model learns from: {lacking[1]}"
+        advice = "add it to the annotations, or train a model that does not need it"
+        raise DataError([Fault("DATASETS.TRAIN", dataset, allowed, advice)]) from error
 
 
 def _device_gib(cfg: Any) -> float | None:

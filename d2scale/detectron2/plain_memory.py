@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,17 @@ from detectron2.engine import DefaultTrainer
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
+from d2scale.config.loading import flatten, load_yaml, parse_opts, recipe_from_settings
+from d2scale.detectron2.config import load_cfg
+from d2scale.detectron2.datasets import register_datasets
+from d2scale.detectron2.lazy_config import load_lazy_config, read_lazy_recipe
 from d2scale.detectron2.memory import TrainingMemory, autocast_for
 from d2scale.detectron2.step import build_step
 from d2scale.detectron2.worst_batches import TrainingImages, missing_data
+from d2scale.errors import ConfigError, Fault
 from d2scale.planning.coverage import coverage, variant
+from d2scale.planning.hardware import FRACTION
+from d2scale.planning.memory_profile import MemoryProfile
 from d2scale.step.norms import without_synchronised_norms
 from d2scale.step.optimizer_step import OptimizerStep
 
@@ -110,6 +117,41 @@ class LazyMemory(TrainingMemory):
         node = copy.deepcopy(self._lazy.optimizer)
         node.params.model = model
         return _step(cfg, model, instantiate(node), device)
+
+
+def make_profile(path: str, opts: Sequence[str], device: str) -> tuple[MemoryProfile, float]:
+    """Return the profile of a recipe, and the part of a budget that a prediction may fill.
+
+    Args:
+        path: of a YAML recipe or a LazyConfig.
+        opts: ``KEY VALUE`` pairs, of a LazyConfig ``key=value``.
+        device: ``cpu`` predicts, ``cuda`` measures.
+
+    Raises:
+        ConfigError: with all faults of the recipe or the request.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        advice = "use --device cpu, which predicts without a GPU"
+        raise ConfigError(
+            [Fault("--device", "cuda", "cpu, for CUDA is not available here", advice)]
+        )
+    memory: TrainingMemory
+    if path.endswith(".py"):
+        lazy = load_lazy_config(path, opts)
+        recipe, settings = read_lazy_recipe(lazy)
+        recipe.MODEL.DEVICE = device
+        memory = LazyMemory(lazy, (recipe, settings))
+    else:
+        cfg = load_cfg(path, opts)
+        cfg.MODEL.DEVICE = device
+        register_datasets(cfg)
+        settings = {**dict(flatten(load_yaml(path))), **dict(parse_opts(opts))}
+        recipe = recipe_from_settings(settings)
+        memory = PlainMemory(cfg, recipe=(recipe, settings))
+    fraction = float(recipe.D2SCALE.MEMORY.FRACTION)
+    if faults := FRACTION.faults(fraction):
+        raise ConfigError(faults)
+    return memory.profile(), fraction
 
 
 def _covers(recipe: tuple[Any, Mapping[str, Any]], cfg: Any) -> dict[str, Any]:

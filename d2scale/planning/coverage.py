@@ -28,11 +28,13 @@ CHECKPOINTING = "D2SCALE.ACTIVATION_CHECKPOINTING"
 _WITHOUT_MEMORY = re.compile(
     r"WEIGHTS$|DEVICE$|PIXEL_|_TEST|_TH$|THRESH|PROB|ALPHA|GAMMA|LOSS_TYPE|UNUSED_PARAMETERS"
 )
+# The lower-case ones are a LazyConfig's.
+_SECTIONS = ("MODEL.", "model.", "dataloader.train.mapper.")
 _OTHER_KEYS = ("INPUT.MAX_SIZE_TRAIN", "DATALOADER.ASPECT_RATIO_GROUPING", CHECKPOINTING)
 
 
 def coverage(
-    cfg: Any, settings: Mapping[str, Any] | None = None, engine: str = DEFAULT_ENGINE
+    cfg: Any, settings: Mapping[str, Any] | None = None, engine: str | None = DEFAULT_ENGINE
 ) -> dict[str, Any]:
     """Return the settings that memory depends on, by key, as JSON values.
 
@@ -43,7 +45,7 @@ def coverage(
         cfg: a config with d2scale's keys.
         settings: what the recipe sets that ``cfg`` may not know, by dotted key. What both leave
             out has the default of the package that reads it.
-        engine: what trains it; models of the same name differ from engine to engine.
+        engine: what trains it; models of the same name differ from engine to engine. None: any.
     """
     defaults = get_cfg()
     without_memory = add_project_configs(defaults)
@@ -53,14 +55,14 @@ def coverage(
     covers = {
         key: as_json(value)
         for key, value in sorted(values.items())
-        if key.startswith("MODEL.")
+        if key.startswith(_SECTIONS)
         and not _WITHOUT_MEMORY.search(key)
         and not f"{key}.".startswith(tuple(f"{name}." for name in without_memory))
     }
     covers["INPUT.MIN_SIZE_TRAIN"] = max(values["INPUT.MIN_SIZE_TRAIN"])
     covers |= {key: as_json(values[key]) for key in _OTHER_KEYS}
     covers["SOLVER.OPTIMIZER"] = str(values["SOLVER.OPTIMIZER"]).lower().removesuffix("_mt")
-    covers[ENGINE] = engine
+    covers[ENGINE] = UnreadValue() if engine is None else engine
     covers[PRECISION] = "16 bit" if values["SOLVER.AMP.ENABLED"] else "32 bit"
     unread = {key: value for key, value in given.items() if isinstance(value, UnreadValue)}
     return {key: unread.get(key, value) for key, value in covers.items()}

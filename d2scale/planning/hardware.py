@@ -68,7 +68,7 @@ class Hardware:
         profile_path: str | None = None,
         ims_per_gpu: int | None = None,
         settings: Mapping[str, Any] | None = None,
-        engine: str = DEFAULT_ENGINE,
+        engine: str | None = DEFAULT_ENGINE,
     ) -> Hardware:
         """Read the ``D2SCALE`` keys; what the caller gives wins over them.
 
@@ -76,7 +76,7 @@ class Hardware:
             budget_gib, profile_path, ims_per_gpu: None takes the key of that name.
             device_gib: memory of the GPU at hand, which is the budget if none is asked for.
             settings: what the recipe sets that ``cfg`` may not know, by dotted key.
-            engine: what trains it; a profile holds for one engine.
+            engine: what trains it; a profile holds for one engine. None: any.
 
         Raises a ConfigError for values out of range, or a profile that cannot be used.
         """

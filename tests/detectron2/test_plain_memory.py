@@ -63,34 +63,35 @@ def lazy_memory_of(recipe, dataset, *overrides):
     return LazyMemory(lazy, read_lazy_recipe(lazy)), read_lazy_recipe(lazy)[0]
 
 
-def error_at_four(memory, cfg):
-    """Return how far the prediction is off a counted step of 4 images, as a part of it."""
+def error_of(memory, cfg, images=4):
+    """Return how far the prediction is off a counted step of ``images``, as a part of it."""
     from detectron2.utils.events import EventStorage
     from detectron2_memory import counted_bytes
 
     workload = memory.workload(cfg)
     torch.manual_seed(1)
     with EventStorage(1):
-        counted = counted_bytes(workload.build_step(torch.device("cpu")), workload, 4)
+        counted = counted_bytes(workload.build_step(torch.device("cpu")), workload, images)
     predicted = memory.predicted(cfg)
     # The images, not the optimizer's copies, decide.
     lines = [line for group in predicted.stream.peak_lines().values() for line in group]
-    assert max(lines, key=lambda line: line.at(4)).bytes_per_image > 2**20
-    return abs(predicted.live_bytes(4) / counted - 1)
+    assert max(lines, key=lambda line: line.at(images)).bytes_per_image > 2**20
+    return abs(predicted.live_bytes(images) / counted - 1)
 
 
 @pytest.mark.parametrize("recipe", [RETINANET, MASK_RCNN, KEYPOINT_RCNN, PANOPTIC_FPN])
 def test_four_images_are_predicted_from_one_and_two(recipe, dataset):
     memory, cfg = memory_of(recipe, dataset)
-    assert error_at_four(memory, cfg) < 0.02
+    assert error_of(memory, cfg) < 0.02
 
 
 def test_a_lazy_config_is_predicted_on_its_own_mapper(dataset):
     memory, cfg = lazy_memory_of("COCO-Detection/fcos_R_50_FPN_1x.py", dataset)
     assert memory.batches.size == (320, 427)
     assert memory.batches.smaller["image"].shape[-2:] == (256, 341)
-    assert error_at_four(memory, cfg) < 0.02
-    assert "FCOS in detectron2, images of 320x427 pixels with 11" in memory.profile().description
+    assert error_of(memory, cfg) < 0.02
+    description = memory.workload(cfg).description
+    assert "FCOS in detectron2, images of 320x427 pixels with 11" in description
 
 
 def test_the_heads_see_as_many_proposals_on_instances_as_they_can_sample(dataset):
@@ -118,7 +119,7 @@ def test_proposals_that_were_computed_before_come_with_the_samples(dataset, tmp_
     settings = {"DATASETS.PROPOSAL_FILES_TRAIN": f"('{path}',)"}
     memory, cfg = memory_of("COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml", dataset, **settings)
     assert len(memory.batches.batch(1)[0]["proposals"]) > 0
-    assert error_at_four(memory, cfg) < 0.02
+    assert error_of(memory, cfg, images=12) < 0.02
 
 
 def test_a_dataset_that_is_not_there_is_one_line():
