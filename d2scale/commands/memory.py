@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     engine = arguments.engine
     if engine == "auto":
         engine, reason = choose_engine(arguments.config)
-        print(f"d2scale: engine {engine}: {reason}", file=sys.stderr)
+        if engine != "default":
+            print(f"d2scale: engine {engine}: {reason}", file=sys.stderr)
     if engine not in _ENGINES:
         advice = "train it with d2scale's Runner, whose max_memory measures or predicts by itself"
         raise ConfigError([Fault("--engine", engine, ", ".join(_ENGINES), advice)])
