@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 
 from d2scale.commands.common import Commands, add_command, let_idle_threads_sleep
-from d2scale.errors import ConfigError
+from d2scale.errors import ConfigError, MissingPackageError
 from d2scale.launch.topology import Topology, under_torchrun
+from d2scale.planning.methods import METHOD_NAMES
 
+_MODEL = "MODEL.META_ARCHITECTURE"
 _EPILOG = """\
 example, two processes on the small form:
   $ d2scale train --config-file d2scale://MetaFCOS/small-cpu.yaml --num-gpus 2 \\
@@ -23,8 +26,8 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(passes_on=lambda arguments: arguments.engine == "d2go")
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE")
-    help_text = "what trains: auto takes default; d2go takes d2go's own options too (auto)"
-    add("--engine", choices=tuple(_ENGINES), default="auto", help=help_text)
+    help_text = "what trains; d2go takes d2go's own options too (auto: by the recipe)"
+    add("--engine", choices=("auto", *_ENGINES), default="auto", help=help_text)
     names = ("--num-gpus", "--num-processes")
     help_text = "processes on this machine, one to a GPU (1)"
     add(*names, dest="num_processes", type=int, default=1, metavar="N", help=help_text)
@@ -41,8 +44,35 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale train``."""
-    _ENGINES[arguments.engine](arguments)
+    engine = arguments.engine
+    if engine == "auto":
+        engine, reason = _choose_engine(arguments.config_file)
+        print(f"d2scale: engine {engine}: {reason}", file=sys.stderr)
+    _ENGINES[engine](arguments)
     return 0
+
+
+def _choose_engine(config_file: str) -> tuple[str, str]:
+    """Return the engine for a recipe, and why."""
+    from d2scale.config.loading import flatten, load_yaml
+    from d2scale.config.projects import entry_points
+    from d2scale.config.upstream import is_plain_detectron2
+
+    if _is_lazy(config_file):
+        return "detectron2", "the recipe is a LazyConfig"
+    settings = dict(flatten(load_yaml(config_file)))
+    model = settings.get(_MODEL, "GeneralizedRCNN")
+    if any(entry.name == model for entry in entry_points(group="d2scale.models")):
+        return "default", f"{_MODEL} {model} is a model of an installed project"
+    own = ("D2SCALE.", METHOD_NAMES.key)
+    others = [key for key in settings if not key.startswith(own) and not is_plain_detectron2([key])]
+    if others:
+        return "d2go", f"{others[0]} is no key of detectron2"
+    return "detectron2", f"{_MODEL} is {model}, and all keys are detectron2's"
+
+
+def _is_lazy(config_file: str) -> bool:
+    return config_file.endswith(".py")
 
 
 def _topology(arguments: argparse.Namespace) -> Topology:
@@ -64,6 +94,34 @@ def _train_by_default_engine(arguments: argparse.Namespace) -> None:
     resume, eval_only = arguments.resume, arguments.eval_only
     topology = _topology(arguments)
     train(cfg, topology, resume=resume, eval_only=eval_only, method=arguments.method)
+
+
+def _train_by_detectron2(arguments: argparse.Namespace) -> None:
+    try:
+        from d2scale.detectron2.run import Job, train
+    except ModuleNotFoundError as error:
+        package = f"{error.name}".partition(".")[0]
+        advice = "build detectron2 as its install page says (https://detectron2.readthedocs.io)"
+        raise MissingPackageError(package, "--engine detectron2", advice) from error
+    job = Job(
+        arguments.config_file,
+        (*arguments.opts, *_own_settings(arguments)),
+        local_ranks=arguments.num_processes,
+        method=arguments.method,
+        resume=arguments.resume,
+        eval_only=arguments.eval_only,
+    )
+    train(job, _topology(arguments))
+
+
+def _own_settings(arguments: argparse.Namespace) -> list[str]:
+    """Return d2scale's options as settings of the recipe, in its own form."""
+    settings = {} if arguments.lr_rule is None else {"D2SCALE.LR_RULE": arguments.lr_rule}
+    if arguments.allow_changed_recipe:
+        settings["D2SCALE.ALLOW_CHANGED_RECIPE"] = "True"
+    if _is_lazy(arguments.config_file):
+        return [f"{key.lower()}={value}" for key, value in settings.items()]
+    return [word for pair in settings.items() for word in pair]
 
 
 def _train_by_d2go(arguments: argparse.Namespace) -> None:
@@ -93,7 +151,7 @@ def _train_by_d2go(arguments: argparse.Namespace) -> None:
 
 
 _ENGINES: dict[str, Callable[[argparse.Namespace], None]] = {
-    "auto": _train_by_default_engine,
     "default": _train_by_default_engine,
+    "detectron2": _train_by_detectron2,
     "d2go": _train_by_d2go,
 }

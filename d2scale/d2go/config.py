@@ -7,71 +7,22 @@ from typing import Any
 
 from d2go.config import CfgNode as D2GoCfgNode
 
-from d2scale.config.loading import (
-    flatten,
-    load_yaml,
-    parse_opts,
-    resolve_config_path,
-    unknown_key_fault,
-)
-from d2scale.config.safe_yaml import parse_yaml, parse_yaml_as_detectron2
+from d2scale.detectron2.config import CheckedNode
 from d2scale.detectron2.user_errors import exit_on_user_error
-from d2scale.errors import ConfigError, Fault
 
 
-class CfgNode(D2GoCfgNode):
+class CfgNode(CheckedNode, D2GoCfgNode):
     """A d2go config that opens ``d2scale://NAME.yaml``."""
-
-    @classmethod
-    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Any:
-        """Read a file and its ``_BASE_`` chain; ``allow_unsafe`` lets Python tags run."""
-        parse = parse_yaml_as_detectron2 if allow_unsafe else parse_yaml
-        return D2GoCfgNode(load_yaml(filename, parse))
 
     def merge_from_file(self, cfg_filename: str, *args: Any, **kwargs: Any) -> None:
         """Merge a config file, in place."""
         with exit_on_user_error():
-            path = resolve_config_path(cfg_filename)
-            self._refuse_unknown_keys(flatten(load_yaml(path)))
-            try:
-                super().merge_from_file(path, *args, **kwargs)
-            except ValueError as error:
-                allowed, reason = "values of the keys' types", " ".join(str(error).split())
-                raise ConfigError([Fault("config file", path, allowed, reason)]) from error
+            super().merge_from_file(cfg_filename, *args, **kwargs)
 
     def merge_from_list(self, cfg_list: Sequence[str]) -> None:
         """Merge ``[KEY, VALUE, ...]``, in place."""
         with exit_on_user_error():
-            pairs = parse_opts(cfg_list)
-            self._refuse_unknown_keys(pairs)
-            try:
-                super().merge_from_list(list(cfg_list))
-            except ValueError as error:
-                raise ConfigError(
-                    [Fault("KEY VALUE", " ".join(cfg_list), "values of the key's type", f"{error}")]
-                ) from error
-
-    def _refuse_unknown_keys(self, settings: Any) -> None:
-        known = dict(flatten(self))
-        faults = [
-            unknown_key_fault(key, value, known)
-            for key, value in settings
-            if not self._has_or_allows(key)
-        ]
-        if faults:
-            raise ConfigError(faults)
-
-    def _has_or_allows(self, key: str) -> bool:
-        node: Any = self
-        for part in key.split("."):
-            if not isinstance(node, dict) or part not in node:
-                return (
-                    self.key_is_deprecated(key)
-                    or self.key_is_renamed(key)
-                    or (isinstance(node, D2GoCfgNode) and node.is_new_allowed())
-                )
-            node = node[part]
-        return True
+            super().merge_from_list(cfg_list)
 
 
 def for_d2go_alone(cfg: D2GoCfgNode, theirs: D2GoCfgNode, ours: D2GoCfgNode) -> D2GoCfgNode:

@@ -23,17 +23,18 @@ class D2GoRunStep(RunStep):
     """
 
     engine = ENGINE
+    always = False  # d2go's own step trains as well
     wrappers = (FullyShardedDataParallel, AbnormalLossCheckerWrapper)
 
     def build_step(self, **options: Any) -> OptimizerStep:
-        return build_step(self._cfg, self.trainer.model, self.trainer.optimizer, **options)
+        return build_step(self._cfg, self.inner.model, self.inner.optimizer, **options)
 
     def state_holders(self) -> list[Any]:
-        return state_holders(self.trainer)
+        return state_holders(self.inner)
 
     def follow_gain(self, gain: float) -> None:
         # Between backward and update it is updated once a step, not once an iteration.
-        set_ema_decay(self.trainer, self._cfg.MODEL_EMA.DECAY**gain)
+        set_ema_decay(self.inner, self._cfg.MODEL_EMA.DECAY**gain)
 
 
 def can_take_steps(cfg: Any, model: torch.nn.Module) -> bool:

@@ -25,10 +25,12 @@ from d2scale.d2go.scaling_methods import (
     scale_for_training,
 )
 from d2scale.d2go.start import prepare_parent
+from d2scale.detectron2.data.loader import with_even_batch
 from d2scale.detectron2.datasets import register_datasets
-from d2scale.detectron2.private_upstream import SteadyIterationTimer
+from d2scale.detectron2.private_upstream import SteadyIterationTimer, bare_model
 from d2scale.detectron2.progress import ProgressRecord, resume_by_images
-from d2scale.detectron2.scaling import applied_plan
+from d2scale.detectron2.scaling import applied_plan, facts_of_model
+from d2scale.detectron2.step_state import STEP_STATE, StateHook, StepState, build_step_state
 from d2scale.detectron2.user_errors import exit_on_user_error, exit_together_on_user_error
 from d2scale.planning.progress import RECORD, recipe_of
 from d2scale.planning.schedule import follows_gain
@@ -59,6 +61,7 @@ class Runner(GeneralizedRCNNRunner):
 
     _recipe: dict[str, Any] | None = None
     _record: ProgressRecord | None = None
+    _state: StepState | None = None
 
     @classmethod
     def get_default_cfg(cls) -> CfgNode:
@@ -95,9 +98,9 @@ class Runner(GeneralizedRCNNRunner):
         if "optimizer" not in kwargs or "scheduler" not in kwargs:
             return super().build_checkpointer(cfg, model, save_dir, **kwargs)
         self._record = record = ProgressRecord(cfg, self._recipe, engine=ENGINE)
-        checkpointer = super().build_checkpointer(
-            cfg, model, save_dir, **{RECORD: record}, **kwargs
-        )
+        self._state = state = build_step_state(cfg, applied_plan(cfg), bare_model(model))
+        own = {RECORD: record, STEP_STATE: state}
+        checkpointer = super().build_checkpointer(cfg, model, save_dir, **own, **kwargs)
         resume_by_images(
             checkpointer, record, kwargs["optimizer"], kwargs["scheduler"], cfg.SOLVER.MAX_ITER
         )
@@ -108,6 +111,14 @@ class Runner(GeneralizedRCNNRunner):
         with exit_on_user_error():
             return super().build_model(cfg, eval_only)
 
+    @classmethod
+    def build_detection_train_loader(cls, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """Build d2go's loader; that of virtual ranks is made of it, whatever its batch size."""
+        plan = applied_plan(cfg)
+        if plan is not None and plan.virtual_ranks:
+            cfg = with_even_batch(cfg, ranks.world_size())
+        return super().build_detection_train_loader(cfg, *args, **kwargs)
+
     def _get_trainer_hooks(
         self,
         cfg: Any,
@@ -117,15 +128,17 @@ class Runner(GeneralizedRCNNRunner):
         periodic_checkpointer: Any,
         trainer: Any,
     ) -> list[Any]:
-        """Return d2go's hooks, and the one that takes the steps."""
+        """Return d2go's hooks, and those that take the steps and keep their state."""
         hooks = super()._get_trainer_hooks(
             cfg, model, optimizer, scheduler, periodic_checkpointer, trainer
         )
-        run_step = D2GoRunStep(cfg, periodic_checkpointer.checkpointer, self._record)
+        checkpointer, state = periodic_checkpointer.checkpointer, self._state
+        run_step = D2GoRunStep(cfg, checkpointer, self._record, state)
         if follows_gain(cfg):
             timer = SteadyIterationTimer(lambda: run_step.iteration_seconds)
             hooks = [timer if type(hook) is IterationTimer else hook for hook in hooks]
-        return [*hooks, run_step]
+        states = [] if state is None else [StateHook(state, [periodic_checkpointer.period])]
+        return [*states, *hooks, run_step]
 
     def do_train(self, cfg: Any, model: torch.nn.Module, resume: bool) -> Any:
         """Scale the config, then train as d2go does."""
@@ -133,7 +146,8 @@ class Runner(GeneralizedRCNNRunner):
             # A rule that was asked for is not replaced: RunStep will refuse what it cannot follow.
             takes_steps = follows_gain(cfg) or can_take_steps(cfg, model)
             memory = D2GoMemory(cfg, self, model)
-            scale_for_training(cfg, memory, resume=resume, takes_steps=takes_steps)
+            facts = facts_of_model(model)
+            scale_for_training(cfg, memory, resume=resume, takes_steps=takes_steps, model=facts)
             plan = applied_plan(cfg)
             if plan is not None and ranks.rank() == 0:
                 write_plan(Path(cfg.OUTPUT_DIR), plan)

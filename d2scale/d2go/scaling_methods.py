@@ -21,6 +21,7 @@ from d2scale.planning.learning_rate import choose_rule
 from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_faults, method_of
 from d2scale.planning.rules import LR_RULE
 from d2scale.planning.schedule import Schedule, follows_gain, schedule_faults
+from d2scale.planning.virtual_ranks import ModelFacts
 from d2scale.step import ranks
 
 # An attribute, not a config key: a dumped config must stay a recipe that can be planned again.
@@ -53,12 +54,17 @@ def leave_scaling_to_training(cfg: Any) -> None:
 
 
 def scale_for_training(
-    cfg: Any, memory: TrainingMemory, *, resume: bool, takes_steps: bool = True
+    cfg: Any,
+    memory: TrainingMemory,
+    *,
+    resume: bool,
+    takes_steps: bool = True,
+    model: ModelFacts | None = None,
 ) -> None:
     """Scale ``cfg`` in place by the method of d2scale that it names, if it names one.
 
     d2go itself calls methods only where the world size differs from the recipe's. Every rank must
-    call this. ``takes_steps`` says whether the training can follow the gain rule.
+    call this. ``takes_steps`` and ``model``: see :func:`scale_in_place`.
 
     Raises:
         ConfigError: on every rank, if the ranks were given different recipes; and what
@@ -72,7 +78,8 @@ def scale_for_training(
         with defrosted(cfg):
             cfg.SOLVER.REFERENCE_WORLD_SIZE = reference
         method = method_of(cfg.SOLVER.AUTO_SCALING_METHODS)
-        scale_in_place(cfg, ranks.world_size(), method, memory, takes_steps=takes_steps)
+        world_size = ranks.world_size()
+        scale_in_place(cfg, world_size, method, memory, takes_steps=takes_steps, model=model)
     elif follows_gain(cfg):
         _refuse_gain_alone(cfg, takes_steps)
 

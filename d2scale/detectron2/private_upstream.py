@@ -5,14 +5,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, defaults, hooks
 from detectron2.engine.hooks import IterationTimer
+from detectron2.utils import comm
 from fvcore.common.timer import Timer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+
+def taking_steps(trainer: TrainerBase) -> TrainerBase:
+    """Return the trainer that takes the steps of ``trainer``: itself, or a DefaultTrainer's own."""
+    return trainer._trainer if isinstance(trainer, DefaultTrainer) else trainer
+
+
+@contextmanager
+def without_wrapper() -> Iterator[None]:
+    """Within the context, a DefaultTrainer does not wrap its model in DistributedDataParallel.
+
+    d2scale averages gradients itself, and on a CPU detectron2's wrapping fails.
+    """
+    wrap = defaults.create_ddp_model
+    defaults.create_ddp_model = lambda model, **options: model
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = wrap
+
+
+def insert_hooks(trainer: TrainerBase, ours: Sequence[HookBase]) -> None:
+    """Register hooks before those that save, evaluate or write."""
+    savers = (hooks.PeriodicCheckpointer, hooks.BestCheckpointer)
+    kinds = (*savers, hooks.EvalHook, hooks.PeriodicWriter)
+    before = [*trainer._hooks]
+    place = next((i for i, hook in enumerate(before) if isinstance(hook, kinds)), len(before))
+    trainer.register_hooks([*ours])
+    trainer._hooks[:] = [*before[:place], *ours, *before[place:]]
+
+
+def replace_hook(trainer: TrainerBase, kind: type[HookBase], ours: HookBase) -> None:
+    """Register ``ours`` in the place of the hooks of exactly this kind."""
+    before = [*trainer._hooks]
+    trainer.register_hooks([ours])
+    trainer._hooks[:] = [ours if type(hook) is kind else hook for hook in before]
+
+
+def checkpoint_periods(trainer: TrainerBase) -> set[int]:
+    """Return the periods in which the hooks of ``trainer`` save checkpoints."""
+    return {hook.period for hook in trainer._hooks if isinstance(hook, hooks.PeriodicCheckpointer)}
+
+
+def evaluation_periods(trainer: TrainerBase) -> set[int]:
+    """Return the periods in which the hooks of ``trainer`` evaluate, 0 for only at the end."""
+    return {hook._period for hook in trainer._hooks if isinstance(hook, hooks.EvalHook)}
+
+
+def join_local_group(processes: int | None = None) -> None:
+    """Let detectron2 know the ranks of this machine, which only its own launcher tells it.
+
+    ``processes`` are those of each machine; None: as torchrun says, or all.
+    """
+    if comm.get_world_size() > 1 and comm._LOCAL_PROCESS_GROUP is None:
+        local = processes or int(os.environ.get("LOCAL_WORLD_SIZE", comm.get_world_size()))
+        comm.create_local_process_group(local)
 
 
 def next_batch(trainer: SimpleTrainer) -> list[Any]:
@@ -47,6 +106,11 @@ class _Average(Timer):
     def seconds(self) -> float:
         average = self._average()
         return float(super().seconds()) if average is None else average
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the model inside of a DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def without_gradient_buckets(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from d2scale import __version__
+from d2scale.detectron2.rates import set_rates
 from d2scale.detectron2.scaling import applied_plan
 from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import CheckpointError, Fault
@@ -45,6 +46,7 @@ class ProgressRecord:
         self._recipe = dict(recipe or recipe_of(cfg, plan.changes if plan else None))
         self._plan = plan.to_json() if plan else self._plan_of_engine(engine)
         self._loaded: Mapping[str, Any] | None = None
+        self.keeps_order = True  # whether a checkpoint's place in the data still applies
         self._start_iteration = 0
         self._images_before = 0
         self._recipe_images_before = 0.0
@@ -112,7 +114,7 @@ class ProgressRecord:
             allow_changes=self._cfg.D2SCALE.ALLOW_CHANGED_RECIPE,
         )
         continuation.log(logger)
-        logger.info("detectron2's sampler begins its order anew")
+        self.keeps_order = continuation.keeps_order
         self._start_iteration = self._first_iteration(stopped, continuation)
         self._images_before = self.images_seen = stopped.images_seen
         self._recipe_images_before = continuation.recipe_images
@@ -160,6 +162,7 @@ def resume_by_images(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     max_iter: int,
+    trainer: Any = None,
 ) -> None:
     """Make ``checkpointer.resume_or_load`` answer in the iterations of the current plan.
 
@@ -167,14 +170,16 @@ def resume_by_images(
         checkpointer: detectron2's; ``record`` is one of its checkpointables.
         record: of this run.
         optimizer: keeps the loaded state of its parameters, with its own settings.
-        scheduler: detectron2's; it is set to the new iteration, with its own rates.
+        scheduler: detectron2's; it is set to the new iteration, with its own rates. None: it is
+            built when training begins, from the rates that the optimizer's groups have now.
         max_iter: of the plan.
+        trainer: the one that has loaded its iteration, and is to go on with the plan's.
     """
     load = checkpointer.resume_or_load
 
     def resume_or_load(path: str, *, resume: bool = True) -> Any:
         groups = [dict(group) for group in optimizer.param_groups]
-        rates = list(scheduler.base_lrs)
+        rates = None if scheduler is None else list(scheduler.base_lrs)
         resumes = resume and checkpointer.has_checkpoint()
         content = load(path, resume=resume)
         first: int | None = None
@@ -184,16 +189,30 @@ def resume_by_images(
             _refuse_other_files((first, record.clock.iterations), checkpointer.save_dir)
         if first is not None:
             content["iteration"] = first - 1
-            scheduler.base_lrs = rates
+            if trainer is not None:
+                trainer.iter = first - 1
             # Behind the end there is no rate, and no training either.
-            scheduler.last_epoch = min(first, max_iter - 1)
-            rates_now = scheduler.get_lr()
-            for group, own, rate in zip(optimizer.param_groups, groups, rates_now, strict=True):
-                group.update({**own, "lr": rate})
-            adapt_state(optimizer)
+            _use_own_settings(optimizer, groups, scheduler, rates, min(first, max_iter - 1))
         return content
 
     checkpointer.resume_or_load = resume_or_load
+
+
+def _use_own_settings(
+    optimizer: torch.optim.Optimizer,
+    groups: list[dict[str, Any]],
+    scheduler: Any,
+    rates: list[float] | None,
+    iteration: int,
+) -> None:
+    """Let a loaded optimizer and scheduler go on with this run's own settings and rates."""
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update({"initial_lr": own["lr"], **own})
+    if scheduler is not None:
+        scheduler.base_lrs = rates
+        scheduler.last_epoch = iteration
+        set_rates(optimizer, scheduler.get_lr())
+    adapt_state(optimizer)
 
 
 def _refuse_other_files(position: tuple[int | None, float], folder: str) -> None:

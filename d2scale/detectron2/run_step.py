@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.utils.events import get_event_storage
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from d2scale.detectron2.hook_states import HookStates
 from d2scale.detectron2.private_upstream import (
     hooks_after_backward,
-    next_batch,
+    taking_steps,
     without_gradient_buckets,
 )
 from d2scale.detectron2.progress import ProgressRecord
 from d2scale.detectron2.rates import rates_kept, set_rates
 from d2scale.detectron2.scaling import applied_plan
 from d2scale.detectron2.step import build_step
+from d2scale.detectron2.step_data import Layout, StepData
+from d2scale.detectron2.step_state import StepState
 from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.rules import LR_RULE
@@ -50,16 +52,27 @@ class RunStep(HookBase):
         cfg: the config that runs, scaled.
         checkpointer: saves the last good step when one image does not fit.
         record: of this run, in its checkpoints; None: there is none.
+        state: of the steps, in its checkpoints; None: there is none.
     """
 
     engine = "detectron2"
+    always = True  # whether every step is taken here, also one that needs nothing of d2scale
     # Of the model, that keep their own step.
     wrappers: tuple[type[torch.nn.Module], ...] = (FullyShardedDataParallel,)
 
-    def __init__(self, cfg: Any, checkpointer: Any, record: ProgressRecord | None = None) -> None:
+    def __init__(
+        self,
+        cfg: Any,
+        checkpointer: Any,
+        record: ProgressRecord | None = None,
+        state: StepState | None = None,
+    ) -> None:
         self._cfg = cfg
         self._checkpointer = checkpointer
         self._record = record or ProgressRecord(cfg, engine=self.engine)
+        self._state = state
+        self._virtual_ranks = state.virtual_ranks if state else None
+        self._data: StepData | None = None
         self._clock = self._record.clock
         self._by_gain = follows_gain(cfg)
         self._losses: StepLosses | None = None  # of the last step
@@ -67,6 +80,7 @@ class RunStep(HookBase):
         self._lr = 0.0  # of the last step, in the first group of parameters
         self.iteration_seconds: float | None = None  # as the last step had it; None before
         self._plan = applied_plan(cfg)
+        self.inner: Any = None  # the trainer that takes the steps
         self._step: OptimizerStep | None = None
         self._hook_states: HookStates | None = None
         self._attempts = 0
@@ -80,13 +94,13 @@ class RunStep(HookBase):
         rank_images = self._cfg.SOLVER.IMS_PER_BATCH // ranks.world_size()
         asked = self._plan.ims_per_gpu if self._plan else self._cfg.D2SCALE.IMS_PER_GPU
         ims_per_gpu = min(asked or rank_images, rank_images)
-        splits = ims_per_gpu < rank_images
+        splits = ims_per_gpu < rank_images or self._virtual_ranks is not None
         # A batch that fills the memory was measured with this step, not with the engine's.
         measured = self._plan is not None and self._plan.method == "max_memory"
         splits_on_oom = self._cfg.D2SCALE.ON_OOM == "split"
-        if not (splits or measured or self._by_gain or splits_on_oom):
+        if not (splits or measured or self._by_gain or splits_on_oom or self.always):
             return
-        obstacle, plain = self.obstacle(self.trainer), "or train with a plain model and trainer"
+        obstacle, plain = self.obstacle(), "or train with a plain model and trainer"
         if not obstacle:
             self._replace(ims_per_gpu)
         elif self._by_gain:
@@ -122,22 +136,31 @@ class RunStep(HookBase):
 
     def build_step(self, **options: Any) -> OptimizerStep:
         """Return the trainer's step; ``options`` are those of the engine's ``build_step``."""
-        return build_step(self._cfg, self.trainer.model, self.trainer.optimizer, **options)
+        return build_step(self._cfg, self.inner.model, self.inner.optimizer, **options)
 
-    def obstacle(self, trainer: SimpleTrainer) -> str:
+    def obstacle(self) -> str:
         """Return why a trainer's step cannot be replaced; empty: it can."""
+        return self.obstacle_of(self.trainer)
+
+    @classmethod
+    def obstacle_of(cls, trainer: TrainerBase) -> str:
+        """Return why the step of ``trainer`` cannot be replaced; empty: it can."""
         # Through the proxy that a hook has.
-        kind = trainer.__class__
+        outer = trainer.__class__
+        if issubclass(outer, DefaultTrainer) and outer.run_step is not DefaultTrainer.run_step:
+            return f"the run_step of {outer.__name__}"
+        inner = taking_steps(trainer)
+        kind = inner.__class__
         if kind not in (SimpleTrainer, AMPTrainer):
             return f"the trainer {kind.__name__}"
         if kind is AMPTrainer and not torch.cuda.is_available():
             return "AMP, which needs CUDA"
-        wrapper = type(trainer.model)
-        return f"the wrapper {wrapper.__name__}" if issubclass(wrapper, self.wrappers) else ""
+        wrapper = type(inner.model)
+        return f"the wrapper {wrapper.__name__}" if issubclass(wrapper, cls.wrappers) else ""
 
     def state_holders(self) -> Sequence[Any]:
         """Return the objects whose attributes are the state of hooks that act after a backward."""
-        return hooks_after_backward(self.trainer)
+        return hooks_after_backward(self.inner)
 
     def follow_gain(self, gain: float) -> None:
         """Let what the engine updates between backward and update count for ``gain`` steps."""
@@ -145,16 +168,19 @@ class RunStep(HookBase):
     def _take_step(self) -> None:
         assert self._step is not None
         assert self._hook_states is not None
-        trainer, clock = self.trainer, self._clock
+        assert self._data is not None
+        trainer, clock = self.inner, self._clock
         start = time.perf_counter()
-        rank_batch = _padded_alike(next_batch(trainer))
+        rank_batch = self._data.read()
         data_seconds = time.perf_counter() - start
         self._attempts = 0
         measure = clock.measures(one_part=self._step.is_one_part(rank_batch))
         try:
             with rates_kept(trainer.optimizer) as rates:
                 before_update = partial(self._before_update, rates)
-                self._losses = self._step(rank_batch, before_update, measure=measure)
+                self._losses = self._step(
+                    rank_batch, before_update, measure=measure, number=clock.number
+                )
                 self._lr = trainer.optimizer.param_groups[0]["lr"]
         except StepDoesNotFitError:
             if self._attempts:
@@ -163,12 +189,14 @@ class RunStep(HookBase):
             with exit_together_on_user_error():
                 raise
         clock.advance()
+        if self._state is not None:
+            self._state.place = self._data.place()
         self._record.images_seen += self._losses.images
         self._data_seconds = data_seconds / clock.gain
         self.iteration_seconds = (time.perf_counter() - start) / clock.gain
 
     def _write_metrics(self, losses: StepLosses) -> None:
-        trainer, clock = self.trainer, self._clock
+        trainer, clock = self.inner, self._clock
         # The same on every rank, so detectron2's mean over ranks changes nothing.
         values = {name: torch.tensor(value) for name, value in losses.losses.items()}
         trainer.write_metrics(values, self._data_seconds, trainer.iter)
@@ -179,14 +207,16 @@ class RunStep(HookBase):
         get_event_storage().put_scalars(smoothing_hint=False, **scalars)
 
     def _replace(self, ims_per_gpu: int) -> None:
-        trainer = self.trainer
+        trainer = self.inner = taking_steps(self.trainer)
         trainer.model = without_gradient_buckets(trainer.model)
         self._step = self.build_step(
             ims_per_gpu=ims_per_gpu,
             precision=getattr(trainer, "precision", None),
             scaler=getattr(trainer, "grad_scaler", None),
+            virtual_ranks=self._virtual_ranks,
             on_split=self._record_split,
         )
+        self._data = self._open_data(trainer)
         self._hook_states = HookStates(self.state_holders())
         if self._by_gain:
             # torch warns of a resumed run that begins with an iteration without a step.
@@ -196,7 +226,7 @@ class RunStep(HookBase):
     def _before_update(self, rates: list[float], losses: StepLosses) -> None:
         assert self._step is not None
         assert self._hook_states is not None
-        trainer = self.trainer
+        trainer = self.inner
         if self._by_gain or self._writes_losses():
             _check_finite(losses, trainer.iter)
         if self._attempts:
@@ -217,7 +247,20 @@ class RunStep(HookBase):
 
     def _writes_losses(self) -> bool:
         # Reading losses waits for the device.
-        return bool((self.trainer.iter + 1) % self.trainer.gather_metric_period == 0)
+        return bool((self.inner.iter + 1) % self.inner.gather_metric_period == 0)
+
+    def _open_data(self, trainer: SimpleTrainer) -> StepData:
+        if self._plan is None or not (self.always or self._virtual_ranks):
+            if self._record.images_seen:
+                logger.info("detectron2's sampler begins its order anew")
+            return StepData(trainer, None)
+        data = StepData(trainer, Layout.of_plan(self._plan))
+        if self._state is not None:
+            with exit_together_on_user_error():
+                place = self._state.place if self._record.keeps_order else None
+                data.begin_at(place, self._record.images_seen if self._record.keeps_order else 0)
+            self._state.place = data.place()
+        return data
 
     def _record_split(self, ims_per_gpu: int) -> None:
         if self._plan is not None:
@@ -226,6 +269,8 @@ class RunStep(HookBase):
                 write_plan(Path(self._cfg.OUTPUT_DIR), self._plan)
 
     def _save_last_step(self) -> None:
+        if self._state is not None:
+            self._state.gather()
         last = self.trainer.iter - 1
         if last >= self.trainer.start_iter:
             self._checkpointer.save(f"model_{last:07d}", iteration=last)
@@ -234,15 +279,6 @@ class RunStep(HookBase):
 def _refuse(key: str, value: Any, allowed: str, advice: str) -> None:
     with exit_together_on_user_error():
         raise ConfigError([Fault(key, value, allowed, advice)])
-
-
-def _padded_alike(rank_batch: Sequence[Any]) -> list[Any]:
-    """Give every image the size to which detectron2 would pad the whole batch."""
-    images = [sample["image"] for sample in rank_batch if "image" in sample]
-    if len(images) < len(rank_batch):
-        return list(rank_batch)
-    pad_to = tuple(max(image.shape[side] for image in images) for side in (1, 2))
-    return [{**sample, "pad_to": pad_to} for sample in rank_batch]
 
 
 def _check_finite(losses: StepLosses, iteration: int) -> None:

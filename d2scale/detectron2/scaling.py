@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from d2scale.config.keys import set_key
+from torch import nn
+
+from d2scale.config.keys import get_key, set_key
 from d2scale.detectron2.memory import TrainingMemory
+from d2scale.detectron2.private_upstream import bare_model
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.formats import plan_table
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.methods import method_of
 from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
+from d2scale.planning.virtual_ranks import ModelFacts
 from d2scale.step import ranks
+from d2scale.step.micro_batches import ExactModel
+from d2scale.step.norms import synchronised_norms
 
 logger = logging.getLogger(__name__)
 
 # An attribute, not a config key: a dumped config must stay a recipe that can be planned again.
 _APPLIED = "_d2scale_plan"
+
+_SYNCHRONISED = "synchronised batch norm"
+# What detectron2 and d2go call it in configs, and LazyConfigs by its class.
+_SYNCHRONISED_NORMS = (
+    *("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "NaiveSyncBN"),
+    *("SyncBatchNorm", "NaiveSyncBatchNorm", "sync_bn", "naive_sync_bn"),
+)
 
 
 def applied_plan(cfg: Any) -> Plan | None:
@@ -34,11 +48,12 @@ def scale_in_place(
     memory: TrainingMemory,
     *,
     takes_steps: bool = False,
+    model: ModelFacts | None = None,
 ) -> Plan:
     """Plan the recipe for ``world_size`` ranks and write the plan into ``cfg``.
 
-    ``takes_steps`` says whether the training can follow the gain rule, for which d2scale must
-    take the steps.
+    ``takes_steps`` says whether d2scale takes the steps, which the gain rule and virtual ranks
+    need; ``model`` what is known of the model. Keys that ``cfg`` lacks are passed over.
 
     Raises:
         ConfigError: on every rank, for a faulty recipe, a plan that the engine cannot run, a method
@@ -49,17 +64,37 @@ def scale_in_place(
         advice = "the config is scaled already; call one method, once"
         raise ConfigError([Fault("SOLVER.AUTO_SCALING_METHODS", methods, "one method", advice)])
     method_of(methods)
-    plan = _plan_on_ranks(cfg, world_size, method, memory, takes_steps=takes_steps)
+    plan = _plan_on_ranks(cfg, world_size, method, memory, takes_steps, model)
     with defrosted(cfg):
         for key, (_, value) in plan.changes.items():
-            set_key(cfg, key, value)
+            if get_key(cfg, key) is not None:
+                set_key(cfg, key, value)
     cfg.__dict__[_APPLIED] = plan
     logger.info("Scaled the config:\n%s", plan_table(plan))
     return plan
 
 
+def facts_of_model(model: nn.Module) -> ModelFacts:
+    """Return what decides how the steps of a built model can be split."""
+    bare = bare_model(model)
+    synchronised = _SYNCHRONISED if synchronised_norms(bare) else ""
+    return ModelFacts(isinstance(bare, ExactModel), synchronised)
+
+
+def facts_of_recipe(cfg: Any, settings: Mapping[str, Any]) -> ModelFacts:
+    """Return what a config and its flat ``settings`` tell of a model that is not built yet."""
+    names = (value for value in settings.values() if isinstance(value, str))
+    synchronised = any(name.rpartition(".")[2] in _SYNCHRONISED_NORMS for name in names)
+    return replace(ModelFacts.by_name(cfg), obstacle=_SYNCHRONISED if synchronised else "")
+
+
 def _plan_on_ranks(
-    cfg: Any, world_size: int, method: str, memory: TrainingMemory, *, takes_steps: bool
+    cfg: Any,
+    world_size: int,
+    method: str,
+    memory: TrainingMemory,
+    takes_steps: bool,
+    model: ModelFacts | None,
 ) -> Plan:
     """Return rank 0's plan on every rank; where memory is measured, all ranks take part."""
     outcome: Plan | ConfigError | None = None
@@ -75,7 +110,7 @@ def _plan_on_ranks(
                 make_profile=memory.profile,
                 make_variants=memory.variants,
             )
-            outcome = make_plan(cfg, hardware, method=method, takes_steps=takes_steps)
+            outcome = make_plan(cfg, hardware, method=method, takes_steps=takes_steps, model=model)
             if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
                 refuse_more_than_all(outcome, memory.batches.images)
             _refuse_uneven_split(outcome)
@@ -89,7 +124,7 @@ def _plan_on_ranks(
 
 
 def _refuse_uneven_split(plan: Plan) -> None:
-    if plan.ims_per_batch % plan.world_size:
+    if plan.ims_per_batch % plan.world_size and not plan.virtual_ranks:
         raise ConfigError(
             [
                 Fault(

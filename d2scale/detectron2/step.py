@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from d2scale.detectron2.dense_detectors import split_model
 from d2scale.step.optimizer_step import OnSplit, OptimizerStep, StepOptions
+from d2scale.step.virtual_ranks import VirtualRanks
 
 
 def build_step(
@@ -21,6 +22,7 @@ def build_step(
     precision: torch.dtype | None = None,
     scaler: GradScaler | None = None,
     compress: torch.dtype | None = None,
+    virtual_ranks: VirtualRanks | None = None,
     on_split: OnSplit | None = None,
     kind: type[OptimizerStep] = OptimizerStep,
 ) -> OptimizerStep:
@@ -34,6 +36,7 @@ def build_step(
         precision: dtype of autocast; None: off.
         scaler: of the losses, for float16.
         compress: dtype in which gradients cross the network; None: their own.
+        virtual_ranks: of ``model``; None: there are none.
         on_split: see :class:`OptimizerStep`.
         kind: what an engine makes of OptimizerStep.
     """
@@ -42,6 +45,7 @@ def build_step(
         scaler=scaler,
         on_oom=cfg.D2SCALE.ON_OOM,
         compress=compress,
+        virtual_ranks=virtual_ranks,
         split_model=split_model(model),
     )
     return kind(model, optimizer, ims_per_gpu=ims_per_gpu, options=options, on_split=on_split)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-from d2scale.errors import ConfigError, D2ScaleError, Fault
+from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fault
 from d2scale.launch.topology import Topology, address_of, under_torchrun, url_fault
 from d2scale.run_folder.files import write_atomically
 
@@ -54,6 +54,7 @@ def launch(
     Raises:
         D2ScaleError: what a rank raised, or a rank that was killed.
         RankError: any other error of a rank.
+        SystemExit: with the status of a mistake of the user, of which a rank has told already.
         KeyboardInterrupt: Ctrl-C, after all ranks have ended.
     """
     topology = topology or Topology()
@@ -103,6 +104,8 @@ def _error_of_ranks(
         return RankError(f"rank {rank} failed:\n{first}")
     if first.signal_name == "SIGINT":
         return KeyboardInterrupt()
+    if first.exit_code == EXIT_STATUS_USER_ERROR:
+        return SystemExit(EXIT_STATUS_USER_ERROR)  # the ranks have told of it
     if first.signal_name is None:
         return RankError(f"rank {rank} ended with exit status {first.exit_code}")
     killed = first.signal_name == "SIGKILL"

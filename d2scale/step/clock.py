@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from d2scale.config.keys import get_key
 from d2scale.planning.gain import gain_of, recipe_steps
 from d2scale.planning.schedule import follows_gain, recipe_ims_per_batch
 from d2scale.step.micro_batches import StepLosses
@@ -21,6 +22,8 @@ _STEPS_TO_SETTLE = 20
 # ten measurements: so far apart that they cover a hundredth of the training, and at most this far.
 _MOST_STEPS_APART = 10
 _APARTS_IN_A_TRAINING = 1000
+# Of plain detectron2, which has no key for it.
+_WRITER_PERIOD = 20
 
 
 class StepClock:
@@ -133,5 +136,5 @@ def build_clock(cfg: Any) -> StepClock:
     return StepClock(
         recipe_ims_per_batch=recipe_ims_per_batch(cfg) if follows_gain(cfg) else None,
         max_iter=cfg.SOLVER.MAX_ITER,
-        measured_period=cfg.WRITER_PERIOD,
+        measured_period=get_key(cfg, "WRITER_PERIOD", _WRITER_PERIOD),
     )

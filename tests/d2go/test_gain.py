@@ -126,7 +126,7 @@ def test_a_step_whose_scaled_gradients_overflow_measures_nothing(toy, tmp_path, 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-110)
     monkeypatch.setattr("d2go.runner.default_runner.get_grad_scaler", lambda cfg: scaler)
     # d2go's own step would need CUDA.
-    monkeypatch.setattr("d2scale.d2go.run_step.D2GoRunStep.obstacle", lambda hook, trainer: "")
+    monkeypatch.setattr("d2scale.d2go.run_step.D2GoRunStep.obstacle", lambda hook: "")
     amp = {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.PRECISION": "bfloat16"}
     toy.train(tmp_path / "out", of_batch(8, **amp))
     lines = toy.metrics(tmp_path / "out")

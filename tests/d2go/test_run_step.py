@@ -96,8 +96,17 @@ def test_image_that_does_not_fit_leaves_the_last_good_step(train):
     assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
-def test_other_models_are_split_approximately(train):
-    folder, output = train("run", RETINANET, 1, "D2SCALE.IMS_PER_GPU", "2")
+def test_other_models_run_the_recipes_ranks_in_turn(train):
+    one, output = train("one", RETINANET, 1)
+    assert json.loads((one / "plan.json").read_text())["virtual_ranks"] == 2
+    assert "approximate" not in output
+    two, _ = train("two", RETINANET, 2)
+    assert_same_training(two, one)
+
+
+def test_without_virtual_ranks_other_models_are_split_approximately(train):
+    off = ("D2SCALE.VIRTUAL_RANKS", "off")
+    folder, output = train("run", RETINANET, 1, "D2SCALE.IMS_PER_GPU", "1", *off)
     assert "approximate for this model: RetinaNet does not tell its loss normalizers" in output
     assert len(losses(folder)) == 3
 

@@ -1,0 +1,83 @@
+"""Training and evaluating a LazyConfig, as detectron2's ``lazyconfig_train_net.py`` does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from torch import nn
+
+from d2scale.detectron2.training import Scaling
+from d2scale.run_folder.files import CONFIG_FILE
+from d2scale.step import ranks
+
+
+def train_lazy(scaling: Scaling, *, resume: bool) -> Mapping[str, Any]:
+    """Train the LazyConfig of ``scaling``; return what its evaluator found last, if it has one."""
+    cfg = scaling.cfg
+    model = build_model(cfg)
+    optimizer_node = copy.deepcopy(cfg.optimizer)
+    optimizer_node.params.model = model
+    kind = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    trainer = kind(model, build_train_loader(cfg), instantiate(optimizer_node))
+    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    results: dict[str, Any] = {}
+
+    def evaluate() -> Any:
+        results.update(evaluate_lazy(cfg, model))
+        return dict(results)
+
+    first = ranks.rank() == 0
+    saving = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if first else None
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            saving,
+            hooks.EvalHook(cfg.train.eval_period, evaluate),
+            _writers(cfg) if first else None,
+        ]
+    )
+    scaling.take_steps(trainer, checkpointer)
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    resumes = resume and checkpointer.has_checkpoint()
+    if first:
+        LazyConfig.save(cfg, str(Path(cfg.train.output_dir, CONFIG_FILE)))
+    trainer.train(trainer.iter + 1 if resumes else 0, cfg.train.max_iter)
+    return results
+
+
+def build_model(cfg: Any) -> nn.Module:
+    """Return the model of a LazyConfig on its device."""
+    model: nn.Module = instantiate(cfg.model)
+    return model.to(cfg.train.device)
+
+
+def build_train_loader(cfg: Any) -> Any:
+    """Return the training loader of a LazyConfig, whose batches are made anew."""
+    node = copy.deepcopy(cfg.dataloader.train)
+    world_size = ranks.world_size()
+    # detectron2 builds none that every process cannot share evenly.
+    node.total_batch_size = -(-node.total_batch_size // world_size) * world_size
+    return instantiate(node)
+
+
+def evaluate_lazy(cfg: Any, model: nn.Module) -> dict[str, Any]:
+    """Return the metrics of a LazyConfig's test set, none without an evaluator."""
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, loader, evaluator)
+    print_csv_format(results)
+    return dict(results)
+
+
+def _writers(cfg: Any) -> hooks.PeriodicWriter:
+    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+    return hooks.PeriodicWriter(writers, period=cfg.train.log_period)

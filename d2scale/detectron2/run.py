@@ -1,0 +1,207 @@
+"""A run of a detectron2 recipe: everything cheap is checked, then the ranks are launched."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+
+from d2scale.coco.catalog import dataset_names
+from d2scale.config.keys import get_key
+from d2scale.detectron2.config import load_cfg
+from d2scale.detectron2.datasets import register_datasets
+from d2scale.detectron2.lazy_config import load_lazy_config, read_lazy_recipe
+from d2scale.detectron2.lazy_training import build_model, evaluate_lazy, train_lazy
+from d2scale.detectron2.private_upstream import join_local_group
+from d2scale.detectron2.trainer import RecipeTrainer
+from d2scale.detectron2.training import Scaling
+from d2scale.detectron2.user_errors import exit_together_on_user_error
+from d2scale.errors import ConfigError, Fault, collecting
+from d2scale.launch.launch import RESTARTS, launch
+from d2scale.launch.topology import Topology, under_torchrun
+from d2scale.planning.hardware import Hardware
+from d2scale.planning.plan import make_plan
+from d2scale.run_folder.contents import holds_run
+from d2scale.run_folder.files import folder_faults, make_folder
+from d2scale.run_folder.lock import refuse_locked, run_lock
+from d2scale.step import ranks
+
+logger = logging.getLogger(__name__)
+
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line asks for; every rank reads the recipe itself."""
+
+    config_file: str
+    opts: tuple[str, ...]  # KEY VALUE pairs, of a LazyConfig key=value
+    local_ranks: int  # processes on each machine
+    method: str | None = None
+    resume: bool = False
+    eval_only: bool = False
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the recipe is a LazyConfig, which is code."""
+        return self.config_file.endswith(".py")
+
+    def load(self) -> Any:
+        """Return the recipe, for a CPU where CUDA is not available; ConfigError with all faults."""
+        cuda = torch.cuda.is_available()
+        if self.is_lazy:
+            lazy = load_lazy_config(self.config_file, self.opts)
+            if not cuda:
+                lazy.train.device, lazy.train.amp.enabled = "cpu", False
+            return lazy
+        cfg = load_cfg(self.config_file, self.opts)
+        if not cuda:
+            cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = "cpu", False
+        cfg.freeze()
+        return cfg
+
+
+def train(job: Job, topology: Topology) -> Results:
+    """Train a recipe of detectron2, or evaluate its weights; return rank 0's last metrics.
+
+    Raises:
+        ConfigError: with every fault of the config, its datasets and its folder, before anything
+            is written.
+        D2ScaleError: for what goes wrong later and the user can mend.
+        SystemExit: after a mistake that a rank has told.
+    """
+    if int(os.environ.get(RESTARTS, "0")) > 0:
+        job = Job(**{**vars(job), "resume": True})
+    _check(job, topology)
+    results: Results = launch(run_rank, [job], topology, use_cuda=torch.cuda.is_available())
+    return results
+
+
+def _check(job: Job, topology: Topology) -> None:
+    cfg = job.load()
+    recipe = read_lazy_recipe(cfg)[0] if job.is_lazy else cfg
+    folder = Path(recipe.OUTPUT_DIR)
+    on_cuda = torch.cuda.is_available()
+    faults = topology.faults(torch.cuda.device_count() if on_cuda else None)
+    wrong_processes = bool(faults)
+    if not (job.resume or job.eval_only) and holds_run(folder):
+        allowed = "a folder without the checkpoints of another run"
+        advice = "add --resume to go on with that run, or choose another folder"
+        faults.append(Fault("OUTPUT_DIR", str(folder), allowed, advice))
+    faults += folder_faults(folder)
+    # Under torchrun a sister rank may hold the lock already: the first rank itself takes it.
+    if not job.eval_only and not under_torchrun():
+        with collecting(faults):
+            refuse_locked(folder)
+    if not job.is_lazy:
+        faults += _dataset_faults(recipe, eval_only=job.eval_only)
+    if not job.eval_only and not wrong_processes:
+        with collecting(faults):
+            hardware = Hardware.for_training(
+                recipe,
+                topology.world_size,
+                method=job.method,
+                device_gib=None,
+                engine="detectron2",
+                make_profile=None,
+            )
+            make_plan(recipe, hardware, method=job.method)
+    if faults:
+        raise ConfigError(faults)
+
+
+def _dataset_faults(cfg: Any, *, eval_only: bool) -> list[Fault]:
+    """Return what is wrong with the datasets, without reading them."""
+    faults: list[Fault] = []
+    names = [] if eval_only else [("DATASETS.TRAIN", name) for name in cfg.DATASETS.TRAIN]
+    names += [("DATASETS.TEST", name) for name in cfg.DATASETS.TEST]
+    if not cfg.DATASETS.TRAIN and not eval_only:
+        faults.append(Fault("DATASETS.TRAIN", (), "the name of a dataset", "give one"))
+    advice = "put the files there, or set DETECTRON2_DATASETS to the folder that holds them"
+    for key, name in names:
+        if name in dataset_names() and name not in DatasetCatalog.list():
+            continue  # register_datasets will look for its files
+        if name not in DatasetCatalog.list():
+            allowed = "a dataset that detectron2 knows"
+            faults.append(Fault(key, name, allowed, "correct the name, or register it"))
+            continue
+        metadata = MetadataCatalog.get(name)
+        paths = [metadata.get(part) for part in ("json_file", "image_root")]
+        faults += [
+            Fault(f"dataset {name}", path, "files that exist", advice)
+            for path in paths
+            if path and "://" not in path and not Path(path).exists()
+        ]
+    return faults
+
+
+def run_rank(job: Job) -> Results:
+    """Train and evaluate, or only evaluate, on this rank; return the last metrics."""
+    join_local_group(job.local_ranks)
+    cfg = job.load()
+    recipe = read_lazy_recipe(cfg)[0] if job.is_lazy else cfg
+    _log_to(None)
+    if not torch.cuda.is_available():
+        logger.info("CUDA is not available: running on the CPU, in float32")
+    # Other numbers on each rank, as detectron2 has it; virtual ranks have streams of their own.
+    seed_all_rng(None if recipe.SEED < 0 else recipe.SEED + ranks.rank())
+    torch.backends.cudnn.benchmark = get_key(recipe, "CUDNN_BENCHMARK", False)
+    folder = Path(recipe.OUTPUT_DIR)
+    if job.eval_only:
+        return _evaluate(job, cfg, folder)
+    scaling = Scaling(cfg, job.method)
+    with _writing_to(folder, locks=True):
+        if job.is_lazy:
+            return train_lazy(scaling, resume=job.resume)
+        with exit_together_on_user_error():
+            register_datasets(scaling.cfg)
+        trainer = RecipeTrainer(scaling)
+        trainer.resume_or_load(resume=job.resume)
+        trainer.train()
+        return getattr(trainer, "_last_eval_results", None) or {}
+
+
+def _evaluate(job: Job, cfg: Any, folder: Path) -> Results:
+    build: Callable[[Any], Any] = build_model if job.is_lazy else RecipeTrainer.build_model
+    model = build(cfg)
+    with _writing_to(folder, locks=False):
+        weights = cfg.train.init_checkpoint if job.is_lazy else cfg.MODEL.WEIGHTS
+        DetectionCheckpointer(model, str(folder)).resume_or_load(weights, resume=job.resume)
+        if job.is_lazy:
+            return evaluate_lazy(cfg, model)
+        results: Results = RecipeTrainer.test(cfg, model)
+        return results
+
+
+@contextmanager
+def _writing_to(folder: Path, *, locks: bool) -> Iterator[None]:
+    """Within the context, log to the folder, which is locked if asked to."""
+    make_folder(folder)
+    with run_lock(folder) if locks and ranks.rank() == 0 else nullcontext():
+        _log_to(folder)
+        logger.info("Environment:\n%s", collect_env_info())
+        yield
+
+
+def _log_to(folder: Path | None) -> None:
+    """Write log lines to the terminal, or to ``log.txt`` in ``folder`` as well."""
+    names: Sequence[str] = ("detectron2", "fvcore", "d2scale")
+    for name in names:
+        setup_logger(
+            None if folder is None else str(folder),
+            ranks.rank(),
+            name=name,
+            configure_stdout=folder is None,
+        )

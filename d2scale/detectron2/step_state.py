@@ -1,0 +1,162 @@
+"""What a checkpoint of detectron2 keeps of d2scale's steps: virtual ranks and place in the data."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import nn
+
+from d2scale.detectron2.private_upstream import checkpoint_periods, evaluation_periods
+from d2scale.planning.plan import Plan
+from d2scale.step import ranks
+from d2scale.step.model_state import ModelState
+from d2scale.step.virtual_ranks import VirtualRanks
+
+logger = logging.getLogger(__name__)
+
+# Its key in a checkpoint.
+STEP_STATE = "d2scale_steps"
+
+
+class StepState:
+    """The state of the steps that neither model nor optimizer hold; a checkpointer saves it.
+
+    detectron2 saves on rank 0 alone, and virtual ranks live on all of them. So :meth:`gather` is to
+    be called on every rank, before a checkpoint is saved. To be built before the first forward.
+
+    Args:
+        model: bare.
+        virtual_ranks: None: each rank is only itself, and rank 0's attributes are kept.
+    """
+
+    def __init__(self, model: nn.Module, virtual_ranks: VirtualRanks | None = None) -> None:
+        self.virtual_ranks = virtual_ranks
+        self.place: Mapping[str, Any] | None = None  # in the data, after the last complete step
+        self._model_state = ModelState(model)
+        self._gathered: dict[str, Any] | None = None
+
+    def gather(self) -> None:
+        """Collect the states of the virtual ranks on rank 0. All ranks call it."""
+        if self.virtual_ranks is not None:
+            self._gathered = self.virtual_ranks.state_dict()
+
+    def forget(self) -> None:
+        """Begin another step: what was gathered is of the one before."""
+        self._gathered = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; without :meth:`gather` that of rank 0's first virtual rank alone."""
+        states = self._gathered
+        if states is None:
+            if self.virtual_ranks is not None:
+                logger.warning(
+                    "This checkpoint is saved where d2scale did not expect one: it holds the state "
+                    "of the first virtual rank, which all begin with when it is resumed"
+                )
+            own = {**self._model_state.take().to_checkpoint(), "buffers": {}}
+            states = {"states": [own]}
+        return {"virtual_ranks": states, "place": self.place}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the state of a checkpoint."""
+        self.place = state["place"]
+        if self.virtual_ranks is not None:
+            self.virtual_ranks.load_state_dict(state["virtual_ranks"])
+        else:
+            first = {**state["virtual_ranks"]["states"][0], "buffers": {}}
+            self._model_state.put(self._model_state.take().with_checkpoint(first))
+
+    @contextmanager
+    def of_first_rank(self) -> Iterator[None]:
+        """Within the context, every rank's model has the state of rank 0's, as checkpoints do."""
+        own = self._model_state.take()
+        first = ranks.broadcast_object(own.to_checkpoint())
+        self._model_state.put(own.with_checkpoint(first))
+        try:
+            yield
+        finally:
+            self._model_state.put(own)
+
+
+class StateHook(HookBase):
+    """Gathers the state where checkpoints are due, and evaluates what a checkpoint holds.
+
+    It stands before the hooks that save and evaluate.
+
+    Args:
+        periods: in which checkpoints are saved, besides those of detectron2's hooks.
+    """
+
+    def __init__(self, state: StepState, periods: Iterable[int] = ()) -> None:
+        self._state = state
+        self._saves = {*periods}
+        self._evaluates: set[int] = set()
+        self._sharing = ExitStack()  # while all ranks have rank 0's state
+
+    def before_train(self) -> None:
+        # Rank 0 alone has the hooks that save. What evaluates may save the best.
+        evaluates = evaluation_periods(self.trainer)
+        saves = {*self._saves, *checkpoint_periods(self.trainer), *evaluates}
+        self._saves, self._evaluates = ranks.broadcast_object((saves, evaluates))
+
+    def before_step(self) -> None:
+        self._sharing.close()
+        self._state.forget()
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or _is_due(done, self._saves):
+            self._state.gather()
+        if done != self.trainer.max_iter and _is_due(done, self._evaluates):
+            self._begin_sharing()
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._begin_sharing()
+
+    def _begin_sharing(self) -> None:
+        if ranks.world_size() > 1:
+            self._sharing.enter_context(self._state.of_first_rank())
+
+
+def build_step_state(cfg: Any, plan: Plan | None, model: nn.Module) -> StepState:
+    """Return the state of the steps of ``cfg``, with the plan's virtual ranks. All ranks call it.
+
+    ``model`` is bare, before its first forward.
+    """
+    if plan is None or not plan.virtual_ranks:
+        return StepState(model)
+    # The system's, for the seed must not depend on the seeds of others.
+    drawn = int.from_bytes(os.urandom(3), "big")
+    virtual_ranks = VirtualRanks(
+        model,
+        plan.virtual_ranks,
+        ranks.broadcast_object(drawn if cfg.SEED < 0 else cfg.SEED),
+        ordered=cfg.D2SCALE.ORDERED_SUM,
+        around=_own_events,
+        refuses=cfg.D2SCALE.VIRTUAL_RANKS == "on",
+    )
+    return StepState(model, virtual_ranks)
+
+
+@contextmanager
+def _own_events(virtual_rank: int) -> Iterator[None]:
+    """Within the context, what the model writes is thrown away, but for virtual rank 0's.
+
+    A cluster writes that of its rank 0.
+    """
+    if virtual_rank == 0:
+        yield
+        return
+    with EventStorage(get_event_storage().iter):
+        yield
+
+
+def _is_due(done: int, periods: Iterable[int]) -> bool:
+    return any(period > 0 and done % period == 0 for period in periods)
