@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,24 +19,28 @@ from torch.nn import functional as F
 def losses_in_float64() -> Iterator[None]:
     """Within the context, let detectron2's models compute their losses in their own precision."""
     import torchvision
-    from detectron2.modeling.meta_arch.fcos import FCOS
 
-    suppress, centerness = torchvision.ops.boxes.batched_nms, FCOS.compute_ctrness_targets
+    suppress = torchvision.ops.boxes.batched_nms
+    cross_entropy, to_float32 = F.binary_cross_entropy_with_logits, Tensor.float
 
     def batched_nms(boxes: Tensor, scores: Tensor, *arguments: Any) -> Tensor:
         # detectron2 makes the boxes float32 and leaves the scores, and then torchvision refuses.
         return suppress(boxes, scores.to(boxes.dtype), *arguments)
 
-    def targets(self: Any, *arguments: Any) -> Tensor:
-        # A float32 target makes torch's binary cross entropy float32.
-        return centerness(self, *arguments).double()
+    def binary_cross_entropy(inputs: Tensor, targets: Tensor, *rest: Any, **options: Any) -> Tensor:
+        # By a float32 target torch makes it float32.
+        return cross_entropy(inputs, targets.to(inputs.dtype), *rest, **options)
+
+    def at_least_float32(self: Tensor) -> Tensor:
+        return self if self.dtype == torch.float64 else to_float32(self)
 
     modules = "detectron2.modeling.meta_arch."
     with (
         mock.patch("torchvision.ops.boxes.batched_nms", batched_nms),
         mock.patch(f"{modules}retinanet.sigmoid_focal_loss_jit", focal_loss),
         mock.patch(f"{modules}fcos.sigmoid_focal_loss_jit", focal_loss),
-        mock.patch.object(FCOS, "compute_ctrness_targets", targets),
+        mock.patch("torch.nn.functional.binary_cross_entropy_with_logits", binary_cross_entropy),
+        mock.patch.object(Tensor, "float", at_least_float32),
     ):
         yield
 
