@@ -116,7 +116,7 @@ class VirtualRanks:
         return [(number, list(islice(samples, size))) for number in self.own for size in sizes]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of all virtual ranks on rank 0, and an empty one elsewhere.
+        """Return seed and states of all virtual ranks on rank 0, and an empty one elsewhere.
 
         All ranks call it.
         """
@@ -126,14 +126,15 @@ class VirtualRanks:
         if gathered is None:
             return {}
         states = [state for of_rank in gathered for state in of_rank]
-        return {"states": _without_common_buffers(states)}
+        return {"seed": self.seed, "states": _without_common_buffers(states)}
 
     def load_state_dict(self, kept: Mapping[str, Any]) -> None:
         """Take the states of a checkpoint whose model is loaded, before or after this call.
 
         Of another number of virtual ranks every one takes the first's.
         """
-        states = kept["states"]
+        # A run without virtual ranks has kept one state and no seed.
+        self.seed, states = int(kept.get("seed", self.seed)), kept["states"]
         if len(states) != self.count:
             logger.warning(
                 "The checkpoint has the states of %d virtual ranks, the run has %d: all of them "

@@ -115,6 +115,7 @@ def virtual_weights(count: int, steps: int, ordered: bool = False):
 def resumed_weights(count: int, states, weights, momentum, steps: range):
     """The weights after steps that go on from a checkpoint, on this many ranks."""
     step, virtual = build(count, ordered=True)
+    virtual.seed = -1  # the checkpoint's counts
     step.model.load_state_dict(weights, strict=False)
     virtual.load_state_dict(states)
     for parameter, value in zip(step.model.parameters(), momentum, strict=True):
