@@ -1,4 +1,4 @@
-"""Synchronised batch norm, which virtual ranks cannot hold apart, on fewer GPUs than the recipe's."""
+"""Synchronised batch norm, which virtual ranks cannot hold apart, on fewer GPUs."""
 
 import pytest
 
