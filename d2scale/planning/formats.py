@@ -42,7 +42,7 @@ def plan_table(plan: Plan) -> str:
         ("GPUs", plan.world_size),
         ("images per GPU", plan.ims_per_gpu),
         ("accumulation steps", plan.accumulation_steps),
-        ("virtual ranks", plan.virtual_ranks or "none"),
+        *([("virtual ranks", plan.virtual_ranks)] if plan.virtual_ranks else []),
         ("total batch", plan.ims_per_batch),
         ("batch ratio", f"{plan.batch_ratio:g}"),
         ("learning-rate rule", plan.lr_rule),
