@@ -155,8 +155,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         register_dataset(DATASET, Path(folder))
-        rows = [compare(name, arguments.short_edge) for name in arguments.models or RECIPES]
-    kept = sorted(keep("detectron2_memory", rows, "model"), key=lambda row: str(row["model"]))
+        for name in arguments.models or RECIPES:
+            rows = keep("detectron2_memory", [compare(name, arguments.short_edge)], "model")
+    kept = sorted(rows, key=lambda row: str(row["model"]))
     shown = [{key: value for key, value in row.items() if key != "machine"} for row in kept]
     print(tabulate(shown, headers="keys", tablefmt="pipe"))
 

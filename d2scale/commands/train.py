@@ -6,12 +6,16 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from d2scale.commands.common import Commands, add_command, let_idle_threads_sleep
+from d2scale.commands.common import (
+    Commands,
+    add_command,
+    is_lazy_config,
+    let_idle_threads_sleep,
+)
+from d2scale.commands.engines import choose_engine
 from d2scale.errors import ConfigError, MissingPackageError
 from d2scale.launch.topology import Topology, under_torchrun
-from d2scale.planning.methods import METHOD_NAMES
 
-_MODEL = "MODEL.META_ARCHITECTURE"
 _EPILOG = """\
 example, two processes on the small form:
   $ d2scale train --config-file d2scale://MetaFCOS/small-cpu.yaml --num-gpus 2 \\
@@ -46,33 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale train``."""
     engine = arguments.engine
     if engine == "auto":
-        engine, reason = _choose_engine(arguments.config_file)
+        engine, reason = choose_engine(arguments.config_file)
         print(f"d2scale: engine {engine}: {reason}", file=sys.stderr)
     _ENGINES[engine](arguments)
     return 0
-
-
-def _choose_engine(config_file: str) -> tuple[str, str]:
-    """Return the engine for a recipe, and why."""
-    from d2scale.config.loading import flatten, load_yaml
-    from d2scale.config.projects import entry_points
-    from d2scale.config.upstream import is_plain_detectron2
-
-    if _is_lazy(config_file):
-        return "detectron2", "the recipe is a LazyConfig"
-    settings = dict(flatten(load_yaml(config_file)))
-    model = settings.get(_MODEL, "GeneralizedRCNN")
-    if any(entry.name == model for entry in entry_points(group="d2scale.models")):
-        return "default", f"{_MODEL} {model} is a model of an installed project"
-    own = ("D2SCALE.", METHOD_NAMES.key)
-    others = [key for key in settings if not key.startswith(own) and not is_plain_detectron2([key])]
-    if others:
-        return "d2go", f"{others[0]} is no key of detectron2"
-    return "detectron2", f"{_MODEL} is {model}, and all keys are detectron2's"
-
-
-def _is_lazy(config_file: str) -> bool:
-    return config_file.endswith(".py")
 
 
 def _topology(arguments: argparse.Namespace) -> Topology:
@@ -119,7 +100,7 @@ def _own_settings(arguments: argparse.Namespace) -> list[str]:
     settings = {} if arguments.lr_rule is None else {"D2SCALE.LR_RULE": arguments.lr_rule}
     if arguments.allow_changed_recipe:
         settings["D2SCALE.ALLOW_CHANGED_RECIPE"] = "True"
-    if _is_lazy(arguments.config_file):
+    if is_lazy_config(arguments.config_file):
         return [f"{key.lower()}={value}" for key, value in settings.items()]
     return [word for pair in settings.items() for word in pair]
 
