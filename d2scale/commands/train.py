@@ -20,6 +20,10 @@ _EPILOG = """\
 example, two processes on the small form:
   $ d2scale train --config-file d2scale://MetaFCOS/small-cpu.yaml --num-gpus 2 \\
         OUTPUT_DIR output/small
+
+example, a recipe of detectron2's zoo for eight GPUs on one:
+  $ d2scale train --config-file \
+        detectron2://COCO-Detection/retinanet_R_50_FPN_1x.yaml OUTPUT_DIR output/retinanet
 """
 
 

@@ -46,15 +46,17 @@ dataloader, lr_multiplier, model = zoo.dataloader, zoo.lr_multiplier, zoo.model
 optimizer, train = zoo.optimizer, zoo.train
 
 stages = model.backbone.bottom_up.stages
-stages.depth, stages.norm, stages.stride_in_1x1 = 18, "BN", False
+stages.depth, stages.norm = 18, "BN"
+del stages.stride_in_1x1
 model.backbone.bottom_up.stem.norm = "BN"
 model.backbone.bottom_up.freeze_at = 0
 model.backbone.out_channels = 16
 model.backbone.top_block.in_channels = 512
 model.head.input_shape = [ShapeSpec(channels=16)] * 5
 model.head.conv_dims = [16]
-for edge in (dataloader.train.mapper.augmentations[0], dataloader.test.mapper.augmentations[0]):
-    edge.short_edge_length, edge.max_size = 64, 96
+for loader in (dataloader.train, dataloader.test):
+    resize = loader.mapper.augmentations[0]
+    resize.short_edge_length, resize.max_size = [64, 64], 96
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 dataloader.train.total_batch_size = 4
 optimizer.lr = 0.001
@@ -62,6 +64,8 @@ lr_multiplier.warmup_length = 0.1
 train.device, train.init_checkpoint, train.max_iter, train.seed = "cpu", "", 6, 1
 train.eval_period, train.checkpointer.period = 0, 2
 d2scale = dict(reference_world_size=4)
+# What stays is the config.
+del loader, resize, stages, zoo
 """
 
 
