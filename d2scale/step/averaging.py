@@ -56,7 +56,7 @@ class _Bucket:
 class GradientAverager:
     """Replaces gradients by their sums over the ranks, which all build one alike.
 
-    Every rank's losses are weighed so that the sum is the step's mean: half floats do not overflow.
+    Every rank's losses are weighed so that the sum is the step's mean.
 
     What it needs on the device is allocated here, once: two buffers of 16 MiB, or of the largest
     gradient. On one rank it does nothing. Gradients cross the network in the dtype ``compress``,
@@ -67,6 +67,9 @@ class GradientAverager:
         self, parameters: Sequence[nn.Parameter], compress: torch.dtype | None = None
     ) -> None:
         self.parameters = tuple(parameters)
+        # What the losses are weighed by as well, and sums divided by. Half floats are divided
+        # once they are that, as DistributedDataParallel does it: small ones would be lost before.
+        self.divisor = ranks.world_size() if compress else 1
         self._buckets: list[_Bucket] = []
         self._order: list[_Bucket] = []
         # Reductions that have begun: bucket, its buffer, the handle to wait for.
@@ -183,6 +186,8 @@ class GradientAverager:
             for gradient, view in bucket.views(buffer):
                 view.copy_(gradient)
         flat = buffer[: bucket.numel]
+        if self.divisor != 1:
+            flat.div_(self.divisor)
         bucket.started = True
         self._running.append((bucket, buffer, dist.all_reduce(flat, async_op=True)))
 

@@ -106,7 +106,7 @@ class ForwardBackward:
 
     def _squares(self, squares: Tensor, parts: int, images: int) -> Tensor:
         """Return this rank's terms of ``StepLosses.squares``, whose sum over the ranks it is."""
-        weighted = squares * images
+        weighted = squares * images / self._averager.divisor**2
         # All ranks have the same gradient by now.
         total = self._squared_norms.of_gradients() / ranks.world_size()
         if self._scaler is not None:
@@ -160,7 +160,8 @@ class ForwardBackward:
                         weight = share or len(micro_batch) / images
                         with self.phase("forward"):
                             losses = self._losses(forward, micro_batch)
-                            objective = torch.stack(list(losses.values())).sum() * weight
+                            objective = torch.stack(list(losses.values())).sum()
+                            objective = objective * (weight * self._averager.divisor)
                         done += 1
                         first, last = done == 1, done == len(parts)
                         with self.phase("backward"):

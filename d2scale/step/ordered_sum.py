@@ -25,6 +25,7 @@ class OrderedSum:
     """
 
     counts = torch.zeros(0, dtype=torch.int64)  # there are none to sum
+    divisor = 1
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], count: int, compress: torch.dtype | None = None

@@ -5,6 +5,7 @@ import pytest
 
 from d2scale.cli import main
 from d2scale.commands import train
+from d2scale.commands.engines import choose_engine
 
 WAITING = "OMP_WAIT_POLICY"
 RECIPE = "d2scale://MetaFCOS/small-cpu.yaml"
@@ -81,7 +82,7 @@ def test_a_recipe_chooses_its_engine(write_config, monkeypatch, capsys, recipe, 
 def test_python_files_are_lazy_configs_and_not_run_to_choose(tmp_path):
     path = tmp_path / "recipe.py"
     path.write_text("raise SystemExit('was run')")
-    assert train._choose_engine(str(path)) == ("detectron2", "the recipe is a LazyConfig")
+    assert choose_engine(str(path)) == ("detectron2", "the recipe is a LazyConfig")
 
 
 def test_without_detectron2_a_line_says_what_to_install(write_config, monkeypatch, capsys):
