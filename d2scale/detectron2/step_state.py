@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
@@ -139,22 +141,23 @@ def build_step_state(cfg: Any, plan: Plan | None, model: nn.Module) -> StepState
         plan.virtual_ranks,
         ranks.broadcast_object(drawn if cfg.SEED < 0 else cfg.SEED),
         ordered=cfg.D2SCALE.ORDERED_SUM,
-        around=_own_events,
+        around=partial(_turn, ordered=cfg.D2SCALE.ORDERED_SUM),
         refuses=cfg.D2SCALE.VIRTUAL_RANKS == "on",
     )
     return StepState(model, virtual_ranks)
 
 
 @contextmanager
-def _own_events(virtual_rank: int) -> Iterator[None]:
+def _turn(virtual_rank: int, *, ordered: bool) -> Iterator[None]:
     """Within the context, what the model writes is thrown away, but for virtual rank 0's.
 
     A cluster writes that of its rank 0.
     """
-    if virtual_rank == 0:
-        yield
-        return
-    with EventStorage(get_event_storage().iter):
+    # torch compiles a scripted loss, such as RetinaNet's, after its first run, and then it rounds
+    # otherwise: which virtual rank is the first of a process would show.
+    compiled = torch.jit.optimized_execution(False) if ordered else nullcontext()
+    events = EventStorage(get_event_storage().iter) if virtual_rank else nullcontext()
+    with compiled, events:
         yield
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from d2scale.coco.shapes import write_shapes_dataset
 from detectron2_commands import (
@@ -69,6 +70,14 @@ def test_the_config_in_the_folder_is_one_of_plain_detectron2(train, whole):
 def test_more_processes_train_the_same(train, whole, processes):
     train(f"on{processes}", processes=processes)
     assert difference(train.checkpoint(f"on{processes}"), whole) < ROUNDING
+
+
+def test_an_ordered_sum_gives_the_same_bits_on_any_number_of_processes(train):
+    short = ("D2SCALE.ORDERED_SUM", "True", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()")
+    for processes in (1, 3):
+        train(f"ordered{processes}", *short, processes=processes)
+    one, three = (train.checkpoint(f"ordered{number}")["model"] for number in (1, 3))
+    assert all(torch.equal(value, three[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
