@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 LR_RULE = "D2SCALE.LR_RULE"
+VIRTUAL_RANKS = "D2SCALE.VIRTUAL_RANKS"
 # gain is followed while training: see planning/gain.py.
 LR_RULES = ("auto", "linear", "sqrt", "none", "gain")
 

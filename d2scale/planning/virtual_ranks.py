@@ -10,10 +10,9 @@ from d2scale.config.keys import get_key
 from d2scale.config.projects import entry_points
 from d2scale.config.value_rules import one_of
 from d2scale.errors import ConfigError, Fault
-from d2scale.planning.rules import own_virtual_ranks
+from d2scale.planning.rules import VIRTUAL_RANKS, own_virtual_ranks
 from d2scale.planning.schedule import Schedule
 
-VIRTUAL_RANKS = "D2SCALE.VIRTUAL_RANKS"
 VIRTUAL_RANKS_RULE = one_of(VIRTUAL_RANKS, ("auto", "on", "off"))
 # Models of the default engine, by name.
 MODELS = "d2scale.models"

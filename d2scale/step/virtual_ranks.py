@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from d2scale.errors import ConfigError, Fault
-from d2scale.planning.rules import own_virtual_ranks, split_evenly
-from d2scale.planning.virtual_ranks import VIRTUAL_RANKS
+from d2scale.planning.rules import VIRTUAL_RANKS, own_virtual_ranks, split_evenly
 from d2scale.step import ranks
 from d2scale.step.model_state import ModelState, State
 from d2scale.step.norms import synchronised_norms
