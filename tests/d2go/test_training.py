@@ -87,7 +87,7 @@ def test_a_mistake_that_the_ranks_find_ends_with_one_line_and_status_2(train):
 
 
 def test_a_mistake_ends_with_one_line_and_status_2(train, tmp_path):
-    output = train(META_FCOS, 2, "SOLVER.STEPS", "(5,)", status=2)
+    output = train(META_FCOS, 2, "SOLVER.STEPS", "(2, 1)", status=2)
     assert len(errors(output)) == 1
     assert "Traceback" not in output
     assert not (tmp_path / "out").exists()

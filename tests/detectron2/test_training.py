@@ -95,6 +95,16 @@ def test_a_users_script_under_torchrun(train, whole):
     assert difference(train.checkpoint("torchrun"), whole) < ROUNDING
 
 
+def test_larger_steps_follow_the_gain_rule(train):
+    settings = ("D2SCALE.IMS_PER_GPU", "8", "SOLVER.MAX_ITER", "8", "DATASETS.TEST", "()")
+    train("gain", "--method=max_memory", *settings)
+    plan = json.loads((train.folder / "gain" / "plan.json").read_text())
+    assert (plan["lr_rule"], plan["ims_per_batch"], plan["virtual_ranks"]) == ("gain", 8, 0)
+    last = json.loads((train.folder / "gain" / "metrics.json").read_text().splitlines()[-1])
+    assert last["recipe_steps"] >= 8 > last["steps"] > 4
+    assert last["images_seen"] == 8 * last["steps"]
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, datasets):
     """Trainings with two images for each virtual rank."""
