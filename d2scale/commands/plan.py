@@ -110,11 +110,13 @@ def _plan(
     from d2scale.config.loading import resolve_config_path
     from d2scale.planning.formats import plan_table, plan_yaml
     from d2scale.planning.plan import make_plan
+    from d2scale.planning.virtual_ranks import ModelFacts
 
     # YAML is for engines that d2scale does not drive: they cannot follow the gain rule.
     takes_steps = arguments.format != "yaml"
     asked = {"method": arguments.method, "lr_rule": arguments.lr_rule}
-    plan = make_plan(cfg, hardware, **asked, takes_steps=takes_steps)
+    model = ModelFacts.of_recipe(cfg, settings)
+    plan = make_plan(cfg, hardware, **asked, takes_steps=takes_steps, model=model)
     if noise is not None:
         plan = plan.with_noise(noise.points)
         if plan.expected_steps is None:

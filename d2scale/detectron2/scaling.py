@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,7 @@ from d2scale.planning.formats import plan_table
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.methods import method_of
 from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
-from d2scale.planning.virtual_ranks import ModelFacts
+from d2scale.planning.virtual_ranks import SYNCHRONISED, ModelFacts
 from d2scale.step import ranks
 from d2scale.step.micro_batches import ExactModel
 from d2scale.step.norms import synchronised_norms
@@ -27,13 +26,6 @@ logger = logging.getLogger(__name__)
 
 # An attribute, not a config key: a dumped config must stay a recipe that can be planned again.
 _APPLIED = "_d2scale_plan"
-
-_SYNCHRONISED = "synchronised batch norm"
-# What detectron2 and d2go call it in configs, and LazyConfigs by its class.
-_SYNCHRONISED_NORMS = (
-    *("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "NaiveSyncBN"),
-    *("SyncBatchNorm", "NaiveSyncBatchNorm", "sync_bn", "naive_sync_bn"),
-)
 
 
 def applied_plan(cfg: Any) -> Plan | None:
@@ -77,15 +69,8 @@ def scale_in_place(
 def facts_of_model(model: nn.Module) -> ModelFacts:
     """Return what decides how the steps of a built model can be split."""
     bare = bare_model(model)
-    synchronised = _SYNCHRONISED if synchronised_norms(bare) else ""
+    synchronised = SYNCHRONISED if synchronised_norms(bare) else ""
     return ModelFacts(isinstance(bare, ExactModel), synchronised)
-
-
-def facts_of_recipe(cfg: Any, settings: Mapping[str, Any]) -> ModelFacts:
-    """Return what a config and its flat ``settings`` tell of a model that is not built yet."""
-    names = (value for value in settings.values() if isinstance(value, str))
-    synchronised = any(name.rpartition(".")[2] in _SYNCHRONISED_NORMS for name in names)
-    return replace(ModelFacts.by_name(cfg), obstacle=_SYNCHRONISED if synchronised else "")
 
 
 def _plan_on_ranks(

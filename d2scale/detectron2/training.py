@@ -35,13 +35,14 @@ from d2scale.detectron2.private_upstream import (
 )
 from d2scale.detectron2.progress import ProgressRecord, resume_by_images
 from d2scale.detectron2.run_step import RunStep
-from d2scale.detectron2.scaling import facts_of_recipe, scale_in_place
+from d2scale.detectron2.scaling import scale_in_place
 from d2scale.detectron2.step_state import STEP_STATE, StateHook, build_step_state
 from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.methods import method_of
 from d2scale.planning.progress import RECORD, recipe_of
 from d2scale.planning.schedule import follows_gain
+from d2scale.planning.virtual_ranks import ModelFacts
 from d2scale.run_folder.contents import write_config, write_plan
 from d2scale.run_folder.files import make_folder
 from d2scale.step import ranks
@@ -87,7 +88,7 @@ class Scaling:
                 method or method_of(planned.SOLVER.AUTO_SCALING_METHODS),
                 memory,
                 takes_steps=True,
-                model=facts_of_recipe(planned, settings),
+                model=ModelFacts.of_recipe(planned, settings),
             )
         self.settings = planned  # by the names of YAML configs, planned
         self.cfg = apply_plan(cfg, self.plan) if self.is_lazy else planned

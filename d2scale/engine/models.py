@@ -66,7 +66,7 @@ def model_facts(cfg: CfgNode) -> ModelFacts:
         with torch.device("meta"):
             model = new_model(cfg)
     except (NotImplementedError, RuntimeError):
-        return ModelFacts.by_name(cfg)
+        return ModelFacts.of_recipe(cfg)
     obstacle = "synchronised batch norm" if synchronised_norms(model) else ""
     return ModelFacts(isinstance(model, ExactModel), obstacle)
 

@@ -18,6 +18,7 @@ from d2scale.planning.virtual_ranks import (
     ModelFacts,
     choose_virtual_ranks,
     refuse_split_share,
+    refuse_without_steps,
     virtual_rank_notes,
 )
 
@@ -56,13 +57,14 @@ def decide_batch(
 ) -> Batch:
     """Choose the total batch and the micro-batches for a recipe without faults.
 
-    ``model`` decides on virtual ranks; None: there are none.
+    ``model`` decides on virtual ranks; None: there are none, for d2scale takes no steps.
 
     Raises:
         ConfigError: if there is no such batch.
     """
     batch = _CHOOSE[method](cfg, schedule, hardware)
     if model is None:
+        refuse_without_steps(cfg)
         return batch
     count, notes = choose_virtual_ranks(cfg, method, schedule, hardware.world_size, model)
     if count:

@@ -111,7 +111,7 @@ def make_plan(
     """
     method, lr_rule = _checked_request(cfg, method, lr_rule)
     schedule = Schedule.from_cfg(cfg)
-    model = (model or ModelFacts.by_name(cfg)) if takes_steps else None
+    model = (model or ModelFacts.of_recipe(cfg)) if takes_steps else None
     batch = decide_batch(cfg, method, schedule, hardware, model)
     total, notes = batch.ims_per_batch, (*schedule_notes(cfg, schedule), *batch.notes)
     rule = choose_rule(lr_rule, method, schedule, total, takes_steps=takes_steps)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from d2scale.config.keys import get_key
+from d2scale.config.loading import flatten
 from d2scale.config.projects import entry_points
 from d2scale.config.value_rules import one_of
 from d2scale.errors import ConfigError, Fault
@@ -14,6 +15,12 @@ from d2scale.planning.rules import VIRTUAL_RANKS, own_virtual_ranks
 from d2scale.planning.schedule import Schedule
 
 VIRTUAL_RANKS_RULE = one_of(VIRTUAL_RANKS, ("auto", "on", "off"))
+# What recipes of detectron2 and d2go call it, and LazyConfigs by its class.
+_SYNCHRONISED_NORMS = (
+    *("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "NaiveSyncBN"),
+    *("SyncBatchNorm", "NaiveSyncBatchNorm", "sync_bn", "naive_sync_bn"),
+)
+SYNCHRONISED = "synchronised batch norm"
 # Models of the default engine, by name.
 MODELS = "d2scale.models"
 
@@ -28,10 +35,17 @@ class ModelFacts:
     obstacle: str = ""
 
     @classmethod
-    def by_name(cls, cfg: Any) -> ModelFacts:
-        """Return what is known before a model is built: a project's own tells its normalizers."""
+    def of_recipe(cls, cfg: Any, settings: Mapping[str, Any] | None = None) -> ModelFacts:
+        """Return what is known before a model is built: a project's own tells its normalizers.
+
+        ``settings`` are what the recipe sets that ``cfg`` may not know, by dotted key.
+        """
         name = get_key(cfg, "MODEL.META_ARCHITECTURE", "")
-        return cls(any(entry.name == name for entry in entry_points(group=MODELS)))
+        tells = any(entry.name == name for entry in entry_points(group=MODELS))
+        values = (*dict(flatten(cfg)).values(), *(settings or {}).values())
+        norms = (value.rpartition(".")[2] for value in values if isinstance(value, str))
+        synchronised = any(norm in _SYNCHRONISED_NORMS for norm in norms)
+        return cls(tells, SYNCHRONISED if synchronised else "")
 
 
 def choose_virtual_ranks(
@@ -56,6 +70,14 @@ def choose_virtual_ranks(
     if auto:
         return 0, (f"no virtual ranks {allowed}: a step is approximately the recipe's; {advice}",)
     raise ConfigError([Fault(VIRTUAL_RANKS, asked, f"auto or off {allowed}", advice)])
+
+
+def refuse_without_steps(cfg: Any) -> None:
+    """Raise a ConfigError where virtual ranks are asked for and d2scale takes no steps."""
+    if get_key(cfg, VIRTUAL_RANKS, "auto") == "on":
+        allowed = "auto or off where d2scale does not take the optimizer steps"
+        advice = "train with d2scale train, or without what keeps its own step"
+        raise ConfigError([Fault(VIRTUAL_RANKS, "on", allowed, advice)])
 
 
 def refuse_split_share(cfg: Any, model: ModelFacts, ims_per_gpu: int, share: int) -> None:

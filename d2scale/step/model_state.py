@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from d2scale.step.private_torch import buffer_owner, copy_all
 
 # They are constants by definition, and half of all the tensors of a detector.
 _CONSTANT = "FrozenBatchNorm2d"
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 # Objects inside attributes are looked into so far for a state that cannot be held.
 _DEPTH = 3
 
@@ -35,7 +36,7 @@ class State:
         return {
             "buffers": {name: buffer.cpu() for name, buffer in self.buffers.items()},
             "attributes": {
-                module: {name: _on_cpu(value) for name, value in values.items()}
+                module: {name: _to_keep(value) for name, value in values.items()}
                 for module, values in self.attributes.items()
             },
         }
@@ -129,7 +130,7 @@ def _is_other(value: Any, built: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | frozenset):
+    if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return isinstance(value, _PLAIN)
 
@@ -189,5 +190,13 @@ def _fingerprint(value: Any, depth: int) -> object:
     return id(value)
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
+def _to_keep(value: Any) -> Any:
+    """Return a value as a checkpoint keeps it: of no class that loading would have to know."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, tuple):
+        return tuple(map(_to_keep, value))
+    if isinstance(value, np.generic):
+        return value.item()
+    kinds: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
+    return next((kind(value) for kind in kinds if isinstance(value, kind)), value)

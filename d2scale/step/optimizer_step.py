@@ -199,6 +199,8 @@ class OptimizerStep:
         prepare = self._undo.remember if undoable else None
         losses = self._forward_backward(parts, agrees=agrees, prepare=prepare, measure=measure)
         self._undo.settle()
+        if self._virtual_ranks is not None:
+            self._virtual_ranks.leave_first()
         run = run_together if agrees else run_alone
         run("the optimizer", partial(self._update, losses, before_update))
         if self._virtual_ranks is not None:

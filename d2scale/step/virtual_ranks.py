@@ -70,7 +70,8 @@ class VirtualRanks:
         self._new_states: dict[int, State] = {}  # of a step that is not complete
         self._loaded: Sequence[Mapping[str, Any]] | None = None
         self._step_number = 0
-        self._checked = False
+        # What the first turn has made, only the second can change.
+        self._turns_to_check = 2
 
     def begin(self, step_number: int) -> None:
         """Begin an attempt at a step, whose random streams are those of ``step_number``."""
@@ -78,17 +79,23 @@ class VirtualRanks:
         self._new_states = {}
         self._begin_states()
 
+    def leave_first(self) -> None:
+        """Give the model the new state of the first virtual rank, once all of them have run.
+
+        What acts between backward and update (an average of weights and buffers) shall see it.
+        """
+        self._state.put(self._new_states[self.own.start])
+
     def end(self) -> None:
-        """Keep what the attempt has made of the states."""
+        """Keep what the attempt has made of the states; it has succeeded on all ranks."""
         self._states.update(self._new_states)
         self._new_states = {}
-        self._state.put(self._states[self.own.start])
 
     @contextmanager
     def running(self, number: int) -> Iterator[None]:
         """Within the context, which holds forward and backward, be virtual rank ``number``."""
         self._state.put(self._states[number])
-        before = None if self._checked else self._state.fingerprint()
+        before = self._state.fingerprint() if self._turns_to_check else None
         with random_stream(self.seed, self._step_number, number):
             if self._around is None:
                 yield
@@ -97,7 +104,7 @@ class VirtualRanks:
                     yield
         self._new_states[number] = self._state.take()
         if before is not None:
-            self._checked = True
+            self._turns_to_check -= 1
             self._check(before, self._state.fingerprint())
 
     def cut(self, rank_batch: Sequence[Any], ims_per_gpu: int) -> list[tuple[int, list[Any]]]:
@@ -163,6 +170,7 @@ class VirtualRanks:
         names = [name for name, value in after.items() if before.get(name, value) != value]
         if not names:
             return
+        self._turns_to_check = 0
         what = f"state outside of buffers, numbers and tensors: {', '.join(names)}"
         if self._refuses:
             allowed = f"off for a model that keeps {what}"

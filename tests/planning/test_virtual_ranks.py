@@ -109,6 +109,15 @@ def test_recipe_for_one_gpu_needs_none():
 
 def test_steps_that_d2scale_does_not_take_have_none():
     assert zoo_plan(1, takes_steps=False).virtual_ranks == 0
+    with pytest.raises(ConfigError, match="where d2scale does not take the optimizer steps"):
+        zoo_plan(1, "D2SCALE.VIRTUAL_RANKS", "on", takes_steps=False)
+
+
+def test_recipe_tells_of_synchronised_batch_norm():
+    assert zoo_plan(1, "MODEL.FPN.NORM", "SyncBN").virtual_ranks == 0
+    facts = ModelFacts.of_recipe(get_cfg(), {"model.backbone.norm": "d2.layers.NaiveSyncBatchNorm"})
+    assert facts.obstacle == "synchronised batch norm"
+    assert not ModelFacts.of_recipe(get_cfg()).obstacle
 
 
 def test_per_gpu_has_one_to_a_gpu_if_asked():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import random
+from enum import IntEnum
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from d2scale.launch.topology import Topology
 from d2scale.planning.rules import own_virtual_ranks
 from d2scale.step.virtual_ranks import VirtualRanks, random_stream
 from virtual_cluster import (
+    LateModel,
     QueueModel,
     StatefulModel,
     build,
@@ -124,14 +126,38 @@ def test_model_in_evaluation_has_the_state_of_virtual_rank_0():
     assert step.model.forwards == 2
 
 
-def test_state_that_cannot_be_held_apart_is_named(caplog):
-    step, virtual = build(2, model=QueueModel())
+@pytest.mark.parametrize(("kind", "name"), [(QueueModel, "queue"), (LateModel, "late")])
+def test_state_that_cannot_be_held_apart_is_named(caplog, kind, name):
+    step, virtual = build(2, model=kind())
     take_steps(step, virtual, range(2))
     assert caplog.text.count("share what this model keeps as") == 1
-    assert "queue" in caplog.text
+    assert f"tensors: {name}. If" in caplog.text
+
+
+def test_state_that_cannot_be_held_apart_is_refused_by_on():
     step, virtual = build(2, model=QueueModel(), refuses=True)
     with pytest.raises(ConfigError, match=r"queue"):
         take_steps(step, virtual, range(1))
+
+
+def test_what_acts_before_the_update_sees_the_state_of_virtual_rank_0():
+    step, virtual = build(3)
+    seen = []
+    rank_batch = [sample for rank in virtual.own for sample in make_batch(rank, 0)]
+    step(rank_batch, lambda losses: seen.append(step.model.mean.item()))
+    assert seen == [step.model.mean.item()]
+    assert seen == [virtual.state_dict()["states"][0]["buffers"]["mean"].item()]
+
+
+def test_attributes_of_numpy_and_of_enumerations_are_kept_as_plain_values(tmp_path):
+    class Kind(IntEnum):
+        LATE = 2
+
+    step, virtual = build(2)
+    step.model.average, step.model.kind = np.float64(0.5), (Kind.LATE, True)
+    torch.save(virtual.state_dict(), tmp_path / "state.pth")
+    state = torch.load(tmp_path / "state.pth", weights_only=True)["states"][0]["attributes"][""]
+    assert (state["average"], state["kind"]) == (0.5, (2, True))
 
 
 def test_model_whose_state_can_be_held_has_no_warning(caplog):

@@ -54,6 +54,16 @@ class QueueModel(StatefulModel):
         return super().forward(samples)
 
 
+class LateModel(StatefulModel):
+    """Keeps state in a container that its first forward makes."""
+
+    def forward(self, samples):
+        if not hasattr(self, "late"):
+            self.late: list[float] = []
+        self.late.append(float(samples[0]["positives"]))
+        return super().forward(samples)
+
+
 def make_batch(number: int, step_number: int):
     """The images of a rank of the cluster in a step."""
     generator = torch.Generator().manual_seed(1000 * step_number + number)
