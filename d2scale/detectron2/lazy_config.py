@@ -49,6 +49,13 @@ _OPTIONAL = {
     "SOLVER.REFERENCE_WORLD_SIZE": f"{NODE}.reference_world_size",
 }
 _NAMES = {**_REQUIRED, **_OPTIONAL}
+# What is taken from a LazyConfig besides what a plan needs.
+FOR_EVALUATION = ("model", "train.amp.enabled", "train.device", "train.output_dir")
+FOR_TRAINING = (
+    *(*FOR_EVALUATION, "optimizer", "lr_multiplier", "dataloader.train"),
+    *("train.checkpointer.period", "train.eval_period", "train.log_period"),
+)
+FOR_MEMORY = ("model", "optimizer", "dataloader.train.dataset", "dataloader.train.mapper")
 # In parts of the training in a LazyConfig, so that no plan changes them.
 _IN_PARTS = {"SOLVER.STEPS": "lr_multiplier", "SOLVER.WARMUP_ITERS": "lr_multiplier"}
 # Of a model and its input: what its memory depends on.
@@ -93,24 +100,22 @@ def _faults_of_code(key: str, value: str, allowed: str) -> Iterator[None]:
         builtins.__import__ = import_function
 
 
-def read_lazy_recipe(cfg: Any) -> tuple[CfgNode, dict[str, Any]]:
+def read_lazy_recipe(cfg: Any, needed: Sequence[str] = ()) -> tuple[CfgNode, dict[str, Any]]:
     """Return a LazyConfig as planning, coverage and progress know a recipe.
 
     Returned are, as by ``load_recipe``, a config with the recipe's batch, rate, iterations, AMP and
     D2SCALE options under their YAML names, and its own settings by dotted key, among them those of
     ``model`` and ``dataloader.train.mapper``, as JSON values. N0 is
     ``d2scale.reference_world_size``, or what a YAML recipe means that leaves
-    SOLVER.REFERENCE_WORLD_SIZE out.
+    SOLVER.REFERENCE_WORLD_SIZE out. ``needed`` are keys that it must have as well.
 
     Raises:
         ConfigError: with all faults, by the names of the LazyConfig.
     """
     settings = {name: _select(cfg, key) for name, key in _NAMES.items()}
     settings = {name: v for name, v in settings.items() if v is not _ABSENT and v is not None}
-    if missing := [key for name, key in _REQUIRED.items() if name not in settings]:
-        advice = "add it; d2scale plans by it"
-        allowed = "a value, in a LazyConfig that trains"
-        raise ConfigError([Fault(key, None, allowed, advice) for key in missing])
+    absent = [key for name, key in _REQUIRED.items() if name not in settings]
+    _refuse_missing(cfg, [*absent, *(key for key in needed if _is_missing(cfg, key))])
     for name in ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"):
         value = settings.get(name)
         settings |= {name: int(value)} if isinstance(value, float) and value.is_integer() else {}
@@ -124,9 +129,22 @@ def read_lazy_recipe(cfg: Any) -> tuple[CfgNode, dict[str, Any]]:
         recipe = recipe_from_settings(settings)
     # Nothing averages or quantizes weights there.
     del recipe["QUANTIZATION"], recipe["MODEL_EMA"]
-    for node in _NODES_OF_MEMORY:
-        settings |= flatten(_plain(_select(cfg, node, {})), f"{node}.")
+    nodes = {node: _select(cfg, node) for node in _NODES_OF_MEMORY}
+    settings |= flatten({node: _plain(v) for node, v in nodes.items() if v is not _ABSENT})
     return recipe, settings
+
+
+def _is_missing(cfg: Any, key: str) -> bool:
+    """Return whether nothing is at ``key``, or a plain value that nothing can be built of."""
+    value = _select(cfg, key, None)
+    return value is None or (not key.startswith("train.") and isinstance(value, str | int | float))
+
+
+def _refuse_missing(cfg: Any, keys: Sequence[str]) -> None:
+    allowed, advice = "a value, in a LazyConfig that trains", "give one; d2scale needs it"
+    values = {key: _plain(_select(cfg, key, None)) for key in keys}
+    if values:
+        raise ConfigError([Fault(key, value, allowed, advice) for key, value in values.items()])
 
 
 def _schedule(cfg: Any, max_iter: Any) -> dict[str, Any]:
@@ -148,7 +166,10 @@ def _schedule(cfg: Any, max_iter: Any) -> dict[str, Any]:
 
 def _options(cfg: Any) -> dict[str, Any]:
     """Return what the node ``d2scale`` sets, by config key."""
-    options = {k.upper(): v for k, v in flatten(_plain(_select(cfg, NODE, {})))}
+    node = _plain(_select(cfg, NODE, {})) or {}
+    if not isinstance(node, Mapping):
+        raise ConfigError([Fault(NODE, node, "dict(...)", "give its keys, or leave it out")])
+    options = {k.upper(): v for k, v in flatten(node)}
     options.pop("REFERENCE_WORLD_SIZE", None)
     method = options.pop("METHOD", None)
     named = {} if method is None else {METHOD_NAMES.key: (f"{METHOD_PREFIX}{method}",)}

@@ -45,7 +45,7 @@ def train_lazy(scaling: Scaling, *, resume: bool) -> Mapping[str, Any]:
         ]
     )
     scaling.take_steps(trainer, checkpointer)
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    checkpointer.resume_or_load(cfg.train.get("init_checkpoint"), resume=resume)
     resumes = resume and checkpointer.has_checkpoint()
     if first:
         LazyConfig.save(cfg, str(Path(cfg.train.output_dir, CONFIG_FILE)))

@@ -15,7 +15,7 @@ from torch import nn
 from d2scale.config.loading import flatten, load_yaml, parse_opts, recipe_from_settings
 from d2scale.detectron2.config import load_cfg
 from d2scale.detectron2.datasets import register_datasets
-from d2scale.detectron2.lazy_config import load_lazy_config, read_lazy_recipe
+from d2scale.detectron2.lazy_config import FOR_MEMORY, load_lazy_config, read_lazy_recipe
 from d2scale.detectron2.memory import TrainingMemory, autocast_for
 from d2scale.detectron2.step import build_step
 from d2scale.detectron2.worst_batches import TrainingImages, missing_data
@@ -138,7 +138,7 @@ def make_profile(path: str, opts: Sequence[str], device: str) -> tuple[MemoryPro
     memory: TrainingMemory
     if path.endswith(".py"):
         lazy = load_lazy_config(path, opts)
-        recipe, settings = read_lazy_recipe(lazy)
+        recipe, settings = read_lazy_recipe(lazy, FOR_MEMORY)
         recipe.MODEL.DEVICE = device
         memory = LazyMemory(lazy, (recipe, settings))
     else:
@@ -170,6 +170,7 @@ def _step(
 def _nodes(node: Any) -> list[Any]:
     """Return a LazyConfig's node and all those below it that are dictionaries."""
     below = node.values() if isinstance(node, DictConfig) else node
+    below = below if isinstance(node, DictConfig | ListConfig) else ()  # a function
     found = [node] if isinstance(node, DictConfig) else []
     for entry in below:
         found += _nodes(entry) if isinstance(entry, DictConfig | ListConfig) else []

@@ -21,7 +21,12 @@ from d2scale.coco.catalog import dataset_names
 from d2scale.config.keys import get_key
 from d2scale.detectron2.config import load_cfg
 from d2scale.detectron2.datasets import register_datasets
-from d2scale.detectron2.lazy_config import load_lazy_config, read_lazy_recipe
+from d2scale.detectron2.lazy_config import (
+    FOR_EVALUATION,
+    FOR_TRAINING,
+    load_lazy_config,
+    read_lazy_recipe,
+)
 from d2scale.detectron2.lazy_training import build_model, evaluate_lazy, train_lazy
 from d2scale.detectron2.private_upstream import join_local_group
 from d2scale.detectron2.trainer import RecipeTrainer
@@ -63,6 +68,8 @@ class Job:
         cuda = torch.cuda.is_available()
         if self.is_lazy:
             lazy = load_lazy_config(self.config_file, self.opts)
+            # It refuses what cannot be trained.
+            read_lazy_recipe(lazy, FOR_EVALUATION if self.eval_only else FOR_TRAINING)
             if not cuda:
                 lazy.train.device, lazy.train.amp.enabled = "cpu", False
             return lazy
@@ -177,7 +184,7 @@ def _evaluate(job: Job, cfg: Any, folder: Path) -> Results:
     build: Callable[[Any], Any] = build_model if job.is_lazy else RecipeTrainer.build_model
     model = build(cfg)
     with _writing_to(folder, locks=False):
-        weights = cfg.train.init_checkpoint if job.is_lazy else cfg.MODEL.WEIGHTS
+        weights = cfg.train.get("init_checkpoint") if job.is_lazy else cfg.MODEL.WEIGHTS
         DetectionCheckpointer(model, str(folder)).resume_or_load(weights, resume=job.resume)
         if job.is_lazy:
             return evaluate_lazy(cfg, model)

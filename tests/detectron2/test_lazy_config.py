@@ -107,6 +107,30 @@ def test_a_mistake_is_one_line_in_the_words_of_a_lazy_config(write_config, old, 
     assert builtins.__import__ is before
 
 
+def test_nodes_without_a_value_plan(write_config):
+    path = write_config(SMALL, "x.py")
+    nulls = [f"{node}=null" for node in ("d2scale", "model", "dataloader.train.mapper")]
+    assert read(path, *nulls)[0].SOLVER.MAX_ITER == 100
+    assert "d2scale is 3; allowed: dict(...)" in message_of(path, "d2scale=3")
+    mapper = "\ndef mapper(sample): pass\ndataloader['train']['mapper'] = mapper\ndel mapper"
+    _, settings = read(write_config(SMALL + mapper, "y.py"))
+    assert settings["dataloader.train.mapper"].endswith(".mapper")
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        (["train", "--config-file"], ["model", "lr_multiplier", "train.amp.enabled"]),
+        (["memory"], ["dataloader.train.dataset", "dataloader.train.mapper", "model"]),
+    ],
+)
+def test_commands_name_all_nodes_that_they_need(write_config, capsys, words, needed):
+    path = write_config("optimizer = dict(lr=0.04)\n", "x.py")
+    assert cli.main([*words, path, "model=3"]) == 2
+    lines = [line.split()[2] for line in capsys.readouterr().err.splitlines()[1:]]
+    assert {"dataloader.train.total_batch_size", "train.max_iter", *needed} <= {*lines}
+
+
 def test_overrides_are_detectron2s_own(write_config):
     path = write_config(SMALL, "x.py")
     assert read(path, "train.max_iter=7", "optimizer.lr=0.5")[0].SOLVER.MAX_ITER == 7
