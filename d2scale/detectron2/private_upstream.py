@@ -64,6 +64,23 @@ def evaluation_periods(trainer: TrainerBase) -> set[int]:
     return {hook._period for hook in trainer._hooks if isinstance(hook, hooks.EvalHook)}
 
 
+@contextmanager
+def files_judged(checkpointer: Any, judge: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Within the context, ``judge`` is called with what a checkpoint holds before it is loaded."""
+    read = checkpointer._load_file
+
+    def read_and_judge(path: str) -> dict[str, Any]:
+        content: dict[str, Any] = read(path)
+        judge(content)
+        return content
+
+    checkpointer._load_file = read_and_judge
+    try:
+        yield
+    finally:
+        del checkpointer._load_file
+
+
 def join_local_group(processes: int | None = None) -> None:
     """Let detectron2 know the ranks of this machine, which only its own launcher tells it.
 

@@ -8,24 +8,31 @@ was loaded, it is translated into the iterations of the current plan.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
 from d2scale import __version__
+from d2scale.detectron2.private_upstream import files_judged, taking_steps
 from d2scale.detectron2.rates import set_rates
 from d2scale.detectron2.scaling import applied_plan
 from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.continuation import Continuation, continue_training
-from d2scale.planning.progress import FORMAT, Progress, recipe_of
+from d2scale.planning.progress import FORMAT, RECORD, Progress, recipe_of
 from d2scale.planning.schedule import follows_gain, recipe_ims_per_batch
 from d2scale.step import ranks
 from d2scale.step.clock import build_clock
 from d2scale.step.optimizer_state import adapt_state
 
 logger = logging.getLogger(__name__)
+
+# What writes checkpoints that hold their optimizer in different places.
+_DEFAULT, _D2GO = "d2scale's default engine", "d2go"
+_OF_CONFIG, _OF_LAZY_CONFIG = "detectron2 with a config", "detectron2 with a LazyConfig"
 
 
 class ProgressRecord:
@@ -35,7 +42,7 @@ class ProgressRecord:
         cfg: the config that runs, scaled.
         recipe: ``recipe_of`` the config before it was scaled; None: not known, and then taken
             back from the plan.
-        engine: what scales and trains a config that has no plan of d2scale.
+        engine: what trains, and scales a config that has no plan of d2scale.
     """
 
     def __init__(
@@ -43,6 +50,7 @@ class ProgressRecord:
     ) -> None:
         plan = applied_plan(cfg)
         self._cfg = cfg
+        self._engine = engine
         self._recipe = dict(recipe or recipe_of(cfg, plan.changes if plan else None))
         self._plan = plan.to_json() if plan else self._plan_of_engine(engine)
         self._loaded: Mapping[str, Any] | None = None
@@ -83,6 +91,7 @@ class ProgressRecord:
         return {
             "format": FORMAT,
             "version": __version__,
+            "engine": self._engine,
             "recipe": self._recipe,
             "plan": self._plan,
             "start_iteration": self._start_iteration,
@@ -181,7 +190,7 @@ def resume_by_images(
         groups = [dict(group) for group in optimizer.param_groups]
         rates = None if scheduler is None else list(scheduler.base_lrs)
         resumes = resume and checkpointer.has_checkpoint()
-        content = load(path, resume=resume)
+        content = _load_own(partial(load, path, resume=resume), checkpointer, judges=resumes)
         first: int | None = None
         with exit_together_on_user_error():
             if resumes and "iteration" in content:
@@ -196,6 +205,38 @@ def resume_by_images(
         return content
 
     checkpointer.resume_or_load = resume_or_load
+
+
+def _load_own(load: Callable[[], Any], checkpointer: Any, *, judges: bool) -> Any:
+    """Return what ``load`` does; a checkpoint that it ``judges`` must be of this engine."""
+    judge = partial(_refuse_other_writers, checkpointer)
+    judging = files_judged(checkpointer, judge) if judges else nullcontext()
+    with exit_together_on_user_error(), judging:
+        return load()
+
+
+def _refuse_other_writers(checkpointer: Any, content: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError for a checkpoint that holds its optimizer in another place."""
+    trainer = checkpointer.checkpointables.get("trainer")
+    own = _D2GO
+    if trainer is not None:
+        own = _OF_LAZY_CONFIG if taking_steps(trainer) is trainer else _OF_CONFIG
+    writer = _writer_of(content)
+    if "iteration" in content and writer != own:
+        advice = "resume with --engine and the kind of recipe that the run was started with"
+        fault = Fault(f"writer of the checkpoint in {checkpointer.save_dir}", writer, own, advice)
+        raise CheckpointError([fault])
+
+
+def _writer_of(content: Mapping[str, Any]) -> str:
+    # Older records do not name the engine.
+    if content.get(RECORD, {}).get("engine") == "default" or "sampler" in content:
+        return _DEFAULT
+    if "_trainer" in (trainer := content.get("trainer", {})):
+        return _OF_CONFIG
+    if "optimizer" in trainer:
+        return _OF_LAZY_CONFIG
+    return _D2GO if "optimizer" in content else "one that keeps no optimizer"
 
 
 def _use_own_settings(

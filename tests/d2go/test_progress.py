@@ -19,6 +19,7 @@ class Checkpointer:
     """Loads what a run with a learning rate of 1.0 and channels-last weights saved."""
 
     save_dir = "out"
+    _load_file = None  # it reads none
 
     def __init__(self, optimizer, record, saved):
         self._optimizer = optimizer

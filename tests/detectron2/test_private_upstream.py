@@ -92,3 +92,22 @@ def test_hooks_after_backward_are_those_that_act_there():
     trainer = SimpleTrainer(nn.Linear(1, 1), [], None)
     trainer.register_hooks([hooks.IterationTimer(), acting])
     assert hooks_after_backward(trainer) == [acting]
+
+
+def test_a_checkpoint_is_judged_before_anything_of_it_is_loaded(tmp_path):
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    from d2scale.detectron2.private_upstream import files_judged
+
+    model = nn.Linear(1, 1)
+    DetectionCheckpointer(model, str(tmp_path)).save("model_1", iteration=1)
+    own = nn.Linear(1, 1)
+    before, checkpointer = own.weight.item(), DetectionCheckpointer(own, str(tmp_path))
+
+    def judge(content):
+        assert content["iteration"] == 1
+        raise ValueError("judged")
+
+    with pytest.raises(ValueError, match="judged"), files_judged(checkpointer, judge):
+        checkpointer.resume_or_load("", resume=True)
+    assert own.weight.item() == before

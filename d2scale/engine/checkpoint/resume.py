@@ -118,6 +118,7 @@ class RunRecord:
         self._plan = plan
         checkpointer.facts = {
             "version": __version__,
+            "engine": "default",
             "seed": seed,
             "plan": plan.to_json(),
             "recipe": dict(recipe),
