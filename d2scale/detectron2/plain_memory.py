@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from d2scale.config.loading import flatten, load_yaml, parse_opts, recipe_from_settings
+from d2scale.detectron2.checks import model_faults
 from d2scale.detectron2.config import load_cfg
 from d2scale.detectron2.datasets import register_datasets
 from d2scale.detectron2.lazy_config import FOR_MEMORY, load_lazy_config, read_lazy_recipe
@@ -144,6 +145,8 @@ def make_profile(path: str, opts: Sequence[str], device: str) -> tuple[MemoryPro
     else:
         cfg = load_cfg(path, opts)
         cfg.MODEL.DEVICE = device
+        if faults := model_faults(cfg):
+            raise ConfigError(faults)
         register_datasets(cfg)
         settings = {**dict(flatten(load_yaml(path))), **dict(parse_opts(opts))}
         recipe = recipe_from_settings(settings)

@@ -12,18 +12,25 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from d2scale.coco.catalog import dataset_names
 from d2scale.config.keys import get_key
+from d2scale.config.loading import flatten
+from d2scale.detectron2.checks import (
+    dataset_faults,
+    lazy_dataset_faults,
+    model_faults,
+    norm_faults,
+    weights_faults,
+)
 from d2scale.detectron2.config import load_cfg
 from d2scale.detectron2.datasets import register_datasets
 from d2scale.detectron2.lazy_config import (
     FOR_EVALUATION,
     FOR_TRAINING,
+    lazy_names,
     load_lazy_config,
     read_lazy_recipe,
 )
@@ -91,14 +98,15 @@ def train(job: Job, topology: Topology) -> Results:
     """
     if int(os.environ.get(RESTARTS, "0")) > 0:
         job = Job(**{**vars(job), "resume": True})
-    _check(job, topology)
+    with lazy_names() if job.is_lazy else nullcontext():
+        _check(job, topology)
     results: Results = launch(run_rank, [job], topology, use_cuda=torch.cuda.is_available())
     return results
 
 
 def _check(job: Job, topology: Topology) -> None:
     cfg = job.load()
-    recipe = read_lazy_recipe(cfg)[0] if job.is_lazy else cfg
+    recipe, settings = read_lazy_recipe(cfg) if job.is_lazy else (cfg, dict(flatten(cfg)))
     folder = Path(recipe.OUTPUT_DIR)
     on_cuda = torch.cuda.is_available()
     faults = topology.faults(torch.cuda.device_count() if on_cuda else None)
@@ -112,8 +120,11 @@ def _check(job: Job, topology: Topology) -> None:
     if not job.eval_only and not under_torchrun():
         with collecting(faults):
             refuse_locked(folder)
-    if not job.is_lazy:
-        faults += _dataset_faults(recipe, eval_only=job.eval_only)
+    if job.is_lazy:
+        faults += lazy_dataset_faults(cfg, eval_only=job.eval_only)
+    else:
+        faults += dataset_faults(cfg, eval_only=job.eval_only)
+    faults += _model_faults(job, recipe, settings, topology.world_size)
     if not job.eval_only and not wrong_processes:
         with collecting(faults):
             hardware = Hardware.for_training(
@@ -129,28 +140,14 @@ def _check(job: Job, topology: Topology) -> None:
         raise ConfigError(faults)
 
 
-def _dataset_faults(cfg: Any, *, eval_only: bool) -> list[Fault]:
-    """Return what is wrong with the datasets, without reading them."""
-    faults: list[Fault] = []
-    names = [] if eval_only else [("DATASETS.TRAIN", name) for name in cfg.DATASETS.TRAIN]
-    names += [("DATASETS.TEST", name) for name in cfg.DATASETS.TEST]
-    if not cfg.DATASETS.TRAIN and not eval_only:
-        faults.append(Fault("DATASETS.TRAIN", (), "the name of a dataset", "give one"))
-    advice = "put the files there, or set DETECTRON2_DATASETS to the folder that holds them"
-    for key, name in names:
-        if name in dataset_names() and name not in DatasetCatalog.list():
-            continue  # register_datasets will look for its files
-        if name not in DatasetCatalog.list():
-            allowed = "a dataset that detectron2 knows"
-            faults.append(Fault(key, name, allowed, "correct the name, or register it"))
-            continue
-        metadata = MetadataCatalog.get(name)
-        paths = [metadata.get(part) for part in ("json_file", "image_root")]
-        faults += [
-            Fault(f"dataset {name}", path, "files that exist", advice)
-            for path in paths
-            if path and "://" not in path and not Path(path).exists()
-        ]
+def _model_faults(
+    job: Job, recipe: Any, settings: Mapping[str, Any], world_size: int
+) -> list[Fault]:
+    faults = [] if job.is_lazy else model_faults(recipe)
+    if not (job.resume and holds_run(Path(recipe.OUTPUT_DIR))):
+        faults += weights_faults(recipe.MODEL.WEIGHTS)
+    if not job.eval_only and not torch.cuda.is_available():
+        faults += norm_faults(settings, world_size)
     return faults
 
 

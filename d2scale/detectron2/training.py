@@ -13,6 +13,7 @@ A subclass of DefaultTrainer needs :class:`d2scale.detectron2.trainer.ScaledTrai
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fvcore.common.config import CfgNode
 
 from d2scale.config.loading import flatten
 from d2scale.detectron2.config import with_d2scale_keys, without_default_keys
-from d2scale.detectron2.lazy_config import apply_plan, read_lazy_recipe
+from d2scale.detectron2.lazy_config import apply_plan, lazy_names, read_lazy_recipe
 from d2scale.detectron2.memory import TrainingMemory
 from d2scale.detectron2.plain_memory import LazyMemory, PlainMemory
 from d2scale.detectron2.private_upstream import (
@@ -70,7 +71,8 @@ class Scaling:
     def __init__(self, cfg: Any, method: str | None = None) -> None:
         join_local_group()
         self.is_lazy = not isinstance(cfg, CfgNode)
-        with exit_together_on_user_error():
+        names = lazy_names() if self.is_lazy else nullcontext()
+        with exit_together_on_user_error(), names:
             settings: dict[str, Any]
             if self.is_lazy:
                 planned, settings = read_lazy_recipe(cfg)
