@@ -28,7 +28,10 @@ from d2scale.detectron2.scaling import applied_plan
 from d2scale.detectron2.step import build_step
 from d2scale.detectron2.step_data import Layout, StepData
 from d2scale.detectron2.step_state import StepState
-from d2scale.detectron2.user_errors import exit_together_on_user_error
+from d2scale.detectron2.user_errors import (
+    exit_alone_on_user_error,
+    exit_together_on_user_error,
+)
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.rules import LR_RULE
 from d2scale.planning.schedule import follows_gain
@@ -165,6 +168,7 @@ class RunStep(HookBase):
     def follow_gain(self, gain: float) -> None:
         """Let what the engine updates between backward and update count for ``gain`` steps."""
 
+    @exit_alone_on_user_error()
     def _take_step(self) -> None:
         assert self._step is not None
         assert self._hook_states is not None

@@ -7,6 +7,7 @@ raises is printed as a traceback.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -15,6 +16,8 @@ from torch.multiprocessing import ProcessExitedException
 
 from d2scale.errors import EXIT_STATUS_USER_ERROR, D2ScaleError
 from d2scale.step import ranks
+
+_LATER_SECONDS = 2.0
 
 
 @contextmanager
@@ -25,6 +28,18 @@ def exit_on_user_error() -> Iterator[None]:
     except D2ScaleError as error:
         _print_faults(str(error))
         raise SystemExit(EXIT_STATUS_USER_ERROR) from error
+
+
+@contextmanager
+def exit_alone_on_user_error() -> Iterator[None]:
+    """Within the context, which only some ranks may leave, a D2ScaleError ends this process."""
+    with exit_on_user_error():
+        try:
+            yield
+        except D2ScaleError:
+            # Others may have the same to tell. They are ended when rank 0 has ended.
+            time.sleep(_LATER_SECONDS * (ranks.rank() > 0))
+            raise
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Which trainers let d2scale take their steps."""
 
 import pytest
+import torch
 from torch import nn
 
 
@@ -54,3 +55,37 @@ def test_fully_sharded_models_are_refused_in_one_line(monkeypatch, capsys, tmp_p
     (line,) = capsys.readouterr().err.splitlines()
     assert "what takes the steps is 'the wrapper FullyShardedDataParallel'" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_that_a_step_meets_is_one_line(capsys, caplog, tmp_path):
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.engine import SimpleTrainer
+
+    from d2scale.detectron2.training import Scaling
+
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "cpu", str(tmp_path)
+    model = nn.Linear(1, 1)
+    # What the loader yields is no list of samples.
+    trainer = SimpleTrainer(model, [nn.Linear(1, 1)], torch.optim.SGD(model.parameters(), lr=0.1))
+    Scaling(cfg).take_steps(trainer, DetectionCheckpointer(model, str(tmp_path), trainer=trainer))
+    with pytest.raises(SystemExit, match="2"):
+        trainer.train(0, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("d2scale: error: a batch of the training loader")
+    assert "Exception during training" not in caplog.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_a_mistake_that_many_ranks_meet_rank_0_tells_first(monkeypatch, rank):
+    from d2scale.detectron2.user_errors import exit_alone_on_user_error
+    from d2scale.errors import D2ScaleError
+    from d2scale.step import ranks
+
+    waits = []
+    monkeypatch.setattr(ranks, "rank", lambda: rank)
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(SystemExit, match="2"), exit_alone_on_user_error():
+        raise D2ScaleError("wrong")
+    assert bool(sum(waits)) == (rank > 0)
