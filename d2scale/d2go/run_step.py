@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from d2go.utils.abnormal_checker import AbnormalLossCheckerWrapper
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from d2scale.d2go.memory import ENGINE
 from d2scale.d2go.private_upstream import set_ema_decay, state_holders
 from d2scale.d2go.step import build_step
+from d2scale.detectron2.private_upstream import FULLY_SHARDED
 from d2scale.detectron2.run_step import RunStep
 from d2scale.step.optimizer_step import OptimizerStep
 
@@ -24,7 +24,7 @@ class D2GoRunStep(RunStep):
 
     engine = ENGINE
     always = False  # d2go's own step trains as well
-    wrappers = (FullyShardedDataParallel, AbnormalLossCheckerWrapper)
+    wrappers = (*FULLY_SHARDED, AbnormalLossCheckerWrapper)
 
     def build_step(self, **options: Any) -> OptimizerStep:
         return build_step(self._cfg, self.inner.model, self.inner.optimizer, **options)
@@ -41,4 +41,4 @@ def can_take_steps(cfg: Any, model: torch.nn.Module) -> bool:
     """Return whether :class:`D2GoRunStep` can take the steps of d2go's own trainer of ``model``."""
     amp_without_cuda = cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available()
     watched = cfg.ABNORMAL_CHECKER.ENABLED
-    return not (amp_without_cuda or watched or isinstance(model, FullyShardedDataParallel))
+    return not (amp_without_cuda or watched or isinstance(model, FULLY_SHARDED))

@@ -15,7 +15,16 @@ from detectron2.engine.hooks import IterationTimer
 from detectron2.utils import comm
 from fvcore.common.timer import Timer
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+
+try:
+    from torch.distributed.fsdp import FSDPModule
+except ImportError:  # before torch 2.6
+    from torch.distributed._composable.fsdp import FSDPModule
+
+# Models whose parameters, and so whose gradients, are not whole on any rank.
+FULLY_SHARDED: tuple[type, ...] = (FullyShardedDataParallel, FSDPModule)
 
 
 def taking_steps(trainer: TrainerBase) -> TrainerBase:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.utils.events import get_event_storage
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from d2scale.detectron2.hook_states import HookStates
 from d2scale.detectron2.private_upstream import (
+    FULLY_SHARDED,
     hooks_after_backward,
     taking_steps,
     without_gradient_buckets,
@@ -61,7 +61,7 @@ class RunStep(HookBase):
     engine = "detectron2"
     always = True  # whether every step is taken here, also one that needs nothing of d2scale
     # Of the model, that keep their own step.
-    wrappers: tuple[type[torch.nn.Module], ...] = (FullyShardedDataParallel,)
+    wrappers: tuple[type, ...] = FULLY_SHARDED
 
     def __init__(
         self,

@@ -1,7 +1,10 @@
 """Which trainers let d2scale take their steps."""
 
+import importlib
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -34,6 +37,21 @@ def test_a_trainer_with_steps_of_its_own_is_named():
 
     assert RunStep.obstacle_of(trainer_of(Adversarial)) == "the trainer Adversarial"
     assert RunStep.obstacle_of(Own()) == "the run_step of Own"
+
+
+def test_a_model_that_fully_shard_has_split_is_one(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from d2scale.detectron2.private_upstream import FULLY_SHARDED
+    from d2scale.detectron2.run_step import RunStep
+
+    fully_shard = importlib.import_module(FULLY_SHARDED[-1].__module__).fully_shard
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fully_shard(nn.Linear(1, 1), mesh=init_device_mesh("cpu", (1,)))
+    finally:
+        dist.destroy_process_group()
+    assert RunStep.obstacle_of(trainer_of(model=model)) == "the wrapper FSDPLinear"
 
 
 def test_fully_sharded_models_are_refused_in_one_line(monkeypatch, capsys, tmp_path):
