@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ from d2scale.run_folder.lock import refuse_locked, run_lock
 from d2scale.step import ranks
 
 logger = logging.getLogger(__name__)
+
+_MOST_EARLY_LINES = 10_000
 
 Results = Mapping[str, Any]
 
@@ -200,7 +203,14 @@ def _writing_to(folder: Path, *, locks: bool) -> Iterator[None]:
 
 
 def _log_to(folder: Path | None) -> None:
-    """Write log lines to the terminal, or to ``log.txt`` in ``folder`` as well."""
+    """Write log lines to the terminal, or to ``log.txt`` in ``folder`` as well.
+
+    There d2scale's earlier lines come first: the plan is older than the folder.
+    """
+    own = logging.getLogger("d2scale")
+    earlier = [handler for handler in own.handlers if isinstance(handler, MemoryHandler)]
+    for handler in earlier:
+        own.removeHandler(handler)
     names: Sequence[str] = ("detectron2", "fvcore", "d2scale")
     for name in names:
         setup_logger(
@@ -209,3 +219,9 @@ def _log_to(folder: Path | None) -> None:
             name=name,
             configure_stdout=folder is None,
         )
+    if folder is None:
+        own.addHandler(MemoryHandler(_MOST_EARLY_LINES, flushLevel=logging.CRITICAL + 1))
+        return
+    for handler in earlier:
+        handler.setTarget(own.handlers[-1])  # of the file
+        handler.close()

@@ -56,6 +56,8 @@ def test_one_process_runs_the_recipes_ranks(train, whole):
     assert "bbox/AP" in (folder / "metrics.json").read_text()
     assert len({*normalizers(whole)}) == 4
     assert whole["d2scale_steps"]["place"]["steps"] == [[6, 4, 1]]
+    log = (folder / "log.txt").read_text()
+    assert log.count("Scaled the config") == log.count("Environment") == 1
 
 
 def test_the_config_in_the_folder_is_one_of_plain_detectron2(train, whole):
