@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from d2scale.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
     from d2scale.planning.hardware import Hardware
+    from d2scale.planning.plan import Plan
     from d2scale.run_folder.measurements import RecipeNoise
 
 _EPILOG = """\
@@ -117,6 +119,7 @@ def _plan(
     asked = {"method": arguments.method, "lr_rule": arguments.lr_rule}
     model = ModelFacts.of_recipe(cfg, settings)
     plan = make_plan(cfg, hardware, **asked, takes_steps=takes_steps, model=model)
+    _tell_of_uneven_split(arguments.config, plan, cfg)
     if noise is not None:
         plan = plan.with_noise(noise.points)
         if plan.expected_steps is None:
@@ -132,6 +135,22 @@ def _plan(
 
         plan = in_lazy_names(plan)
     return plan_table(plan)
+
+
+def _tell_of_uneven_split(config: str, plan: Plan, cfg: Any) -> None:
+    """Print where the engine that would train the recipe refuses the plan's split."""
+    from d2scale.commands.engines import choose_engine
+    from d2scale.detectron2.lazy_config import lazy_names
+    from d2scale.planning.plan import refuse_uneven_split
+
+    engine, _ = choose_engine(config)
+    if engine == "default":
+        return
+    try:
+        with lazy_names() if is_lazy_config(config) else nullcontext():
+            refuse_uneven_split(plan, cfg)
+    except ConfigError as error:
+        print(f"note: engine {engine} refuses to train this: {error}", file=sys.stderr)
 
 
 def _read_noise(arguments: argparse.Namespace, cfg: Any) -> RecipeNoise | None:

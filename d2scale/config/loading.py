@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from d2scale.config.defaults import NUMBERS_OR_NONE, add_project_configs, get_cf
 from d2scale.config.keys import get_key
 from d2scale.config.projects import entry_points
 from d2scale.config.safe_yaml import UnreadValue, parse_yaml
-from d2scale.config.upstream import LOOK_ALIKES, UNPLANNED_SECTIONS
+from d2scale.config.upstream import LOOK_ALIKES, UNPLANNED_SECTIONS, engine_of
 from d2scale.config.value_rules import or_none, type_of_default
 from d2scale.errors import ConfigError, Fault
 
@@ -153,7 +154,8 @@ def load_cfg(path: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_project_configs(cfg)
     settings = {**dict(flatten(load_yaml(path))), **dict(parse_opts(opts))}
-    _merge(cfg, settings.items(), _faults_of_unknown_key)
+    other = "detectron2" if engine_of(settings)[0] == "detectron2" else "d2go"
+    _merge(cfg, settings.items(), partial(_faults_of_unknown_key, other))
     return cfg
 
 
@@ -255,8 +257,11 @@ def _similar(key: str, known: Mapping[str, Any]) -> list[str]:
     return difflib.get_close_matches(key, known, n=1, cutoff=0.8)
 
 
-def _faults_of_unknown_key(key: str, value: Any, known: Mapping[str, Any]) -> list[Fault]:
-    fault = unknown_key_fault(key, value, known, "remove it, or train with d2go")
+def _faults_of_unknown_key(
+    other_engine: str, key: str, value: Any, known: Mapping[str, Any]
+) -> list[Fault]:
+    advice = f"remove it, or train with --engine {other_engine}"
+    fault = unknown_key_fault(key, value, known, advice)
     return [replace(fault, allowed="keys that the default engine honours")]
 
 

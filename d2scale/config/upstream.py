@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from d2scale.config.projects import entry_points
 
 _DETECTRON2_SECTIONS = {
     *("VERSION", "MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST", "OUTPUT_DIR"),
@@ -29,6 +32,29 @@ LOOK_ALIKES = {
 SCHEDULES_WITHOUT_STEPS = ("WarmupCosineLR", "WarmupPolyLR", "WarmupStepWithFixedGammaLR")
 # Sections that planning has no keys in, or only look-alikes.
 UNPLANNED_SECTIONS = (*("MODEL.", "INPUT.", "DATASETS.", "DATALOADER.", "TEST.AUG."),)
+
+
+_MODEL = "MODEL.META_ARCHITECTURE"
+# d2scale's own, which any engine reads.
+_D2SCALE_KEYS = ("D2SCALE.", "SOLVER.AUTO_SCALING_METHODS")
+
+
+def engine_of(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the engine for a recipe's ``settings`` by dotted key, and why.
+
+    The engine is ``default``, ``detectron2`` or ``d2go``.
+    """
+    model = settings.get(_MODEL, "GeneralizedRCNN")
+    if any(entry.name == model for entry in entry_points(group="d2scale.models")):
+        return "default", f"{_MODEL} {model} is a model of an installed project"
+    others = [
+        key
+        for key in settings
+        if not key.startswith(_D2SCALE_KEYS) and not is_plain_detectron2([key])
+    ]
+    if others:
+        return "d2go", f"{others[0]} is no key of detectron2"
+    return "detectron2", f"{_MODEL} is {model}, and all keys are detectron2's"
 
 
 def is_plain_detectron2(keys: Iterable[str]) -> bool:

@@ -44,7 +44,8 @@ from d2scale.errors import ConfigError, Fault, collecting
 from d2scale.launch.launch import RESTARTS, launch
 from d2scale.launch.topology import Topology, under_torchrun
 from d2scale.planning.hardware import Hardware
-from d2scale.planning.plan import make_plan
+from d2scale.planning.plan import make_plan, refuse_uneven_split
+from d2scale.planning.virtual_ranks import ModelFacts
 from d2scale.run_folder.contents import holds_run
 from d2scale.run_folder.files import folder_faults, make_folder
 from d2scale.run_folder.lock import refuse_locked, run_lock
@@ -138,7 +139,9 @@ def _check(job: Job, topology: Topology) -> None:
                 engine="detectron2",
                 make_profile=None,
             )
-            make_plan(recipe, hardware, method=job.method)
+            facts = ModelFacts.of_recipe(recipe, settings)
+            plan = make_plan(recipe, hardware, method=job.method, model=facts)
+            refuse_uneven_split(plan, recipe)
     if faults:
         raise ConfigError(faults)
 

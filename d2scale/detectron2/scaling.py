@@ -16,7 +16,7 @@ from d2scale.errors import ConfigError, Fault
 from d2scale.planning.formats import plan_table
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.methods import method_of
-from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all
+from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all, refuse_uneven_split
 from d2scale.planning.virtual_ranks import SYNCHRONISED, ModelFacts
 from d2scale.step import ranks
 from d2scale.step.micro_batches import ExactModel
@@ -98,7 +98,7 @@ def _plan_on_ranks(
             outcome = make_plan(cfg, hardware, method=method, takes_steps=takes_steps, model=model)
             if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:
                 refuse_more_than_all(outcome, memory.batches.images)
-            _refuse_uneven_split(outcome)
+            refuse_uneven_split(outcome, cfg)
         except ConfigError as error:
             outcome = error
     outcome = ranks.broadcast_object(outcome)
@@ -106,21 +106,6 @@ def _plan_on_ranks(
         raise outcome
     assert outcome is not None
     return outcome
-
-
-def _refuse_uneven_split(plan: Plan) -> None:
-    if plan.ims_per_batch % plan.world_size and not plan.virtual_ranks:
-        raise ConfigError(
-            [
-                Fault(
-                    "SOLVER.IMS_PER_BATCH",
-                    plan.ims_per_batch,
-                    f"a multiple of {plan.world_size} processes, because detectron2's loader "
-                    "gives every process as many images",
-                    "use another number of processes, the method d2scale_per_gpu, or d2scale train",
-                )
-            ]
-        )
 
 
 @contextmanager

@@ -140,6 +140,23 @@ def refuse_more_than_all(plan: Plan, images: int) -> None:
         raise DataError([Fault("images in DATASETS.TRAIN", images, allowed, advice)])
 
 
+def refuse_uneven_split(plan: Plan, cfg: Any) -> None:
+    """Raise a ConfigError for a plan that only the default engine can run."""
+    if plan.ims_per_batch % plan.world_size == 0 or plan.virtual_ranks:
+        return
+    allowed = (
+        f"a multiple of {plan.world_size} processes, because detectron2's loader gives every "
+        "process as many images"
+    )
+    ways = ["use another number of processes", "the method per_gpu"]
+    if get_key(cfg, rules.VIRTUAL_RANKS, "auto") == "off":
+        ways.append(f"{rules.VIRTUAL_RANKS} auto")
+    if ModelFacts.of_recipe(cfg).tells_normalizers:  # a project's own
+        ways.append("d2scale train --engine default")
+    advice = f"{', '.join(ways[:-1])} or {ways[-1]}"
+    raise ConfigError([Fault("SOLVER.IMS_PER_BATCH", plan.ims_per_batch, allowed, advice)])
+
+
 def _changes(
     cfg: Any, schedule: Schedule, planned: Schedule, rule: str
 ) -> dict[str, tuple[Any, Any]]:

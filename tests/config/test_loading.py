@@ -160,3 +160,15 @@ def test_the_engine_reads_no_python_tag_at_all_but_an_override_replaces_it(write
     path = write_config("INPUT: {MIN_SIZE_TRAIN: !!python/object/apply:eval ['(1, 2)']}\n")
     assert 'INPUT.MIN_SIZE_TRAIN is "!!python' in message_of(load_cfg, path)
     assert load_cfg(path, ["INPUT.MIN_SIZE_TRAIN", "(640,)"]).INPUT.MIN_SIZE_TRAIN == (640,)
+
+
+@pytest.mark.parametrize(
+    ("text", "engine"),
+    [
+        ("MODEL: {META_ARCHITECTURE: RetinaNet, RETINANET: {NUM_CONVS: 1}}", "detectron2"),
+        ("MODEL: {RETINANET: {NUM_CONVS: 1}}\nD2GO: {A: 1}", "d2go"),
+    ],
+)
+def test_a_key_is_refused_with_the_engine_that_has_it(write_config, text, engine):
+    with pytest.raises(ConfigError, match=f"remove it, or train with --engine {engine}\\b"):
+        load_cfg(write_config(text))

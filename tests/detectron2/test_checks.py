@@ -35,11 +35,28 @@ def faults_of(tmp_path, monkeypatch, capsys):
         (["MODEL.META_ARCHITECTURE", "RetinaNets"], "MODEL.META_ARCHITECTURE is 'RetinaNets'"),
         (["MODEL.BACKBONE.NAME", "resnet"], "MODEL.BACKBONE.NAME is 'resnet'"),
         (["--num-gpus", "2", "MODEL.RESNETS.NORM", "SyncBN"], "MODEL.RESNETS.NORM is 'SyncBN'"),
+        (
+            ["--num-gpus", "3", "D2SCALE.VIRTUAL_RANKS", "off"],
+            "SOLVER.IMS_PER_BATCH is 4; allowed: a multiple of 3 processes, because detectron2's "
+            "loader gives every process as many images; use another number of processes, the "
+            "method per_gpu or D2SCALE.VIRTUAL_RANKS auto",
+        ),
     ],
 )
 def test_a_yaml_recipe(faults_of, words, expected):
     (line,) = faults_of(RETINANET, *words)
     assert line.startswith(expected)
+
+
+def test_a_plan_tells_of_a_split_that_training_refuses(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RETINANET)
+    uneven = ["plan", str(path), "--gpus", "3"]
+    assert cli.main(uneven) == 0
+    assert "refuses" not in capsys.readouterr().err
+    assert cli.main([*uneven, "D2SCALE.VIRTUAL_RANKS", "off"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: engine detectron2 refuses to train this: SOLVER.IMS_PER_BATCH")
 
 
 def test_memory_is_not_measured_of_an_unknown_model(faults_of):
