@@ -49,11 +49,6 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help=help_text)
 
 
-def is_lazy_config(path: str) -> bool:
-    """Return whether a recipe is a LazyConfig of detectron2, which is code."""
-    return path.endswith(".py")
-
-
 def let_idle_threads_sleep(cfg: Any) -> None:
     """Set up OpenMP for training on a CPU; it reads this when torch is imported."""
     if cfg.MODEL.DEVICE == "cpu":

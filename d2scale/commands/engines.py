@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from d2scale.commands.common import is_lazy_config
-
 
 def choose_engine(config_file: str) -> tuple[str, str]:
     """Return the engine for a recipe, ``default``, ``detectron2`` or ``d2go``, and why."""
     from d2scale.config.loading import flatten, load_yaml
-    from d2scale.config.upstream import engine_of
+    from d2scale.config.upstream import engine_of, is_lazy_config
 
     if is_lazy_config(config_file):
         return "detectron2", "the recipe is a LazyConfig"

@@ -67,14 +67,15 @@ def _by_default_engine(arguments: argparse.Namespace) -> tuple[Sequence[MemoryPr
 
 
 def _by_detectron2(arguments: argparse.Namespace) -> tuple[Sequence[MemoryProfile], float]:
+    from d2scale.config.upstream import INSTALL_DETECTRON2
+
     try:
         from d2scale.detectron2.plain_memory import make_profile
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in ("detectron2", "omegaconf"):
             raise
-        install = "build it as its install page says (https://detectron2.readthedocs.io)"
-        raise MissingPackageError(package, "this recipe", install) from error
+        raise MissingPackageError(package, "this recipe", INSTALL_DETECTRON2) from error
     if arguments.explore:
         allowed, advice = "with the default engine", "ask for one choice: SOLVER.AMP.ENABLED True"
         raise ConfigError([Fault("--explore", True, allowed, advice)])

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2scale.commands.common import Commands, add_command, add_recipe, emit, is_lazy_config
+from d2scale.commands.common import Commands, add_command, add_recipe, emit
 from d2scale.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale plan``."""
+    from d2scale.config.upstream import is_lazy_config
+
     if is_lazy_config(arguments.config):
         return _run_lazy(arguments)
     from d2scale.config.loading import load_recipe
@@ -110,6 +112,7 @@ def _plan(
     noise: RecipeNoise | None,
 ) -> str:
     from d2scale.config.loading import resolve_config_path
+    from d2scale.config.upstream import is_lazy_config
     from d2scale.planning.formats import plan_table, plan_yaml
     from d2scale.planning.plan import make_plan
     from d2scale.planning.virtual_ranks import ModelFacts
@@ -140,6 +143,7 @@ def _plan(
 def _tell_of_uneven_split(config: str, plan: Plan, cfg: Any) -> None:
     """Print where the engine that would train the recipe refuses the plan's split."""
     from d2scale.commands.engines import choose_engine
+    from d2scale.config.upstream import is_lazy_config
     from d2scale.detectron2.lazy_config import lazy_names
     from d2scale.planning.plan import refuse_uneven_split
 

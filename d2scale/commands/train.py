@@ -6,12 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from d2scale.commands.common import (
-    Commands,
-    add_command,
-    is_lazy_config,
-    let_idle_threads_sleep,
-)
+from d2scale.commands.common import Commands, add_command, let_idle_threads_sleep
 from d2scale.commands.engines import choose_engine
 from d2scale.errors import ConfigError, MissingPackageError
 from d2scale.launch.topology import Topology, under_torchrun
@@ -82,12 +77,13 @@ def _train_by_default_engine(arguments: argparse.Namespace) -> None:
 
 
 def _train_by_detectron2(arguments: argparse.Namespace) -> None:
+    from d2scale.config.upstream import INSTALL_DETECTRON2
+
     try:
         from d2scale.detectron2.run import Job, train
     except ModuleNotFoundError as error:
         package = f"{error.name}".partition(".")[0]
-        advice = "build detectron2 as its install page says (https://detectron2.readthedocs.io)"
-        raise MissingPackageError(package, "--engine detectron2", advice) from error
+        raise MissingPackageError(package, "--engine detectron2", INSTALL_DETECTRON2) from error
     job = Job(
         arguments.config_file,
         (*arguments.opts, *_own_settings(arguments)),
@@ -101,6 +97,8 @@ def _train_by_detectron2(arguments: argparse.Namespace) -> None:
 
 def _own_settings(arguments: argparse.Namespace) -> list[str]:
     """Return d2scale's options as settings of the recipe, in its own form."""
+    from d2scale.config.upstream import is_lazy_config
+
     settings = {} if arguments.lr_rule is None else {"D2SCALE.LR_RULE": arguments.lr_rule}
     if arguments.allow_changed_recipe:
         settings["D2SCALE.ALLOW_CHANGED_RECIPE"] = "True"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# Each machine may have its own folder and its own number of cores.
+OWN_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "NUMA_BINDING")
+
 
 def get_key(cfg: Any, key: str, default: Any = None) -> Any:
     """Return the value of a dotted ``key`` in any engine's config, or ``default``."""

@@ -1,4 +1,4 @@
-"""Which config keys belong to detectron2 and which to d2go."""
+"""What is known of detectron2 and d2go without them: their keys, recipes and installation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from d2scale.config.projects import entry_points
+
+INSTALL_DETECTRON2 = "build detectron2 as its install page says (https://detectron2.readthedocs.io)"
 
 _DETECTRON2_SECTIONS = {
     *("VERSION", "MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST", "OUTPUT_DIR"),
@@ -37,6 +39,11 @@ UNPLANNED_SECTIONS = (*("MODEL.", "INPUT.", "DATASETS.", "DATALOADER.", "TEST.AU
 _MODEL = "MODEL.META_ARCHITECTURE"
 # d2scale's own, which any engine reads.
 _D2SCALE_KEYS = ("D2SCALE.", "SOLVER.AUTO_SCALING_METHODS")
+
+
+def is_lazy_config(path: str) -> bool:
+    """Return whether a recipe is a LazyConfig of detectron2, which is code."""
+    return path.endswith(".py")
 
 
 def engine_of(settings: Mapping[str, Any]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
+from d2scale.config.keys import OWN_OF_A_MACHINE
 from d2scale.config.loading import flatten
 from d2scale.d2go.memory import ENGINE, D2GoMemory
 from d2scale.detectron2.memory import TrainingMemory, check_memory
@@ -26,9 +27,6 @@ from d2scale.step import ranks
 
 # An attribute, not a config key: a dumped config must stay a recipe that can be planned again.
 _REFERENCE = "_d2scale_reference_world_size"
-
-# Each machine may have its own.
-_OWN_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "NUMA_BINDING")
 
 
 def names_own_method(cfg: Any) -> bool:
@@ -70,7 +68,7 @@ def scale_for_training(
         ConfigError: on every rank, if the ranks were given different recipes; and what
             :func:`scale_in_place` raises.
     """
-    settings = {key: value for key, value in flatten(cfg) if key not in _OWN_OF_A_MACHINE}
+    settings = {key: value for key, value in flatten(cfg) if key not in OWN_OF_A_MACHINE}
     advice = "start all machines with the same config and arguments"
     ranks.refuse_differences({**settings, "--resume": resume}, advice)
     if applied_plan(cfg) is None and names_own_method(cfg):

@@ -21,12 +21,12 @@ from fvcore.common.config import CfgNode
 
 from d2scale.config.keys import as_json
 from d2scale.config.loading import flatten, recipe_from_settings, resolve_config_path
+from d2scale.config.upstream import INSTALL_DETECTRON2
 from d2scale.config.value_rules import is_number
 from d2scale.errors import ConfigError, Fault, MissingPackageError
 from d2scale.planning.methods import METHOD_NAMES, METHOD_PREFIX
 from d2scale.planning.plan import Plan
 
-INSTALL = "build it as its install page says (https://detectron2.readthedocs.io)"
 # The node with d2scale's own options.
 NODE = "d2scale"
 
@@ -75,7 +75,8 @@ def load_lazy_config(path: str, overrides: Sequence[str] = ()) -> Any:
     try:
         from detectron2.config import LazyConfig
     except ModuleNotFoundError as error:
-        raise MissingPackageError(str(error.name), f"the LazyConfig {path}", INSTALL) from error
+        needed_for = f"the LazyConfig {path}"
+        raise MissingPackageError(str(error.name), needed_for, INSTALL_DETECTRON2) from error
     resolved = resolve_config_path(path)
     with _faults_of_code("config file", path, "a LazyConfig that detectron2 can load"):
         cfg = LazyConfig.load(resolved)

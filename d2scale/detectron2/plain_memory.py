@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from d2scale.config.loading import flatten, load_yaml, parse_opts, recipe_from_settings
+from d2scale.config.upstream import is_lazy_config
 from d2scale.detectron2.checks import model_faults
 from d2scale.detectron2.config import load_cfg
 from d2scale.detectron2.datasets import register_datasets
@@ -137,7 +138,7 @@ def make_profile(path: str, opts: Sequence[str], device: str) -> tuple[MemoryPro
             [Fault("--device", "cuda", "cpu, for CUDA is not available here", advice)]
         )
     memory: TrainingMemory
-    if path.endswith(".py"):
+    if is_lazy_config(path):
         lazy = load_lazy_config(path, opts)
         recipe, settings = read_lazy_recipe(lazy, FOR_MEMORY)
         recipe.MODEL.DEVICE = device

@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from d2scale.config.keys import get_key
 from d2scale.config.loading import flatten
+from d2scale.config.upstream import is_lazy_config
 from d2scale.detectron2.checks import (
     dataset_faults,
     lazy_dataset_faults,
@@ -72,7 +73,7 @@ class Job:
     @property
     def is_lazy(self) -> bool:
         """Whether the recipe is a LazyConfig, which is code."""
-        return self.config_file.endswith(".py")
+        return is_lazy_config(self.config_file)
 
     def load(self) -> Any:
         """Return the recipe, for a CPU where CUDA is not available; ConfigError with all faults."""

@@ -21,6 +21,7 @@ from detectron2.engine import HookBase, TrainerBase
 from detectron2.engine.hooks import IterationTimer
 from fvcore.common.config import CfgNode
 
+from d2scale.config.keys import OWN_OF_A_MACHINE
 from d2scale.config.loading import flatten
 from d2scale.detectron2.config import with_d2scale_keys, without_default_keys
 from d2scale.detectron2.lazy_config import apply_plan, lazy_names, read_lazy_recipe
@@ -49,9 +50,6 @@ from d2scale.run_folder.files import make_folder
 from d2scale.step import ranks
 
 logger = logging.getLogger(__name__)
-
-# Each machine may have its own.
-_OWN_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS")
 
 
 class Scaling:
@@ -100,7 +98,7 @@ class Scaling:
         return {**recipe_of(cfg), **(lazy if self.is_lazy else {})}
 
     def _refuse_other_recipes(self, settings: dict[str, Any]) -> None:
-        own = {key: value for key, value in settings.items() if key not in _OWN_OF_A_MACHINE}
+        own = {key: value for key, value in settings.items() if key not in OWN_OF_A_MACHINE}
         ranks.refuse_differences(own, "start all ranks with the same config and arguments")
 
     def take_steps(self, trainer: TrainerBase, checkpointer: Any) -> None:

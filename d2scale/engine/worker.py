@@ -15,6 +15,7 @@ from torch import nn
 
 from d2scale import __version__
 from d2scale.coco.dataset import load_training_dataset
+from d2scale.config.keys import OWN_OF_A_MACHINE
 from d2scale.config.loading import flatten
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.engine.checkpoint.files import last_whole_checkpoint
@@ -48,9 +49,6 @@ logger = logging.getLogger(__name__)
 
 Results = dict[str, float]
 
-# Each machine may have its own folder and its own number of cores.
-_OWN_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS")
-
 
 @dataclass(frozen=True)
 class Job:
@@ -65,7 +63,7 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """Return what must be the same on all ranks, by the name that the user knows."""
-        keys = {k: v for k, v in flatten(self.cfg) if k not in _OWN_OF_A_MACHINE}
+        keys = {k: v for k, v in flatten(self.cfg) if k not in OWN_OF_A_MACHINE}
         return {
             **keys,
             "--method": self.method,
