@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from d2scale.detectron2.data.loader import with_even_batch
 from d2scale.detectron2.datasets import register_datasets
 from d2scale.detectron2.private_upstream import SteadyIterationTimer, bare_model
 from d2scale.detectron2.progress import ProgressRecord, resume_by_images
-from d2scale.detectron2.scaling import applied_plan, facts_of_model
+from d2scale.detectron2.scaling import applied_plan, facts_of_model, warn_without_effect
 from d2scale.detectron2.step_state import STEP_STATE, StateHook, StepState, build_step_state
 from d2scale.detectron2.user_errors import exit_on_user_error, exit_together_on_user_error
 from d2scale.planning.progress import RECORD, recipe_of
@@ -37,14 +36,12 @@ from d2scale.planning.schedule import follows_gain
 from d2scale.run_folder.contents import write_plan
 from d2scale.step import ranks
 
-logger = logging.getLogger(__name__)
-
 # Functions that register a project's models with detectron2.
 ENTRY_POINTS = "d2scale.detectron2"
 
 _WITHOUT_EFFECT = {
-    "EXACT": "the samples of a step depend on the number of processes",
-    "ACTIVATION_CHECKPOINTING": (
+    "D2SCALE.EXACT": "the samples of a step depend on the number of processes",
+    "D2SCALE.ACTIVATION_CHECKPOINTING": (
         "d2go has its own: MODEL.MODELING_HOOKS ['ActivationCheckpointModelingHook']"
     ),
 }
@@ -151,9 +148,7 @@ class Runner(GeneralizedRCNNRunner):
             plan = applied_plan(cfg)
             if plan is not None and ranks.rank() == 0:
                 write_plan(Path(cfg.OUTPUT_DIR), plan)
-        for key, reason in _WITHOUT_EFFECT.items():
-            if cfg.D2SCALE[key]:
-                logger.warning("D2SCALE.%s has no effect under d2go: %s", key, reason)
+        warn_without_effect(cfg, _WITHOUT_EFFECT, ENGINE)
         trained = super().do_train(cfg, model, resume)
         theirs, ours = GeneralizedRCNNRunner.get_default_cfg(), self.get_default_cfg()
         return {name: for_d2go_alone(config, theirs, ours) for name, config in trained.items()}

@@ -38,6 +38,7 @@ from d2scale.detectron2.lazy_config import (
 )
 from d2scale.detectron2.lazy_training import build_model, evaluate_lazy, train_lazy
 from d2scale.detectron2.private_upstream import join_local_group
+from d2scale.detectron2.scaling import warn_without_effect
 from d2scale.detectron2.trainer import RecipeTrainer
 from d2scale.detectron2.training import Scaling
 from d2scale.detectron2.user_errors import exit_together_on_user_error
@@ -55,6 +56,7 @@ from d2scale.step import ranks
 logger = logging.getLogger(__name__)
 
 _MOST_EARLY_LINES = 10_000
+_WITHOUT_EFFECT = {"TEST.AUG.ENABLED": "it evaluates each image once, as it is"}
 
 Results = Mapping[str, Any]
 
@@ -170,6 +172,7 @@ def run_rank(job: Job) -> Results:
     seed_all_rng(None if recipe.SEED < 0 else recipe.SEED + ranks.rank())
     torch.backends.cudnn.benchmark = get_key(recipe, "CUDNN_BENCHMARK", False)
     folder = Path(recipe.OUTPUT_DIR)
+    warn_without_effect(recipe, _WITHOUT_EFFECT, "d2scale train")
     if job.eval_only:
         return _evaluate(job, cfg, folder)
     scaling = Scaling(cfg, job.method)

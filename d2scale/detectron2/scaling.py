@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +71,13 @@ def facts_of_model(model: nn.Module) -> ModelFacts:
     bare = bare_model(model)
     synchronised = SYNCHRONISED if synchronised_norms(bare) else ""
     return ModelFacts(isinstance(bare, ExactModel), synchronised)
+
+
+def warn_without_effect(cfg: Any, reasons: Mapping[str, str], engine: str) -> None:
+    """Log a line for each key that is set and that an engine ignores, by the key's reason."""
+    for key, reason in reasons.items():
+        if get_key(cfg, key):
+            logger.warning("%s has no effect under %s: %s", key, engine, reason)
 
 
 def _plan_on_ranks(

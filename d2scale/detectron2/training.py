@@ -37,7 +37,7 @@ from d2scale.detectron2.private_upstream import (
 )
 from d2scale.detectron2.progress import ProgressRecord, resume_by_images
 from d2scale.detectron2.run_step import RunStep
-from d2scale.detectron2.scaling import scale_in_place
+from d2scale.detectron2.scaling import scale_in_place, warn_without_effect
 from d2scale.detectron2.step_state import STEP_STATE, StateHook, build_step_state
 from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
@@ -50,6 +50,11 @@ from d2scale.run_folder.files import make_folder
 from d2scale.step import ranks
 
 logger = logging.getLogger(__name__)
+
+_WITHOUT_EFFECT = {
+    "D2SCALE.EXACT": "virtual ranks take the recipe's own steps (D2SCALE.VIRTUAL_RANKS)",
+    "D2SCALE.ACTIVATION_CHECKPOINTING": "only the default engine has it",
+}
 
 
 class Scaling:
@@ -90,6 +95,7 @@ class Scaling:
                 takes_steps=True,
                 model=ModelFacts.of_recipe(planned, settings),
             )
+        warn_without_effect(planned, _WITHOUT_EFFECT, "detectron2")
         self.settings = planned  # by the names of YAML configs, planned
         self.cfg = apply_plan(cfg, self.plan) if self.is_lazy else planned
 

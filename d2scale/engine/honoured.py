@@ -14,6 +14,7 @@ from fvcore.common.config import CfgNode
 
 from d2scale.config.value_rules import Rule, is_number, judge, names, number, one_of, or_none, whole
 from d2scale.errors import Fault
+from d2scale.planning.batch import ON_OOM
 from d2scale.planning.methods import METHOD_NAMES
 
 # d2go's multi-tensor variants compute what the plain ones do.
@@ -69,7 +70,7 @@ _RULES = (
     whole("DATALOADER.NUM_WORKERS", 0),
     whole("TEST.DETECTIONS_PER_IMAGE", 1),
     one_of("MODEL.DEVICE", ("cuda", "cpu")),
-    one_of("D2SCALE.ON_OOM", ("split", "raise")),
+    ON_OOM,
 )
 
 

@@ -97,6 +97,14 @@ def test_a_users_script_under_torchrun(train, whole):
     assert difference(train.checkpoint("torchrun"), whole) < ROUNDING
 
 
+def test_what_has_no_effect_is_told(train):
+    ignored = ("D2SCALE.EXACT", "D2SCALE.ACTIVATION_CHECKPOINTING", "TEST.AUG.ENABLED")
+    short = ("SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
+    train("ignored", *short, *(word for key in ignored for word in (key, "True")))
+    log = (train.folder / "ignored" / "log.txt").read_text()
+    assert [log.count(f"{key} has no effect under") for key in ignored] == [1, 1, 1]
+
+
 def test_larger_steps_follow_the_gain_rule(train):
     settings = ("D2SCALE.IMS_PER_GPU", "8", "SOLVER.MAX_ITER", "8", "DATASETS.TEST", "()")
     train("gain", "--method=max_memory", *settings)
@@ -166,6 +174,7 @@ def test_a_lazy_config_trains_and_resumes_on_another_number_of_processes(
         (("NORM: BN", "NORM: SyncBN"), ["D2SCALE.IMS_PER_GPU", "1"], "synchronised batch norm"),
         (("coco_2017_train", "no_such"), [], "DATASETS.TRAIN is 'no_such'"),
         (("NUM_CONVS: 1", "NUM_CONS: 1"), [], "did you mean MODEL.RETINANET.NUM_CONVS"),
+        (("TEST: {", "D2SCALE: {ON_OOM: sometimes}\nTEST: {"), [], "ON_OOM is 'sometimes'"),
         (("IMS_PER_BATCH: 4", "IMS_PER_BATCH: 2"), [], "SOLVER.IMS_PER_BATCH is 2"),
     ],
 )
