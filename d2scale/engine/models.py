@@ -65,7 +65,8 @@ def model_facts(cfg: CfgNode) -> ModelFacts:
     try:
         with torch.device("meta"):
             model = new_model(cfg)
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, ConfigError):
+        # Faults of the model are told where it is checked, together with all others.
         return ModelFacts.of_recipe(cfg)
     obstacle = "synchronised batch norm" if synchronised_norms(model) else ""
     return ModelFacts(isinstance(model, ExactModel), obstacle)
