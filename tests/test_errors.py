@@ -62,7 +62,8 @@ def test_training_without_torch_is_told_in_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
     assert main(["train", "--config-file", "d2scale://MetaFCOS/small-cpu.yaml"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    engine, line = capsys.readouterr().err.splitlines()
+    assert engine.startswith("d2scale: engine default: ")
     assert line == (
         "d2scale: error: this command needs torch, which is not installed; "
         "pip install 'd2scale[train]'"

@@ -189,6 +189,9 @@ def run_rank(job: Job) -> Results:
 
 def _evaluate(job: Job, cfg: Any, folder: Path) -> Results:
     build: Callable[[Any], Any] = build_model if job.is_lazy else RecipeTrainer.build_model
+    if not job.is_lazy:
+        with exit_together_on_user_error():
+            register_datasets(cfg)
     model = build(cfg)
     with _writing_to(folder, locks=False):
         weights = cfg.train.get("init_checkpoint") if job.is_lazy else cfg.MODEL.WEIGHTS
