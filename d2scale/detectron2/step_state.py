@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -74,16 +74,9 @@ class StepState:
             first = {**state["virtual_ranks"]["states"][0], "buffers": {}}
             self._model_state.put(self._model_state.take().with_checkpoint(first))
 
-    @contextmanager
-    def of_first_rank(self) -> Iterator[None]:
-        """Within the context, every rank's model has the state of rank 0's, as checkpoints do."""
-        own = self._model_state.take()
-        first = ranks.broadcast_object(own.to_checkpoint())
-        self._model_state.put(own.with_checkpoint(first))
-        try:
-            yield
-        finally:
-            self._model_state.put(own)
+    def of_first_rank(self) -> AbstractContextManager[None]:
+        """Return a context manager in which every rank's model has the state of rank 0's."""
+        return self._model_state.of_first_rank()
 
 
 class StateHook(HookBase):
@@ -123,8 +116,7 @@ class StateHook(HookBase):
             self._begin_sharing()
 
     def _begin_sharing(self) -> None:
-        if ranks.world_size() > 1:
-            self._sharing.enter_context(self._state.of_first_rank())
+        self._sharing.enter_context(self._state.of_first_rank())
 
 
 def build_step_state(cfg: Any, plan: Plan | None, model: nn.Module) -> StepState:

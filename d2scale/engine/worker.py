@@ -234,7 +234,7 @@ def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Repo
         checkpointer, loader, clock, period=cfg.SOLVER.CHECKPOINT_PERIOD, max_iter=max_iter
     )
     evaluation = EvaluationHook(
-        partial(_evaluate, cfg, step.model),
+        partial(_evaluate, cfg, step),
         reporter,
         period=cfg.TEST.EVAL_PERIOD,
         max_iter=max_iter,
@@ -248,7 +248,7 @@ def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Repo
     return evaluation.evaluate(max_iter - 1, trainer.images_seen)
 
 
-def _evaluate(cfg: CfgNode, model: nn.Module) -> Results:
+def _evaluate(cfg: CfgNode, step: OptimizerStep) -> Results:
     # Every rank judges its share of the images with what a checkpoint holds.
-    ranks.broadcast_buffers(model)
-    return evaluate_datasets(cfg, model)
+    with step.state_of_first_rank():
+        return evaluate_datasets(cfg, step.model)

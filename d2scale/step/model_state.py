@@ -7,6 +7,7 @@ number on the module, which is in no state dict.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d2scale.step import ranks
 from d2scale.step.private_torch import buffer_owner, copy_all
 
 # They are constants by definition, and half of all the tensors of a detector.
@@ -86,6 +88,22 @@ class ModelState:
             del owner[own_name]
         for (name, module), built in zip(self._modules, self._built, strict=True):
             _put_attributes(module, built, state.attributes.get(name, {}))
+
+    @contextmanager
+    def of_first_rank(self) -> Iterator[None]:
+        """Within the context, the model has rank 0's state, as a checkpoint does; then its own.
+
+        All ranks enter it.
+        """
+        if ranks.world_size() == 1:
+            yield
+            return
+        own = self.take()
+        self.put(own.with_checkpoint(ranks.broadcast_object(own.to_checkpoint())))
+        try:
+            yield
+        finally:
+            self.put(own)
 
     def fingerprint(self) -> dict[str, object]:
         """Return a value for each attribute whose content ``take`` does not copy.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -162,6 +162,13 @@ class OptimizerStep:
         Raises an AgreedOutOfMemoryError on every rank, if any of them ran out of memory.
         """
         return self._attempt(rank_batch, before_update, agrees=self._can_agree)
+
+    def state_of_first_rank(self) -> AbstractContextManager[None]:
+        """Return a context manager in which every rank's model has rank 0's state.
+
+        That is the state of a checkpoint. All ranks enter it.
+        """
+        return self._undo.model_state.of_first_rank()
 
     def set_gain(self, gain: float) -> None:
         """Let the update of the running step count for ``gain`` of the recipe's steps.

@@ -115,13 +115,6 @@ def broadcast_model(model: nn.Module) -> None:
             dist.broadcast(tensor.detach(), 0)
 
 
-def broadcast_buffers(model: nn.Module) -> None:
-    """Give every rank the buffers of rank 0, which are those of a checkpoint."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
 def same_on_all_ranks(value: object) -> bool:
     """Return whether every rank has the same ``value``."""
     return all(other == value for other in gather_objects(value))

@@ -31,7 +31,7 @@ class StepUndo:
         self._stream = torch.cuda.Stream(self._device) if self._on_cuda else None
         self._copies: dict[Tensor, Tensor] = {}
         self._state: dict[Any, dict[str, Any]] = {}
-        self._model_state = ModelState(model)
+        self.model_state = ModelState(model)
         self._kept_state = State()
         self._random: list[Tensor] = []
         self._scaler_state: dict[str, Any] = {}
@@ -50,7 +50,7 @@ class StepUndo:
         if self._on_cuda:
             self._random.append(torch.cuda.get_rng_state(self._device))
         self._scaler_state = self._scaler.state_dict() if self._scaler else {}
-        self._kept_state = self._model_state.take()
+        self._kept_state = self.model_state.take()
         self._state = {key: dict(state) for key, state in self._optimizer.state.items()}
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -77,7 +77,7 @@ class StepUndo:
             tensor.copy_(copy)
         self._optimizer.state.clear()
         self._optimizer.state.update({key: dict(state) for key, state in self._state.items()})
-        self._model_state.put(self._kept_state)
+        self.model_state.put(self._kept_state)
         self._restore_scaler()
         torch.set_rng_state(self._random[0])
         if self._on_cuda:

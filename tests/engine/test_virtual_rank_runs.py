@@ -64,6 +64,11 @@ def test_training_goes_on_with_every_state_on_another_number_of_ranks(run):
     assert_same(whole, run("parts", 1, *opts, resume=True))
 
 
+def test_evaluation_leaves_every_state_alone(run):
+    opts = ("TEST.EVAL_PERIOD", "1", "DATASETS.TEST", "('coco_pretrain_val_base',)")
+    assert_same(run("alone", 1), run("evaluated", 3, *opts))
+
+
 def test_refused_where_there_can_be_none(run, tmp_path):
     with pytest.raises(ConfigError, match=r"on 2 GPUs for a recipe of 1"):
         run("refused", 2, "SOLVER.REFERENCE_WORLD_SIZE", "1")
