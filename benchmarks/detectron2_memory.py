@@ -29,9 +29,8 @@ from d2scale.detectron2.config import load_cfg
 from d2scale.detectron2.lazy_config import load_lazy_config, read_lazy_recipe
 from d2scale.detectron2.memory import TrainingMemory
 from d2scale.detectron2.plain_memory import LazyMemory, PlainMemory
-from d2scale.memory.predict import Workload, choose_as_on_cuda, make_optimizer_state, record_step
-from d2scale.memory.tracker import StorageTracker
-from d2scale.step.optimizer_step import OptimizerStep, learning_rates_zero
+from d2scale.memory.predict import Workload, record_steps
+from d2scale.step.optimizer_step import OptimizerStep
 
 DATASET = "d2scale_memory_benchmark"
 COUNTED = 4
@@ -110,13 +109,7 @@ def memory_of(recipe: str, short_edge: int) -> TrainingMemory:
 
 def counted_bytes(step: OptimizerStep, workload: Workload, images: int) -> int:
     """Return the most bytes that tensors hold in a real step, taken as on a GPU."""
-    choose_as_on_cuda(step.optimizer)
-    tracker = StorageTracker()
-    with tracker:
-        tracker.count(*step.held_tensors())
-        make_optimizer_state(step.optimizer)
-    with learning_rates_zero(step.optimizer):
-        record_step(step, workload.make_batch(images), tracker)
+    _, tracker = record_steps(step, workload, (images,))
     return tracker.peak_bytes
 
 

@@ -18,7 +18,8 @@ from upstream_in_float64 import losses_in_float64
 from d2scale.planning.rules import own_virtual_ranks
 from d2scale.step import ranks
 from d2scale.step.optimizer_step import OptimizerStep, StepOptions
-from d2scale.step.virtual_ranks import VirtualRanks, random_stream
+from d2scale.step.random_stream import random_stream
+from d2scale.step.virtual_ranks import VirtualRanks
 
 SEED = 7
 EACH = 2  # images of a virtual rank

@@ -168,14 +168,7 @@ def _predict(workload: Workload, fake: bool) -> Prediction:
         else:
             step = workload.build_step(_CPU)
         without_synchronised_norms(step.model, "the prediction is for one rank")
-        choose_as_on_cuda(step.optimizer)
-        tracker = StorageTracker()
-        with tracker:
-            tracker.count(*step.held_tensors())
-            make_optimizer_state(step.optimizer)
-        # With random weights an update can make the next step overflow.
-        with learning_rates_zero(step.optimizer):
-            traces = [record_step(step, workload.make_batch(images), tracker) for images in (1, 2)]
+        traces, _ = record_steps(step, workload, (1, 2))
         parameters = trained_parameters(step.optimizer)
         gradient_bytes = sum(p.numel() * p.element_size() for p in parameters)
     stream = Stream.from_traces(*traces)
@@ -217,6 +210,21 @@ def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def record_steps(
+    step: OptimizerStep, workload: Workload, images: Sequence[int]
+) -> tuple[list[Trace], StorageTracker]:
+    """Take a step with each number of ``images``, as on a GPU; return what was recorded."""
+    choose_as_on_cuda(step.optimizer)
+    tracker = StorageTracker()
+    with tracker:
+        tracker.count(*step.held_tensors())
+        make_optimizer_state(step.optimizer)
+    # With random weights an update can make the next step overflow.
+    with learning_rates_zero(step.optimizer):
+        traces = [record_step(step, workload.make_batch(count), tracker) for count in images]
+    return traces, tracker
 
 
 def record_step(step: OptimizerStep, batch: MicroBatch, tracker: StorageTracker) -> Trace:

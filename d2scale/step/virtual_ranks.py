@@ -9,13 +9,11 @@ runs some of those ranks one after another takes their part of the same step, wh
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +22,7 @@ from d2scale.planning.rules import VIRTUAL_RANKS, own_virtual_ranks, split_evenl
 from d2scale.step import ranks
 from d2scale.step.model_state import ModelState, State
 from d2scale.step.norms import synchronised_norms
+from d2scale.step.random_stream import random_stream
 
 logger = logging.getLogger(__name__)
 
@@ -181,26 +180,6 @@ class VirtualRanks:
             "cache, the training is not exactly the recipe's",
             what,
         )
-
-
-@contextmanager
-def random_stream(seed: int, step_number: int, number: int) -> Iterator[None]:
-    """Within the context, draw the random numbers of a step's virtual rank ``number``.
-
-    torch's, NumPy's and Python's generators are as before at its end.
-    """
-    words = np.random.SeedSequence(seed, spawn_key=(step_number, number)).generate_state(3)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    numpys, pythons = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(int(words[0]))
-        np.random.seed(int(words[1]))
-        random.seed(int(words[2]))
-        try:
-            yield
-        finally:
-            np.random.set_state(numpys)
-            random.setstate(pythons)
 
 
 def _without_common_buffers(states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 
 from d2go_commands import D2Go
 from d2scale.coco.shapes import write_shapes_dataset
+from upstream_tests import mark
 
 REASON = (
     "needs detectron2, d2go and mobile-vision, which are not on the package index: "
@@ -17,13 +18,7 @@ AVAILABLE = all(importlib.util.find_spec(name) for name in ("detectron2", "d2go"
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/d2go/" in item.path.as_posix():
-            item.add_marker(pytest.mark.d2go)
-            # Upstream warns of its own old calls; none of that is d2scale's.
-            item.add_marker(pytest.mark.filterwarnings("default"))
-            if not AVAILABLE:
-                item.add_marker(pytest.mark.skip(reason=REASON))
+    mark(items, "/d2go/", pytest.mark.d2go, "" if AVAILABLE else REASON)
 
 
 @pytest.fixture(scope="session", autouse=True)

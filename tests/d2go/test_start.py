@@ -29,6 +29,18 @@ def start(d2go):
     return run
 
 
+def run_python(words, folder, datasets):
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=environment(datasets, DETECTRON2_ENV_MODULE=""),
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def plan_in(folder):
     return json.loads((folder / "plan.json").read_text())
 
@@ -47,15 +59,7 @@ def test_a_shipped_config_file_trains(tmp_path, datasets):
         *("TEST.FINAL_EVAL", "False", "DATALOADER.NUM_WORKERS", "0", "MODEL.DEVICE", "cpu"),
         *("MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "d2scale.cli", *words],
-        env=environment(datasets, DETECTRON2_ENV_MODULE=""),
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(["-m", "d2scale.cli", *words], tmp_path, datasets)
     assert (tmp_path / "out" / "model_final.pth").exists()
 
 
@@ -72,17 +76,9 @@ def test_the_method_is_that_of_d2scale_train(start, tmp_path, options, method, i
 def test_trains_on_the_ranks_of_torchrun(tmp_path, datasets):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RETINANET + SMALL)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     words = ("train", "--engine", "d2go", "--config-file", str(recipe), "--output-dir", "out")
-    done = subprocess.run(
-        [*launcher, "-m", "d2scale.cli", *words],
-        env=environment(datasets, DETECTRON2_ENV_MODULE=""),
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python([*launcher, "-m", "d2scale.cli", *words], tmp_path, datasets)
     assert plan_in(tmp_path / "out")["world_size"] == 2
 
 

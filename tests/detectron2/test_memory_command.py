@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from d2scale import cli
 
 RECIPE = """\
@@ -14,18 +12,6 @@ MODEL:
   FPN: {OUT_CHANNELS: 32}
 INPUT: {MIN_SIZE_TRAIN: [96, 160], MAX_SIZE_TRAIN: 256}
 """
-
-
-@pytest.fixture
-def dataset(tmp_path):
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2_memory import register_dataset
-
-    name = f"memory_command_{tmp_path.name}"
-    register_dataset(name, tmp_path)
-    yield name
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
 
 
 def test_a_yaml_recipe_with_python_tags_is_predicted_and_planned(

@@ -27,19 +27,6 @@ PANOPTIC_FPN = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    """The name of a registered dataset with masks, keypoints and maps of classes."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2_memory import register_dataset
-
-    name = f"memory_{tmp_path.name}"
-    register_dataset(name, tmp_path)
-    yield name
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
-
-
 def memory_of(recipe, dataset, **settings):
     from d2scale.detectron2.config import load_cfg
     from d2scale.detectron2.plain_memory import PlainMemory

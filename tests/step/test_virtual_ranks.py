@@ -13,7 +13,8 @@ from d2scale.errors import ConfigError
 from d2scale.launch.launch import launch
 from d2scale.launch.topology import Topology
 from d2scale.planning.rules import own_virtual_ranks
-from d2scale.step.virtual_ranks import VirtualRanks, random_stream
+from d2scale.step.random_stream import random_stream
+from d2scale.step.virtual_ranks import VirtualRanks
 from virtual_cluster import (
     LateModel,
     QueueModel,

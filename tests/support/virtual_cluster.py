@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2scale.step import ranks
 from d2scale.step.optimizer_step import OptimizerStep, StepOptions
-from d2scale.step.virtual_ranks import VirtualRanks, random_stream
+from d2scale.step.random_stream import random_stream
+from d2scale.step.virtual_ranks import VirtualRanks
 
 IMAGES, SEED = 2, 7  # of a rank of the cluster
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from d2scale.detectron2.data.from_upstream import LoaderParts
 from d2scale.errors import DataError, Fault
+from d2scale.step.random_stream import random_stream
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +47,13 @@ class SeededMapping:
             return error
         if self._parts.collate is None:
             return samples
-        with random_streams(self._seed, request.step, request.virtual_rank):
+        with random_stream(self._seed, request.step, request.virtual_rank, on_device=False):
             return self._parts.collate(samples)
 
     def _sample(self, request: Request, place: int) -> Any:
         key = (request.step, request.virtual_rank, place)
         image = request.images[place]
-        with random_streams(self._seed, *key):
+        with random_stream(self._seed, *key, on_device=False):
             for tries, number in enumerate(chain([image], self._others(image, key)), start=1):
                 sample = self._parts.mapper(self._parts.entries[number])
                 if tries == _TRIES_BEFORE_WARNING and sample is None:
@@ -67,29 +65,7 @@ class SeededMapping:
 
     def _others(self, image: int, key: tuple[int, ...]) -> Iterator[int]:
         """Yield the other images of the group in an order of their own, for :meth:`_sample`."""
-        sequence = np.random.SeedSequence(_unsigned(self._seed), spawn_key=(*key, 1))
+        sequence = np.random.SeedSequence(self._seed % 2**64, spawn_key=(*key, 1))
         order = np.random.Generator(np.random.PCG64(sequence)).permutation(len(self._parts.entries))
         group = self._group_of(image)
         yield from (n for n in map(int, order) if n != image and self._group_of(n) == group)
-
-
-@contextmanager
-def random_streams(seed: int, *key: int) -> Iterator[None]:
-    """Within the context, let random, numpy and torch on the CPU draw from streams of this key."""
-    sequence = np.random.SeedSequence(_unsigned(seed), spawn_key=key)
-    words = sequence.generate_state(8)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(words.tobytes())
-    np.random.seed(words)
-    # Not torch.manual_seed, which seeds devices too.
-    torch.default_generator.manual_seed(int(words[0]))
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
-def _unsigned(seed: int) -> int:
-    return seed % 2**64
