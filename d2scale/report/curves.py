@@ -140,7 +140,7 @@ def _plot(axes: Axes, runs: Sequence[Run], name: str, axis: Axis, theme: Theme) 
             axes.plot(places / scale, values, color=colour, linewidth=0.7, alpha=0.4)
             main = _smooth(name, places, values, width)
         marker = "o" if len(values) == 1 else None
-        label, places = _plain(runs[number].name), places / scale
+        label, places = _label(runs[number].name, number), places / scale
         axes.plot(places, main, label=label, marker=marker, color=colour, ls=dashes, lw=2.0)
         smoothed.append(main)
     _style(axes, name, unit, theme)
@@ -198,6 +198,14 @@ def _style(axes: Axes, name: str, unit: str, theme: Theme) -> None:
         spine.set_color(theme.grid)
 
 
+def _label(name: str, number: int) -> str:
+    """Return a run's name, or "run 1" for the first if the font lacks a character of it."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    return _plain(name if all(map(font.get_char_index, map(ord, name))) else f"run {number + 1}")
+
+
 def _plain(text: str) -> str:
     """Escape what matplotlib reads as a formula, or as a label to hide, in a run's name."""
     escaped = text.replace("$", r"\$")
@@ -210,7 +218,7 @@ def _to_png(figure: Figure) -> bytes:
 
     content, small = io.BytesIO(), io.BytesIO()
     with warnings.catch_warnings():
-        # A name may hold characters that the font lacks; they become boxes.
+        # The name of a loss may hold characters that the font lacks; they become boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(content, format="png", facecolor=figure.get_facecolor())
     with Image.open(content) as picture:

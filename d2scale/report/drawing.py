@@ -46,7 +46,8 @@ def draw_boxes(
         image: RGB, shape (height, width, 3), uint8.
         boxes: x0 y0 x1 y1 in pixels of the image, shape (n, 4).
         classes: class numbers, shape (n,).
-        class_names: by class number; a class without a name is labelled by its number.
+        class_names: by class number; a class without a name, or with a character that the font
+            lacks, is labelled by its number.
         scores: shape (n,), from 0 to 1; None draws none.
 
     Raises:
@@ -61,7 +62,8 @@ def draw_boxes(
     order = range(len(boxes)) if scores is None else np.argsort(scores, kind="stable").tolist()
     for row in order:
         number = int(classes[row])
-        label = class_names[number] if 0 <= number < len(class_names) else str(number)
+        name = class_names[number] if 0 <= number < len(class_names) else str(number)
+        label = name if all(map(_has_glyph, name)) else str(number)
         label += "" if scores is None else f" {float(scores[row]):.2f}"
         _draw_box(picture, boxes[row].tolist(), label, class_colour(number))
     return np.asarray(picture)
@@ -77,6 +79,13 @@ def to_jpeg(image: np.ndarray, quality: int) -> bytes:
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
+
+
+@cache
+def _has_glyph(character: str) -> bool:
+    """Return whether the font can draw a character; what it cannot, it draws as one empty box."""
+    drawn, missing = (_font(11).getmask(text) for text in (character, "\uffff"))
+    return bytes(drawn) != bytes(missing)
 
 
 def _draw_box(picture: Image.Image, box: Sequence[float], label: str, colour: Colour) -> None:

@@ -84,6 +84,14 @@ def test_any_name_can_be_drawn(make_run, name):
     assert near(pixels(picture.light), LIGHT.lines[0]) > 50
 
 
+def test_a_run_whose_name_the_font_lacks_is_known_by_its_place(make_run):
+    folder = make_run("run")
+    drawn = [draw_overview([read_run(folder, name)]) for name in ("\u57fa", "run 1", "run")]
+    foreign, placed, named = (pixels(picture.light) for picture in drawn)
+    np.testing.assert_array_equal(foreign, placed)
+    assert (foreign != named).any()
+
+
 def test_smoothing_is_a_mean_over_the_same_images_for_every_batch():
     fine, coarse = np.arange(0.0, 100, 1), np.arange(0.0, 100, 4)
     assert smooth(coarse, np.full(25, 3.0), 10).tolist() == [3.0] * 25

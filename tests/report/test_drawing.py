@@ -32,6 +32,12 @@ def test_labels_differ_with_name_and_score():
     )
 
 
+def test_a_name_that_the_font_cannot_draw_is_its_number():
+    box, number = np.array([[20, 40, 80, 90]]), np.array([1])
+    plain, foreign = (draw_boxes(GREY, box, number, ["dog", name]) for name in ("1", "\u72ac"))
+    np.testing.assert_array_equal(plain, foreign)
+
+
 def test_the_best_is_on_top():
     boxes = np.array([[20, 40, 80, 90], [20, 40, 80, 90]])
     classes, names = np.array([0, 1]), ["dog", "dog"]
