@@ -53,14 +53,30 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     # Compute activations again in the backward pass instead of keeping them: less memory, more
     # time. Only the default engine honours it.
     cfg.D2SCALE.ACTIVATION_CHECKPOINTING = False
-    cfg.D2SCALE.MEMORY = node()
-    cfg.D2SCALE.MEMORY.BUDGET_GIB = 0.0  # device memory to plan for; 0: what the device has
+    cfg.D2SCALE.TILES = _tile_keys(node())
+    cfg.D2SCALE.MEMORY = _memory_keys(node())
+
+
+def _tile_keys(tiles: Any) -> Any:
+    """How larger images are evaluated and drawn: in tiles, each resized as an image is."""
+    # Edge of a tile, in pixels of the original image; 0: no tiles. Only the default engine
+    # honours it.
+    tiles.SIZE = 0
+    tiles.OVERLAP = 0.2  # of two neighbours, at least, as a share of the edge
+    # Look at the whole image too, for objects that are larger than the overlap.
+    tiles.WHOLE_IMAGE = True
+    return tiles
+
+
+def _memory_keys(memory: Any) -> Any:
+    memory.BUDGET_GIB = 0.0  # device memory to plan for; 0: what the device has
     # Share of the budget that a prediction may fill. What was measured may fill all of it.
-    cfg.D2SCALE.MEMORY.FRACTION = 0.95
-    cfg.D2SCALE.MEMORY.PROFILE = ""  # memory profile file; empty: none
+    memory.FRACTION = 0.95
+    memory.PROFILE = ""  # memory profile file; empty: none
     # Let d2scale_max_memory measure on the device before training, where there is one and
     # neither IMS_PER_GPU nor PROFILE is given. False: predict.
-    cfg.D2SCALE.MEMORY.PROBE = True
+    memory.PROBE = True
+    return memory
 
 
 def add_project_configs(cfg: Any) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ _WITHOUT_EFFECT = {
         "d2go has its own: MODEL.MODELING_HOOKS ['ActivationCheckpointModelingHook']"
     ),
 }
+_WITHOUT_EFFECT_ON_EVALUATION = {"D2SCALE.TILES.SIZE": "only the default engine evaluates in tiles"}
 
 
 class Runner(GeneralizedRCNNRunner):
@@ -82,6 +83,7 @@ class Runner(GeneralizedRCNNRunner):
         """Register what a config may name: datasets and the projects' models."""
         super().register(cfg)
         _log_to_folder(cfg.OUTPUT_DIR)
+        warn_without_effect(cfg, _WITHOUT_EFFECT_ON_EVALUATION, ENGINE)
         # d2go registers before it scales the config in place.
         self._recipe = recipe_of(cfg)
         leave_scaling_to_training(cfg)

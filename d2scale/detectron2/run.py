@@ -56,7 +56,10 @@ from d2scale.step import ranks
 logger = logging.getLogger(__name__)
 
 _MOST_EARLY_LINES = 10_000
-_WITHOUT_EFFECT = {"TEST.AUG.ENABLED": "it evaluates each image once, as it is"}
+_WITHOUT_EFFECT = {
+    "TEST.AUG.ENABLED": "it evaluates each image once, as it is",
+    "D2SCALE.TILES.SIZE": "only the default engine evaluates in tiles",
+}
 
 Results = Mapping[str, Any]
 

@@ -23,6 +23,7 @@ from d2scale.coco.records import CocoDataset
 from d2scale.coco.results import CocoResults
 from d2scale.engine.data.chunks import Sample
 from d2scale.engine.data.loader import build_test_loader
+from d2scale.engine.tiles import with_tiles
 from d2scale.errors import DataError, Fault
 from d2scale.run_folder.files import INFERENCE_FOLDER, RESULTS_FILE, make_folder, write_atomically
 from d2scale.step.ranks import gather_on_first_rank, rank, world_size
@@ -45,18 +46,23 @@ class Detections(NamedTuple):
 def evaluate_datasets(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """Evaluate on every dataset of ``DATASETS.TEST``, into ``OUTPUT_DIR/inference``.
 
-    Returns ``bbox/AP`` and so on, with several datasets ``NAME/bbox/AP``, on rank 0; elsewhere
-    nothing.
+    Images larger than a tile of ``D2SCALE.TILES`` are evaluated in tiles. Returns ``bbox/AP`` and
+    so on, with several datasets ``NAME/bbox/AP``, on rank 0; elsewhere nothing.
     """
     results: dict[str, float] = {}
     names = tuple(cfg.DATASETS.TEST)
+    detector = with_tiles(cfg, model)
     for name in names:
         dataset = load_dataset(name, key="DATASETS.TEST")
-        loader = build_test_loader(cfg, dataset, world_size=world_size(), rank=rank())
+        loader = build_test_loader(
+            cfg, dataset, world_size=world_size(), rank=rank(), keep_above=cfg.D2SCALE.TILES.SIZE
+        )
         folder, prefix = Path(cfg.OUTPUT_DIR) / INFERENCE_FOLDER, "bbox/"
         if len(names) > 1:
             folder, prefix = folder / name, f"{name}/bbox/"
-        metrics = evaluate(model, dataset, loader, folder, max_dets=cfg.TEST.DETECTIONS_PER_IMAGE)
+        metrics = evaluate(
+            detector, dataset, loader, folder, max_dets=cfg.TEST.DETECTIONS_PER_IMAGE
+        )
         if metrics is not None:
             logger.info("evaluation on %s:\n%s", name, format_results(metrics))
             results.update({prefix + key: value for key, value in metrics.items()})

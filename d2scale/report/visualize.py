@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,13 @@ from torch import nn
 from d2scale.coco.catalog import dataset_names, dataset_spec
 from d2scale.coco.matching import GroundTruth, corners_of
 from d2scale.config import load_cfg
+from d2scale.config.value_rules import judge
 from d2scale.engine.checkpoint.files import last_whole_checkpoint
 from d2scale.engine.data.images import resize_and_flip
 from d2scale.engine.data.sampling import Draw
 from d2scale.engine.data.transforms import ResizeAndFlip
-from d2scale.engine.models import build_model, device_of, load_initial_weights
+from d2scale.engine.models import build_model, load_initial_weights
+from d2scale.engine.tiles import TILE_RULES, with_tiles
 from d2scale.errors import CheckpointError, ConfigError, DataError, Fault
 from d2scale.report.detections import read_evaluation_set
 from d2scale.report.drawing import draw_boxes, to_jpeg
@@ -71,13 +74,12 @@ def visualize(
     config, checkpoint = _find_checkpoint(target, config_file)
     cfg = _load_cfg(config, opts)
     tasks, wanted = _tasks(cfg, inputs)
-    model = build_model(cfg).eval()
-    load_initial_weights(model, str(checkpoint))
+    detector = _load_detector(cfg, checkpoint)
     make_folder(output, key="--output")
     errors: list[tuple[Path, DataError]] = []
     files: list[Path] = []
     for path, truth, image in read_images(tasks, wanted, errors):
-        picture = _draw(cfg, image, truth, _detect(cfg, model, image, score_threshold))
+        picture = _draw(cfg, image, truth, _detect(cfg, detector, image, score_threshold))
         files.append(_free_name(output, path.stem, files))
         _write(files[-1], to_jpeg(picture, _JPEG_QUALITY))
     notes = tuple(f"skipped: {error}" for _, error in errors)
@@ -85,6 +87,12 @@ def visualize(
         allowed = "at least one image that can be read"
         raise DataError([Fault("images", 0, allowed, "; ".join(notes) or "there are none")])
     return Visualization(tuple(files), notes)
+
+
+def _load_detector(cfg: CfgNode, checkpoint: Path) -> nn.Module:
+    model = build_model(cfg).eval()
+    load_initial_weights(model, str(checkpoint))
+    return with_tiles(cfg, model).eval()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -120,6 +128,8 @@ def _load_cfg(path: str, opts: Sequence[str]) -> CfgNode:
         advice = f"{len(error.faults)} keys are not; {advice}"
         fault = Fault("config file", path, "a config of the default engine", advice)
         raise ConfigError([fault]) from error
+    if faults := judge(cfg, TILE_RULES):
+        raise ConfigError(faults)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -152,12 +162,12 @@ def _images_in(path: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def _detect(cfg: CfgNode, model: nn.Module, image: np.ndarray, threshold: float) -> Detected:
+def _detect(cfg: CfgNode, detector: nn.Module, image: np.ndarray, threshold: float) -> Detected:
     height, width = image.shape[:2]
-    resizing = ResizeAndFlip.for_testing(cfg).draw(0, Draw(0, 0), height, width)
+    resizing = replace(ResizeAndFlip.for_testing(cfg), keep_above=cfg.D2SCALE.TILES.SIZE)
     pixels = torch.from_numpy(image).permute(2, 0, 1)
-    pixels = resize_and_flip(pixels, resizing, cfg.INPUT.FORMAT).to(device_of(cfg))
-    (instances,) = model([{"image": pixels, "height": height, "width": width, "image_id": 0}])
+    pixels = resize_and_flip(pixels, resizing.draw(0, Draw(0, 0), height, width), cfg.INPUT.FORMAT)
+    (instances,) = detector([{"image": pixels, "height": height, "width": width, "image_id": 0}])
     boxes, classes, scores = (
         instances[name].float().cpu().numpy() for name in ("boxes", "classes", "scores")
     )

@@ -62,10 +62,12 @@ def test_the_method_takes_effect_once_on_any_world_size(train, processes, lines)
 
 def test_the_log_holds_the_plan_and_what_has_no_effect(train, tmp_path):
     settings = ("D2SCALE.EXACT", "True", "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()")
+    settings += ("D2SCALE.TILES.SIZE", "64")
     train(META_FCOS, 1, *settings, "TEST.FINAL_EVAL", "False")
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "Scaled the config:" in log
     assert log.count("D2SCALE.EXACT has no effect under d2go") == 1
+    assert log.count("D2SCALE.TILES.SIZE has no effect under d2go") == 1
     assert "ACTIVATION_CHECKPOINTING has no effect" not in log
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert (plan["method"], plan["world_size"], plan["ims_per_batch"]) == ("keep_total", 1, 4)

@@ -98,11 +98,12 @@ def test_a_users_script_under_torchrun(train, whole):
 
 
 def test_what_has_no_effect_is_told(train):
-    ignored = ("D2SCALE.EXACT", "D2SCALE.ACTIVATION_CHECKPOINTING", "TEST.AUG.ENABLED")
+    ignored = {"D2SCALE.EXACT": "True", "D2SCALE.ACTIVATION_CHECKPOINTING": "True"}
+    ignored |= {"TEST.AUG.ENABLED": "True", "D2SCALE.TILES.SIZE": "64"}
     short = ("SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
-    train("ignored", *short, *(word for key in ignored for word in (key, "True")))
+    train("ignored", *short, *(word for pair in ignored.items() for word in pair))
     log = (train.folder / "ignored" / "log.txt").read_text()
-    assert [log.count(f"{key} has no effect under") for key in ignored] == [1, 1, 1]
+    assert [log.count(f"{key} has no effect under") for key in ignored] == [1, 1, 1, 1]
 
 
 def test_larger_steps_follow_the_gain_rule(train):

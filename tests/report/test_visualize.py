@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,31 @@ def test_boxes_lie_in_pixels_of_the_image_and_only_sure_ones(run_folder, tmp_pat
     both = visualize(run_folder, tmp_path / "out", inputs=[image], score_threshold=0.1)
     assert both.files == drawn.files
     assert len(near(np.asarray(Image.open(both.files[0])), class_colour(5))) > 1000
+
+
+class Corners(nn.Module):
+    """Finds a box in the upper left of all that it is shown."""
+
+    def forward(self, samples):
+        assert all(sample["image"].shape[1:] == (128, 128) for sample in samples[1:])
+        box = torch.tensor([[4.0, 20, 44, 60]])
+        found = {"boxes": box, "scores": torch.ones(1), "classes": torch.tensor([2])}
+        return [found for _ in samples]
+
+
+def test_a_large_image_is_drawn_from_its_tiles(run_folder, tmp_path, stub, monkeypatch):
+    monkeypatch.setattr(module, "build_model", lambda cfg: Corners())
+    image, small = tmp_path / "large.png", tmp_path / "small.png"
+    Image.new("RGB", (400, 300), (90, 90, 90)).save(image)
+    Image.new("RGB", (160, 160), (90, 90, 90)).save(small)
+    words = ["visualize", str(run_folder), "--input", str(image), "--input", str(small)]
+    assert main([*words, "-o", str(tmp_path / "out"), "--tile", "160", "--overlap=0"]) == 0
+    picture = np.asarray(Image.open(tmp_path / "out" / "large.jpg"))
+    places = near(picture, class_colour(2))
+    for x, y in itertools.product((0, 120, 240), (0, 140)):
+        inside = (places >= (y + 18, x + 2)).all(axis=1) & (places <= (y + 62, x + 46)).all(axis=1)
+        assert inside.sum() > 100
+    assert len(near(np.asarray(Image.open(tmp_path / "out" / "small.jpg")), class_colour(2))) > 100
 
 
 def test_truth_is_left_and_detections_are_right(run_folder, tmp_path, stub):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -170,12 +171,13 @@ def _images_of(own: range, images: int) -> slice:
 
 
 def build_test_loader(
-    cfg: CfgNode, dataset: CocoDataset, *, world_size: int, rank: int
+    cfg: CfgNode, dataset: CocoDataset, *, world_size: int, rank: int, keep_above: int = 0
 ) -> EvalLoader:
     """Build the evaluation loader of one rank, over every image of ``dataset``.
 
-    Raises ConfigError if an ``INPUT`` key has a value that cannot be served.
+    Images with an edge of more than ``keep_above`` pixels, unless it is 0, are not resized. Raises
+    ConfigError if an ``INPUT`` key has a value that cannot be served.
     """
     rank_images = rank_slice(len(dataset), world_size, rank)
-    augmentation = ResizeAndFlip.for_testing(cfg)
+    augmentation = replace(ResizeAndFlip.for_testing(cfg), keep_above=keep_above)
     return EvalLoader(dataset.records, augmentation, rank_images, LoaderOptions.from_cfg(cfg))

@@ -40,6 +40,8 @@ class ResizeAndFlip:
     sampling: str  # "choice" or "range"
     max_size: int  # longest edge in pixels; it wins over the short edge
     flip: bool  # mirror images, each with a probability of one half
+    # Images with a longer edge, in pixels, keep their size, to be cut in tiles later; 0: none.
+    keep_above: int = 0
 
     @classmethod
     def for_training(cls, cfg: CfgNode) -> ResizeAndFlip:
@@ -61,6 +63,8 @@ class ResizeAndFlip:
 
     def draw(self, seed: int, draw: Draw, height: int, width: int) -> Augmentation:
         """Draw the augmentation of an image of ``height`` times ``width`` pixels."""
+        if 0 < self.keep_above < max(height, width):
+            return Augmentation(height, width, False)
         for_size, for_flip = uniform_numbers(seed, draw.epoch, draw.image, 2).tolist()
         if self.sampling == "range":
             low, high = self.short_edges
