@@ -37,6 +37,8 @@ def add_parser(commands: Commands) -> None:
     add("--num-machines", type=int, default=1, metavar="N")
     add("--machine-rank", type=int, default=0, metavar="N")
     add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
+    help_text = "how long machines wait for each other (600)"
+    add("--join-timeout", type=float, default=600, metavar="SECONDS", help=help_text)
     add("--method", help="per_gpu, keep_total or max_memory")
     add("--lr-rule", help="auto, linear, sqrt, none or gain (D2SCALE.LR_RULE)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
@@ -56,8 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _topology(arguments: argparse.Namespace) -> Topology:
-    machines = (arguments.num_machines, arguments.machine_rank, arguments.dist_url)
-    return Topology(arguments.num_processes, *machines)
+    return Topology(
+        arguments.num_processes,
+        arguments.num_machines,
+        arguments.machine_rank,
+        arguments.dist_url,
+        arguments.join_timeout,
+    )
 
 
 def _train_by_default_engine(arguments: argparse.Namespace) -> None:

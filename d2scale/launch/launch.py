@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -20,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fault
-from d2scale.launch.topology import Topology, address_of, under_torchrun, url_fault
+from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError
+from d2scale.launch.machines import Watch, machines_met
+from d2scale.launch.topology import Topology, address_of, under_torchrun
 from d2scale.run_folder.files import write_atomically
 
 # The evaluation of a large dataset keeps the other ranks waiting for the first.
@@ -31,6 +31,8 @@ RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _LATER_SECONDS = 1.0
 _GLOO_SECONDS = 0.1
 _THREADS = "OMP_NUM_THREADS"
+# How gloo and NCCL tell that a rank on another machine is gone.
+_BROKEN_CONNECTION = ("gloo/transport", "Connection closed by peer", "DistBackendError")
 
 
 class RankError(RuntimeError):
@@ -64,14 +66,24 @@ def launch(
         return function(*args)
     if faults := topology.faults():
         raise ConfigError(faults)
-    with tempfile.TemporaryDirectory(prefix="d2scale-") as name:
+    facts = {
+        "--num-machines": topology.num_machines,
+        "--num-gpus": topology.num_processes,
+        "MODEL.DEVICE": "cuda" if use_cuda else "cpu",
+    }
+    with (
+        machines_met(topology, facts) as watch,
+        tempfile.TemporaryDirectory(prefix="d2scale-") as name,
+    ):
         folder = Path(name)
         rank_args = (function, tuple(args), topology, folder, use_cuda)
-        _start_and_wait(rank_args, topology, folder)
+        _start_and_wait(rank_args, topology, folder, watch)
         return pickle.loads((folder / "result").read_bytes())  # noqa: S301  written by a rank
 
 
-def _start_and_wait(rank_args: tuple[Any, ...], topology: Topology, folder: Path) -> None:
+def _start_and_wait(
+    rank_args: tuple[Any, ...], topology: Topology, folder: Path, watch: Watch | None
+) -> None:
     """Run all ranks of this machine; at the first failure, and at Ctrl-C, end the others."""
     # What it warns of, ending the other ranks, is not worth a line.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
@@ -80,10 +92,14 @@ def _start_and_wait(rank_args: tuple[Any, ...], topology: Topology, folder: Path
             _run_rank, rank_args, topology.num_processes, join=False, start_method="spawn"
         )
     try:
-        while not ranks.join():
-            pass
-    except (ProcessExitedException, ProcessRaisedException) as error:
-        raise _error_of_ranks(error, topology, folder) from None
+        while not ranks.join(timeout=_LATER_SECONDS):
+            if watch and (loss := watch.loss()):
+                raise loss
+    except (ProcessExitedException, ProcessRaisedException) as first:
+        error = _error_of_ranks(first, topology, folder)
+        if watch and any(text in str(error) for text in _BROKEN_CONNECTION):
+            error = watch.loss_behind_an_error() or error
+        raise error from None
     finally:
         for process in ranks.processes:
             process.terminate()
@@ -188,33 +204,8 @@ def _spawned_group(local_rank: int, topology: Topology, folder: Path, use_cuda: 
         # A file, for another program could meanwhile take a port that is free now.
         file = dist.FileStore(str(folder / "store"), world_size)
         return _Group(file, local_rank, rank, world_size)
-    try:
-        store = dist.TCPStore(
-            *address, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False
-        )
-    except RuntimeError as error:  # newer versions of torch raise a DistNetworkError
-        reason = str(error).partition("\n")[0]
-        raise ConfigError([url_fault(topology.dist_url, reason)]) from error
-    _refuse_other_machines(store, topology, use_cuda)
+    store = dist.TCPStore(*address, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False)
     return _Group(dist.PrefixStore("ranks", store), local_rank, rank, world_size)
-
-
-def _refuse_other_machines(store: dist.Store, topology: Topology, use_cuda: bool) -> None:
-    """Compare what makes up the group: with differences, its ranks would wait for each other."""
-    facts = {
-        "--num-machines": topology.num_machines,
-        "--num-gpus": topology.num_processes,
-        "MODEL.DEVICE": "cuda" if use_cuda else "cpu",
-    }
-    store.set(f"machine{topology.machine_rank}", json.dumps(facts))
-    first = json.loads(store.get("machine0"))
-    for number in range(1, topology.num_machines):
-        other = json.loads(store.get(f"machine{number}"))
-        for key, value in first.items():
-            if other[key] != value:
-                name, allowed = f"{key} on machine {number}", f"{value!r}, as on machine 0"
-                advice = "start the run with the same on every machine"
-                raise ConfigError([Fault(name, other[key], allowed, advice)])
 
 
 @contextmanager

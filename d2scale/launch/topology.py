@@ -22,6 +22,7 @@ class Topology:
     num_machines: int = 1  # on all of which the same command is started
     machine_rank: int = 0  # number of this machine, from 0
     dist_url: str = "auto"  # tcp://HOST:PORT of machine 0; auto on a single machine
+    join_timeout: float = 600  # seconds for which the machines wait for each other
 
     @property
     def world_size(self) -> int:
@@ -46,6 +47,9 @@ class Topology:
         if not 0 <= self.machine_rank < max(1, self.num_machines):
             allowed = f"0 to {self.num_machines - 1}"
             faults.append(Fault("--machine-rank", self.machine_rank, allowed, "number from 0"))
+        if not self.join_timeout > 0:
+            advice = "give seconds, as 600"
+            faults.append(Fault("--join-timeout", self.join_timeout, "more than 0", advice))
         needs_no_url = self.num_machines == 1 and self.dist_url == "auto"
         if not needs_no_url and address_of(self.dist_url) is None:
             faults.append(url_fault(self.dist_url))

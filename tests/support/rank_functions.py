@@ -124,6 +124,15 @@ def sleep_for_ever(marker: str):
     time.sleep(1000)
 
 
+def exchange_for_ever(marker: str):
+    """All ranks meet again and again; a file says that they have met."""
+    while True:
+        dist.barrier()
+        with open(f"{marker}.{dist.get_rank()}", "w") as file:
+            file.write("met")
+        time.sleep(0.1)
+
+
 def guarded_training(cases, ims_per_batch=6, ims_per_gpu=4, steps=3):
     """Train a few steps for each case (part, ranks that fail, step) and describe the end.
 

@@ -1,0 +1,127 @@
+"""Machines that come late, never, or go: namespaces of this one stand for them."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import time
+
+import pytest
+import torch
+
+from d2scale.errors import ConfigError, D2ScaleError
+from d2scale.launch.launch import Topology, launch
+from d2scale.launch.network import interface_towards, let_gloo_reach
+from machines import cluster
+
+# What every machine starts: its number and the URL of machine 0 follow.
+JOB = """
+import sys
+from d2scale.errors import D2ScaleError
+from d2scale.launch import machines
+from d2scale.launch.launch import Topology, launch
+from rank_functions import exchange_for_ever
+
+machines.SILENT_AFTER_SECONDS = 6
+machines.SILENT_AFTER_ERROR_SECONDS = 4
+if __name__ == "__main__":
+    number, url, marker = sys.argv[1:]
+    try:
+        launch(exchange_for_ever, [marker], Topology(1, 2, int(number), url))
+    except D2ScaleError as error:
+        sys.exit(f"error: {error}")
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    job = tmp_path / "job.py"
+    job.write_text(JOB)
+
+    def start(machine, number, url):
+        log = tmp_path / f"log{number}"
+        return machine.start(str(job), str(number), url, str(tmp_path / "met"), log=log), log
+
+    return start
+
+
+def wait_for(condition, what):
+    end = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < end, what()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("accident", ["kill", "cut_off"])
+def test_machines_wait_and_miss_each_other(start, tmp_path, accident):
+    """Each machine's own name leads nowhere here, as with a name that has a loopback address."""
+    with cluster(2) as machines:
+        url = f"tcp://{machines[0].address}:29400"
+        late = 1 if accident == "kill" else 0
+        early, said = start(machines[1 - late], 1 - late, url)
+        waiting = f"waiting for machine {late} of 2 at {url}"
+        wait_for(lambda: waiting in said.read_text(), said.read_text)
+        start(machines[late], late, url)
+        wait_for(lambda: len(list(tmp_path.glob("met.*"))) == 2, said.read_text)
+        getattr(machines[late], accident)()
+        started = time.monotonic()
+        assert early.wait(timeout=60) == 1
+        assert time.monotonic() - started < 60
+        assert "Traceback" not in said.read_text()
+        line = said.read_text().splitlines()[-1]
+        assert re.match(rf"error: machine {late} of 2 has not been heard of for \d+ s", line)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_machine_that_never_comes(missing, caplog):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        url = f"tcp://localhost:{free.getsockname()[1]}"
+    with pytest.raises(D2ScaleError, match="--join-timeout") as caught:
+        launch(torch.get_num_threads, topology=Topology(1, 2, 1 - missing, url, join_timeout=3.5))
+    assert str(caught.value).startswith(f"waited 3.5 s for machine {missing} of 2 at {url} (")
+    assert "\n" not in str(caught.value)
+    assert f"waiting for machine {missing} of 2 at {url}" in caplog.text
+
+
+def test_a_join_timeout_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"--join-timeout is 0; .*more than 0"):
+        launch(torch.get_num_threads, topology=Topology(2, join_timeout=0))
+
+
+def test_gloo_is_told_of_the_route_unless_the_user_has_decided(monkeypatch, route_table):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
+    let_gloo_reach(["198.18.0.1"])
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    let_gloo_reach(["localhost"])
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    let_gloo_reach(["localhost", "198.18.0.1"])
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.parametrize(
+    ("host", "interface"),
+    [("198.18.0.7", "ib0"), ("198.19.0.7", "eth0"), ("127.0.1.1", None), ("host.invalid", None)],
+)
+def test_the_narrowest_route_decides(route_table, host, interface):
+    assert interface_towards([host]) == interface
+
+
+@pytest.fixture
+def route_table(tmp_path, monkeypatch):
+    """A default route and a narrower one, as Linux lists them."""
+
+    def in_hex(address):
+        return f"{int.from_bytes(socket.inet_aton(address), sys.byteorder):08X}"
+
+    rows = [
+        ("wlan0", in_hex("0.0.0.0"), "0", "0003", "0", "0", "600", in_hex("0.0.0.0")),
+        ("ib0", in_hex("198.18.0.0"), "0", "0001", "0", "0", "100", in_hex("255.255.0.0")),
+        ("eth0", in_hex("0.0.0.0"), "0", "0003", "0", "0", "100", in_hex("0.0.0.0")),
+    ]
+    table = tmp_path / "route"
+    table.write_text("\n".join(["Iface ...", *("\t".join(row) for row in rows)]))
+    monkeypatch.setattr("d2scale.launch.network._ROUTES", table)
