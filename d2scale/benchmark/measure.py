@@ -28,6 +28,7 @@ from d2scale.errors import CheckpointError, ConfigError, Fault, collecting
 from d2scale.memory.tracker import StorageTracker
 from d2scale.planning.schedule import reference_world_size
 from d2scale.step.optimizer_step import OptimizerStep
+from d2scale.step.precision import bfloat16_faults, tf32_use
 
 PARTS = ("inference", "training")
 
@@ -66,7 +67,7 @@ def benchmark(cfg: CfgNode, options: BenchmarkOptions) -> BenchmarkResult:
     data where real data is asked for.
     """
     faults = [*_option_faults(options), *_device_faults(cfg), *value_faults(cfg)]
-    faults += input_faults(cfg)
+    faults += [*input_faults(cfg), *bfloat16_faults(cfg)]
     with collecting(faults):
         check_model(cfg)
     if faults:
@@ -120,12 +121,15 @@ def _load_weights(cfg: CfgNode, model: nn.Module) -> str:
 
 def _facts(cfg: CfgNode, weights: str) -> dict[str, Any]:
     device, amp = device_of(cfg), cfg.SOLVER.AMP
+    on_cuda = device.type == "cuda"
+    tf32 = {"TF32": tf32_use(torch.cuda.get_device_capability(device)[0])} if on_cuda else {}
     return {
         "model": cfg.MODEL.META_ARCHITECTURE,
         "weights": weights,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name(device) if on_cuda else "CPU",
         "threads": torch.get_num_threads(),
         "training precision": amp.PRECISION if amp.ENABLED else "float32",
+        **tf32,
         "torch": torch.__version__,
     }
 

@@ -57,7 +57,12 @@ def _devices() -> str:
         return "unknown without torch"
     import torch
 
+    from d2scale.step.precision import tf32_use
+
     if not torch.cuda.is_available():
         return "no CUDA device; training runs on the CPU"
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return "; ".join(f"{one.name}, {one.total_memory / 2**30:.1f} GiB" for one in devices)
+    return "; ".join(
+        f"{one.name}, {one.total_memory / 2**30:.1f} GiB, TF32 for {tf32_use(one.major)}"
+        for one in devices
+    )

@@ -69,7 +69,7 @@ def _tile_keys(tiles: Any) -> Any:
 
 
 def _memory_keys(memory: Any) -> Any:
-    memory.BUDGET_GIB = 0.0  # device memory to plan for; 0: what the device has
+    memory.BUDGET_GIB = 0.0  # device memory that training may take; 0: all of it
     # Share of the budget that a prediction may fill. What was measured may fill all of it.
     memory.FRACTION = 0.95
     memory.PROFILE = ""  # memory profile file; empty: none

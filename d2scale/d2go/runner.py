@@ -31,10 +31,12 @@ from d2scale.detectron2.progress import ProgressRecord, resume_by_images
 from d2scale.detectron2.scaling import applied_plan, facts_of_model, warn_without_effect
 from d2scale.detectron2.step_state import STEP_STATE, StateHook, StepState, build_step_state
 from d2scale.detectron2.user_errors import exit_on_user_error, exit_together_on_user_error
+from d2scale.errors import ConfigError
 from d2scale.planning.progress import RECORD, recipe_of
 from d2scale.planning.schedule import follows_gain
 from d2scale.run_folder.contents import write_plan
 from d2scale.step import ranks
+from d2scale.step.precision import bfloat16_faults
 
 # Functions that register a project's models with detectron2.
 ENTRY_POINTS = "d2scale.detectron2"
@@ -142,11 +144,14 @@ class Runner(GeneralizedRCNNRunner):
     def do_train(self, cfg: Any, model: torch.nn.Module, resume: bool) -> Any:
         """Scale the config, then train as d2go does."""
         with exit_together_on_user_error():
+            if faults := bfloat16_faults(cfg):
+                raise ConfigError(faults)
             # A rule that was asked for is not replaced: RunStep will refuse what it cannot follow.
             takes_steps = follows_gain(cfg) or can_take_steps(cfg, model)
             memory = D2GoMemory(cfg, self, model)
             facts = facts_of_model(model)
             scale_for_training(cfg, memory, resume=resume, takes_steps=takes_steps, model=facts)
+            memory.hold_to_budget()
             plan = applied_plan(cfg)
             if plan is not None and ranks.rank() == 0:
                 write_plan(Path(cfg.OUTPUT_DIR), plan)

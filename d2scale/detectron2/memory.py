@@ -25,7 +25,7 @@ from d2scale.detectron2.worst_batches import (
 )
 from d2scale.detectron2.worst_proposals import give_most_foreground
 from d2scale.errors import DataError, Fault
-from d2scale.memory.devices import CudaDevice
+from d2scale.memory.devices import CudaDevice, hold_to_budget
 from d2scale.memory.predict import Prediction, Workload, predict
 from d2scale.memory.preserve import random_numbers_kept
 from d2scale.memory.probe import measure_workload
@@ -101,6 +101,15 @@ class TrainingMemory(ABC):
         """Return the memory of the smallest GPU of all ranks, None on a CPU. All ranks call it."""
         gib = _device_gib(self._cfg)
         return None if gib is None else -ranks.largest_over_ranks({"gib": -gib})["gib"]
+
+    def generation(self) -> int:
+        """Return the first number of the GPU's compute capability, 0 on a CPU."""
+        return torch.cuda.get_device_capability()[0] if _on_cuda(self._cfg) else 0
+
+    def hold_to_budget(self) -> None:
+        """Let the training of this process take no more than ``D2SCALE.MEMORY.BUDGET_GIB``."""
+        if _on_cuda(self._cfg):
+            hold_to_budget(_cuda_device().device, self._cfg.D2SCALE.MEMORY.BUDGET_GIB)
 
     def profile(self) -> MemoryProfile:
         """Measure on all ranks, or predict: with fake tensors, or with real steps on a CPU."""

@@ -101,6 +101,7 @@ def _plan_on_ranks(
                 engine=memory.engine,
                 make_profile=memory.profile,
                 make_variants=memory.variants,
+                generation=memory.generation(),
             )
             outcome = make_plan(cfg, hardware, method=method, takes_steps=takes_steps, model=model)
             if method == "max_memory" and not cfg.D2SCALE.IMS_PER_GPU:

@@ -95,6 +95,7 @@ class Scaling:
                 takes_steps=True,
                 model=ModelFacts.of_recipe(planned, settings),
             )
+        memory.hold_to_budget()
         warn_without_effect(planned, _WITHOUT_EFFECT, "detectron2")
         self.settings = planned  # by the names of YAML configs, planned
         self.cfg = apply_plan(cfg, self.plan) if self.is_lazy else planned

@@ -25,6 +25,7 @@ from d2scale.planning.hardware import FRACTION, Hardware, budget_rule
 from d2scale.planning.memory_profile import GIB, MemoryProfile
 from d2scale.step.norms import without_synchronised_norms
 from d2scale.step.optimizer_step import OptimizerStep
+from d2scale.step.precision import bfloat16_faults
 from d2scale.step.ranks import world_size
 
 
@@ -37,15 +38,15 @@ def make_profiles(cfg: Any, device: str, *, explore: bool = False) -> tuple[Memo
     faults = [*value_faults(cfg), *input_faults(cfg), *FRACTION.faults(cfg.D2SCALE.MEMORY.FRACTION)]
     budget_gib = cfg.D2SCALE.MEMORY.BUDGET_GIB
     faults += budget_rule(None).faults(budget_gib) if budget_gib else []
-    faults += _device_faults(explore) if device == "cuda" else []
+    on_device = cfg.clone()
+    on_device.defrost()
+    on_device.MODEL.DEVICE = device
+    faults += [*_device_faults(explore), *bfloat16_faults(on_device)] if device == "cuda" else []
     if faults:
         raise ConfigError(faults)
-    if device == "cpu":
-        return predict_variants(cfg) if explore else (predict_profile(cfg),)
-    on_cuda = cfg.clone()
-    on_cuda.defrost()
-    on_cuda.MODEL.DEVICE = "cuda"
-    return (measure_profile(on_cuda),)
+    if device == "cuda":
+        return (measure_profile(on_device),)
+    return predict_variants(cfg) if explore else (predict_profile(cfg),)
 
 
 def _device_faults(explore: bool) -> list[Fault]:

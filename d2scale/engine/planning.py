@@ -108,6 +108,7 @@ def _hardware(
         engine=DEFAULT_ENGINE,
         make_profile=make_profile,
         make_variants=lambda: predict_variants(cfg, _worst_case(cfg)),
+        generation=_generation(cfg),
     )
 
 
@@ -120,6 +121,11 @@ def _make_profile(cfg: Any) -> MemoryProfile:
 
 def _worst_case(cfg: Any) -> WorstCase:
     return worst_case_of(cfg, load_training_dataset(cfg))
+
+
+def _generation(cfg: Any) -> int:
+    on_cuda = cfg.MODEL.DEVICE == "cuda"
+    return int(torch.cuda.get_device_properties(device_of(cfg)).major) if on_cuda else 0
 
 
 def _device_gib(device: torch.device | int) -> float:

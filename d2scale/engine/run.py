@@ -20,6 +20,7 @@ from d2scale.launch.launch import RESTARTS, Topology, launch, under_torchrun
 from d2scale.run_folder.contents import holds_run
 from d2scale.run_folder.files import folder_faults
 from d2scale.run_folder.lock import refuse_locked
+from d2scale.step.precision import bfloat16_faults
 
 
 def train(
@@ -84,7 +85,7 @@ def _check(
     """Return the number of training images, or raise every fault there is. Writes nothing."""
     gpus = torch.cuda.device_count() if cfg.MODEL.DEVICE == "cuda" else None
     wrong_processes = topology.faults(gpus)
-    faults = [*value_faults(cfg), *input_faults(cfg), *wrong_processes]
+    faults = [*value_faults(cfg), *input_faults(cfg), *wrong_processes, *bfloat16_faults(cfg)]
     folder = Path(cfg.OUTPUT_DIR)
     images = 0
     with collecting(faults):

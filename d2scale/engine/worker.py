@@ -32,6 +32,7 @@ from d2scale.engine.telemetry.machine import describe_machine
 from d2scale.engine.telemetry.reporter import Reporter
 from d2scale.engine.telemetry.writers import JsonWriter, TensorBoardWriter, Writer
 from d2scale.engine.trainer import Trainer
+from d2scale.memory.devices import hold_to_budget
 from d2scale.planning.formats import plan_table
 from d2scale.planning.plan import Plan
 from d2scale.planning.progress import recipe_of
@@ -121,6 +122,7 @@ class _Training(NamedTuple):
 
 
 def _train(job: Job, plan: Plan) -> Results:
+    hold_to_budget(device_of(job.cfg), job.cfg.D2SCALE.MEMORY.BUDGET_GIB)
     training = _prepare(job, plan)
     cfg, position = training.cfg, training.position
     with _open_loader(cfg, plan, position) as loader, _open_reporter(cfg, position) as reporter:

@@ -158,7 +158,7 @@ class _Group(NamedTuple):
     """A rank's place in its process group."""
 
     store: dist.Store  # where the ranks exchange their addresses
-    local_rank: int  # the rank's number on its machine, and that of its GPU
+    local_rank: int  # the rank's number on its machine
     rank: int  # its number among all
     world_size: int
 
@@ -169,7 +169,7 @@ def _run_in_group(
     """Run ``function`` as one rank of a process group."""
     options: dict[str, Any] = {"backend": "gloo"}
     if use_cuda:
-        device = torch.device("cuda", group.local_rank)
+        device = torch.device("cuda", _own_gpu(group.local_rank))
         torch.cuda.set_device(device)
         options = {"backend": "nccl", "device_id": device}
     dist.init_process_group(
@@ -185,6 +185,12 @@ def _run_in_group(
     time.sleep(_GLOO_SECONDS)
     dist.destroy_process_group()
     return result
+
+
+def _own_gpu(local_rank: int) -> int:
+    """Return the number of a rank's GPU among those that its process sees."""
+    # A cluster that gives each process a GPU of its own shows it that one alone.
+    return 0 if torch.cuda.device_count() == 1 else local_rank
 
 
 def _torchruns_group() -> _Group:

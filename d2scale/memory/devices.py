@@ -11,6 +11,7 @@ import torch
 
 from d2scale.memory.allocator import MIB
 from d2scale.memory.tracker import StorageTracker
+from d2scale.planning.gpu_assumptions import context_bytes
 from d2scale.planning.memory_profile import GIB
 
 
@@ -33,9 +34,8 @@ class Device(Protocol):
     def total_bytes(self) -> int:
         """The memory of the device."""
 
-    @property
-    def context_bytes(self) -> int:
-        """The part of it that this process's tensors cannot have."""
+    def room(self, budget_bytes: int) -> int:
+        """Return the bytes that tensors can have, if this process may take ``budget_bytes``."""
 
     def limited(
         self, tensor_bytes: int, held: Iterable[torch.Tensor]
@@ -46,8 +46,9 @@ class Device(Protocol):
         """Return the most bytes that were allocated, and reserved, inside ``limited``."""
 
 
-# Kernels that are loaded late and libraries that meet new shapes take memory outside of torch's
-# allocator: after a measurement this much, or this part of the device, must still be free.
+# Kernels that are loaded late, libraries that meet new shapes and the first large all-reduce take
+# memory outside of torch's allocator: beside what tensors may have, this much or this part of the
+# device, the larger, stays free.
 _RESERVE_BYTES = 256 * MIB
 _RESERVE_PART = 0.02
 
@@ -68,12 +69,18 @@ class CudaDevice:
     def total_bytes(self) -> int:
         return int(torch.cuda.get_device_properties(self.device).total_memory)
 
-    @property
-    def context_bytes(self) -> int:
+    def room(self, budget_bytes: int) -> int:
         torch.cuda.synchronize(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
-        taken = int(total - free - torch.cuda.memory_reserved(self.device))
-        return taken + max(_RESERVE_BYTES, round(_RESERVE_PART * total))
+        # Not what this process's context, and other processes, have taken already.
+        free += torch.cuda.memory_reserved(self.device)
+        reserve = max(_RESERVE_BYTES, round(_RESERVE_PART * total))
+        return min(free - reserve, _without_context(budget_bytes, self.device))
+
+    @property
+    def context_bytes(self) -> int:
+        """The part of the whole device that this process's tensors cannot have."""
+        return self.total_bytes - self.room(self.total_bytes)
 
     @contextmanager
     def limited(self, tensor_bytes: int, held: Iterable[torch.Tensor]) -> Iterator[None]:
@@ -118,6 +125,9 @@ class SimulatedDevice:
         self.context_bytes = context_bytes
         self._tracker = StorageTracker()
 
+    def room(self, budget_bytes: int) -> int:
+        return budget_bytes - self.context_bytes
+
     @contextmanager
     def limited(self, tensor_bytes: int, held: Iterable[torch.Tensor]) -> Iterator[None]:
         gc.collect()
@@ -129,6 +139,22 @@ class SimulatedDevice:
 
     def peaks(self) -> tuple[int, int]:
         return self._tracker.peak_bytes, self._tracker.peak_bytes
+
+
+def hold_to_budget(device: torch.device, budget_gib: float) -> None:
+    """Let torch's allocator refuse what would go beyond a budget; 0: there is none.
+
+    It counts tensors, and so the context's share, which is assumed, is taken off.
+    """
+    if device.type != "cuda" or not budget_gib:
+        return
+    tensor_bytes = _without_context(round(budget_gib * GIB), device)
+    fraction = tensor_bytes / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(max(fraction, 0.0), 1.0), device)
+
+
+def _without_context(budget_bytes: int, device: torch.device) -> int:
+    return budget_bytes - context_bytes(torch.cuda.get_device_properties(device).major)
 
 
 def _memory_fraction(device: torch.device) -> float:

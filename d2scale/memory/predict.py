@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2scale.memory.allocator import MIB
 from d2scale.memory.cuda_like import CudaLike
 from d2scale.memory.replay import needed_bytes, replay
 from d2scale.memory.stream import Stream, Trace
 from d2scale.memory.tracker import StorageTracker
+from d2scale.planning.gpu_assumptions import LIBRARY_BYTES, context_bytes
 from d2scale.planning.memory_profile import PREDICTED, MemoryProfile, Phase, Point
 from d2scale.step import ranks
 from d2scale.step.averaging import BUFFERS, averaging_bytes
@@ -26,12 +26,6 @@ from d2scale.step.private_torch import NOT_FAKEABLE, FakeTensorMode
 from d2scale.step.update import trained_parameters
 
 logger = logging.getLogger(__name__)
-
-# What a CUDA context takes with the kernels of torch, cuBLAS and cuDNN loaded. It differs from
-# device to device and cannot be known without one; a measured profile has the device's own.
-CONTEXT_BYTES = 450 * MIB
-# cuBLAS keeps this from the first matrix product on (8 MiB and 128 KiB; 32 MiB on Hopper).
-LIBRARY_BYTES = 32 * MIB
 
 # Images at which the allocator is replayed. Its losses rise and fall with the number of images.
 _REPLAYED = (1, 2, 3, 5, 8, 13)
@@ -109,7 +103,7 @@ class Prediction:
             PREDICTED,
             f"{workload.description}; counted with {kind} on a CPU, torch {torch.__version__}, "
             "steps of 1 and 2 images",
-            CONTEXT_BYTES if caching else 0,
+            context_bytes() if caching else 0,
             self.gradient_bytes,
             self.averaging_bytes,
             dict(workload.covers),

@@ -101,7 +101,7 @@ class Probe:
 
     def _smallest_room(self, budget_bytes: int) -> tuple[int, int]:
         """Return the budget and the bytes for tensors of the ranks that have the least."""
-        room = budget_bytes - self.device.context_bytes
+        room = self.device.room(budget_bytes)
         negative = ranks.largest_over_ranks({"budget": -budget_bytes, "room": -room})
         return -int(negative["budget"]), max(0, -int(negative["room"]))
 

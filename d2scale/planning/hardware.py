@@ -110,6 +110,7 @@ class Hardware:
         engine: str,
         make_profile: Callable[[], MemoryProfile] | None,
         make_variants: Callable[[], Sequence[MemoryProfile]] | None = None,
+        generation: int = 0,
     ) -> Hardware:
         """Return the hardware of a run that starts now, with a profile if its plan needs one.
 
@@ -118,21 +119,24 @@ class Hardware:
 
         Args:
             method: one of ``METHODS``; None: the one that ``SOLVER.AUTO_SCALING_METHODS`` names.
-            make_profile: measures or predicts ``cfg``; called on all ranks that are given the
-                same arguments or on none. None: the run ends with other faults anyhow, so two
-                images per GPU are planned instead.
+            make_profile: measures or predicts ``cfg``; called on all ranks that get the same
+                arguments or on none. None: two images per GPU are planned, for a run that ends
+                with other faults anyhow.
             make_variants: profiles of other precisions and of activation checkpointing, for
                 advice; called only if ``make_profile`` leaves no room for one image.
+            generation: of the GPU at hand; see :meth:`MemoryProfile.on_gpu`.
 
         Raises:
             ConfigError: as :meth:`from_cfg`, and what the two functions raise.
         """
         hardware = cls.from_cfg(cfg, world_size, device_gib=device_gib, engine=engine)
+        if hardware.profile:
+            hardware = replace(hardware, profile=hardware.profile.on_gpu(generation))
         if not hardware._needs_profile(cfg, method, on_gpu=device_gib is not None):
             return hardware
         if make_profile is None:
             return replace(hardware, ims_per_gpu=2)  # one has no noise for the gain rule
-        hardware = replace(hardware, profile=make_profile(), variants=())
+        hardware = replace(hardware, profile=make_profile().on_gpu(generation), variants=())
         if make_variants is None or hardware.holds_one_image():
             return hardware
         return replace(hardware, variants=tuple(make_variants()))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from d2scale.errors import ConfigError, Fault
+from d2scale.planning.gpu_assumptions import context_bytes
 
 FORMAT = "d2scale memory profile"
 VERSION = 2
@@ -62,6 +63,15 @@ class MemoryProfile:
     # The settings that it holds for, as planning.coverage names them; empty: not known.
     covers: Mapping[str, Any] = field(default_factory=dict)
     points: tuple[Point, ...] = ()  # what it was made from
+
+    def on_gpu(self, generation: int) -> MemoryProfile:
+        """Return the profile with the context of a GPU of this generation, if it was predicted.
+
+        ``generation`` is the first number of its compute capability; 0: none is at hand.
+        """
+        if self.source != PREDICTED or not self.context_bytes:
+            return self
+        return replace(self, context_bytes=context_bytes(generation))
 
     def part_to_fill(self, fraction: float) -> float:
         """Return the part of a budget that a plan may fill, ``fraction`` being a prediction's.

@@ -1,3 +1,7 @@
+from types import SimpleNamespace
+
+import torch
+
 from d2scale.commands.doctor import diagnose
 
 
@@ -5,3 +9,11 @@ def test_the_report_names_what_matters():
     lines = dict(line.split(":", 1) for line in diagnose().splitlines())
     assert {"d2scale", "Python", "torch", "detectron2", "devices", "datasets"} <= set(lines)
     assert "CUDA" in lines["devices"] or "GiB" in lines["devices"]
+
+
+def test_a_gpu_is_named_with_what_its_float32_is(monkeypatch):
+    gpu = SimpleNamespace(name="Some GPU", total_memory=16 * 2**30, major=9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    assert "Some GPU, 16.0 GiB, TF32 for convolutions" in diagnose()

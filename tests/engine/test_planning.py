@@ -74,7 +74,7 @@ def test_a_batch_of_more_images_than_there_are_is_refused(recipes):
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    properties = SimpleNamespace(total_memory=16 * GIB)
+    properties = SimpleNamespace(total_memory=16 * GIB, major=8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from d2scale.errors import ConfigError, D2ScaleError, DataError
-from d2scale.launch.launch import RankError, Topology, launch
+from d2scale.launch.launch import RankError, Topology, _own_gpu, launch
 from rank_functions import killed_on, program_error, sleep_for_ever, user_error_on, where_am_i
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -141,6 +141,12 @@ def test_under_torchrun_the_ranks_are_used(tmp_path):
         [*command, str(script)], check=True, env={**os.environ, "PYTHONPATH": str(SUPPORT)}
     )
     assert {path.name for path in tmp_path.glob("rank*")} == {"rank0", "rank1"}
+
+
+@pytest.mark.parametrize(("visible", "gpu"), [(1, 0), (4, 3)])
+def test_a_process_that_is_shown_one_gpu_uses_that(monkeypatch, visible, gpu):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert _own_gpu(3) == gpu
 
 
 def test_world_size_without_torchrun():

@@ -1,11 +1,19 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from d2scale.errors import ConfigError
-from d2scale.planning.memory_profile import MemoryProfile, Phase, load_profiles
+from d2scale.planning.gpu_assumptions import context_bytes
+from d2scale.planning.memory_profile import (
+    MEASURED,
+    PREDICTED,
+    MemoryProfile,
+    Phase,
+    load_profiles,
+)
 
 sizes = st.integers(0, 2**40)
 
@@ -78,3 +86,12 @@ def test_a_file_of_the_first_version_still_reads(tmp_path):
     (profile,) = load_profiles(str(path))
     # Several ranks held the gradients twice when it was written.
     assert profile.peak_bytes(1, world_size=2) == 10 + 5 + 7
+
+
+def test_a_predicted_context_follows_the_gpu_at_hand_and_a_measured_one_stays():
+    predicted = MemoryProfile((Phase("backward", 0, 1),), PREDICTED, context_bytes=7)
+    assert predicted.on_gpu(9).context_bytes == context_bytes(9)
+    measured = replace(predicted, source=MEASURED)
+    assert measured.on_gpu(9) == measured
+    by_hand = replace(predicted, context_bytes=0)
+    assert by_hand.on_gpu(9) == by_hand

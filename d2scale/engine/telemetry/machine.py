@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from d2scale import __version__
+from d2scale.step.precision import tf32_use
 from d2scale.step.ranks import largest_over_ranks, world_size
 
 _CPU_FACTS = Path("/proc/cpuinfo")
@@ -19,8 +20,8 @@ _CPU_FACTS = Path("/proc/cpuinfo")
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return what ``machine.json`` holds. Every rank must call it, with its own device.
 
-    ``device`` is named as on the first rank; ``device_memory_mb``, only with CUDA, is that of the
-    smallest of all ranks' devices.
+    ``device`` is named as on the first rank. Only with CUDA there are ``device_memory_mb``, of the
+    smallest of all ranks' devices, and ``tf32``, what is computed in TF32 in the place of float32.
     """
     cpu = cpu_name()
     cores = os.cpu_count() or 1
@@ -40,6 +41,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         total = -largest_over_ranks({"bytes": -float(properties.total_memory)})["bytes"]
         facts["device"] = properties.name
         facts["device_memory_mb"] = total / 2**20
+        facts["tf32"] = tf32_use(properties.major)
         facts["description"] = f"{world_size()} x {properties.name}, {total / 2**30:.1f} GiB each"
     return facts
 

@@ -25,8 +25,9 @@ def test_a_machine_that_does_not_name_its_cpu(monkeypatch, tmp_path):
 
 
 def test_a_gpu_is_told_with_its_memory(monkeypatch):
-    properties = SimpleNamespace(name="Some GPU", total_memory=16 * 2**30)
+    properties = SimpleNamespace(name="Some GPU", total_memory=16 * 2**30, major=8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     found = describe_machine(torch.device("cuda", 0))
     assert found["description"] == "1 x Some GPU, 16.0 GiB each"
     assert (found["device"], found["device_memory_mb"]) == ("Some GPU", 16 * 1024)
+    assert found["tf32"] == "convolutions"
