@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 EXIT_STATUS_USER_ERROR = 2
+_LONGEST_VALUE = 500  # characters of a value in a message
 
 
 class D2ScaleError(Exception):
@@ -26,7 +27,16 @@ class Fault:
     def __str__(self) -> str:
         # A line feed in a key would look like two faults, and a terminal obeys escape sequences.
         key = self.key if self.key.isprintable() else ascii(self.key)
-        return f"{key} is {self.value!r}; allowed: {self.allowed}; {self.advice}"
+        return f"{key} is {_shown(self.value)}; allowed: {self.allowed}; {self.advice}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as Python writes it, the middle left out where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, thousands of brackets
+        return f"({type(value).__name__}, too large to show)"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]} ..."
 
 
 class ConfigError(D2ScaleError):

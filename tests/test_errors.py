@@ -25,6 +25,11 @@ def test_a_fault_that_two_checks_find_is_one_line():
     assert ConfigError([FAULT, other, FAULT]).faults == (FAULT, other)
 
 
+def test_a_long_value_is_cut_and_one_that_cannot_be_written_is_named():
+    assert len(str(Fault("KEY", "x" * 10**6, "less", "cut it"))) < 600
+    assert "int, too large to show" in str(Fault("KEY", 10**5000, "less", "cut it"))
+
+
 def test_a_fault_says_what_is_allowed_and_what_to_do():
     assert str(FAULT) == "SOLVER.MAX_ITER is 0; allowed: 1 or more; set it"
 

@@ -18,9 +18,9 @@ from fvcore.common.config import BASE_KEY, CfgNode
 from d2scale.config.defaults import NUMBERS_OR_NONE, add_project_configs, get_cfg
 from d2scale.config.keys import get_key
 from d2scale.config.projects import entry_points
-from d2scale.config.safe_yaml import UnreadValue, parse_yaml
+from d2scale.config.safe_yaml import LARGEST_TEXT, UnreadValue, parse_yaml
 from d2scale.config.upstream import LOOK_ALIKES, UNPLANNED_SECTIONS, engine_of
-from d2scale.config.value_rules import or_none, type_of_default
+from d2scale.config.value_rules import of_any_size, or_none, type_of_default
 from d2scale.errors import ConfigError, Fault
 
 SHIPPED_PREFIX = "d2scale://"
@@ -31,6 +31,8 @@ _UPSTREAM_PREFIXES = {
     "detectron2go://": ("d2go", "configs"),
     "detectron2://": ("detectron2", "model_zoo/configs"),
 }
+
+_MOST_FILES = 200  # of one config, each as often as a _BASE_ names it
 
 # In a recipe of another engine these sections must still make sense to d2scale.
 _PLANNING_SECTIONS = ("SOLVER", "TEST", "D2SCALE", "QUANTIZATION", "MODEL_EMA")
@@ -80,22 +82,23 @@ def load_yaml(path: str, parse: Callable[[str], Any] = parse_yaml) -> dict[str, 
     """Read a config and everything its ``_BASE_`` keys name, later files winning, nested.
 
     ``parse`` turns the text of one file into its content; d2scale's own runs no Python. ConfigError
-    for a missing or unreadable file, YAML that is broken, or nesting or a chain of ``_BASE_`` that
-    does not end.
+    for a missing or unreadable file, YAML that is broken or far too large, and a chain of
+    ``_BASE_`` that does not end.
     """
-    try:
-        settings = _load_chain(os.path.abspath(resolve_config_path(path)), (), parse)
-        for _ in flatten(settings):  # a YAML mapping can hold itself
-            pass
-        return settings
-    except RecursionError:
-        raise _path_fault(path, "a file that is nested less deeply") from None
+    tries = iter(range(_MOST_FILES))
+    return _load_chain(os.path.abspath(resolve_config_path(path)), (), parse, tries)
 
 
-def _load_chain(path: str, above: tuple[str, ...], parse: Callable[[str], Any]) -> dict[str, Any]:
+def _load_chain(
+    path: str, above: tuple[str, ...], parse: Callable[[str], Any], tries: Iterator[int]
+) -> dict[str, Any]:
     if path in above:
         chain = " -> ".join([*above[above.index(path) :], path])
         raise ConfigError([Fault(BASE_KEY, chain, "a chain that ends", "remove one of the links")])
+    # Two bases that name the same two bases, and so on, are read twice as often on every level.
+    if next(tries, None) is None:
+        allowed = f"at most {_MOST_FILES} files to read"
+        raise ConfigError([Fault(BASE_KEY, path, allowed, "name fewer files")])
     content = _read_yaml(path, parse)
     bases = content.pop(BASE_KEY, [])
     bases = [bases] if isinstance(bases, str) else bases
@@ -105,7 +108,7 @@ def _load_chain(path: str, above: tuple[str, ...], parse: Callable[[str], Any]) 
     merged: dict[str, Any] = {}
     for base in bases:
         resolved = os.path.join(os.path.dirname(path), resolve_config_path(base))
-        _merge_mapping(merged, _load_chain(os.path.abspath(resolved), (*above, path), parse))
+        _merge_mapping(merged, _load_chain(os.path.abspath(resolved), (*above, path), parse, tries))
     _merge_mapping(merged, content)
     return merged
 
@@ -113,24 +116,29 @@ def _load_chain(path: str, above: tuple[str, ...], parse: Callable[[str], Any]) 
 def _read_yaml(path: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            content = parse(file.read())
+            content = parse(file.read(LARGEST_TEXT + 1))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise _path_fault(path, "a readable YAML file", f"check the path ({reason})") from None
-    # The parser lets a date or a number that cannot be raise a plain ValueError.
+    # A date or a number that cannot be is a plain ValueError, as is a size that no config has.
     except (yaml.YAMLError, ValueError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = path if line is None else f"{path}, line {line + 1}"
         problem = getattr(error, "problem", None) or f"it cannot be parsed ({error})"
         raise _path_fault(where, "plain YAML", f"mend it: {problem}") from None
-    if content is not None and not isinstance(content, dict):
+    if not isinstance(content or {}, dict) or not all(
+        isinstance(key, str) for key in content or {}
+    ):
         raise _path_fault(path, "YAML of the form KEY: value", "check the file")
     return content or {}
 
 
 def _merge_mapping(target: dict[str, Any], source: Mapping[str, Any]) -> None:
     for key, value in source.items():
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+        if isinstance(value, Mapping):
+            # A mapping of its own for each key: two of them may be aliases of one.
+            if not isinstance(target.get(key), dict):
+                target[key] = {}
             _merge_mapping(target[key], value)
         else:
             target[key] = value
@@ -233,7 +241,8 @@ def _set_checked(cfg: CfgNode, key: str, value: Any, default: Any) -> list[Fault
     except (ValueError, SyntaxError):
         return [rule.fault(value)]
     # yacs lets None replace anything, and looks into no list.
-    return rule.faults(get_key(cfg, key))
+    value = get_key(cfg, key)
+    return rule.faults(value) or of_any_size(key).faults(value)
 
 
 def _as_float(value: Any) -> Any:

@@ -11,6 +11,10 @@ from d2scale.config.keys import get_key
 from d2scale.errors import Fault
 
 _ABSENT = object()
+_LARGEST = 2**31 - 1
+# What is larger is a slip: no machine has it, and one that tries hangs.
+MOST_IMAGES = 2**20  # in a step, and GPUs
+LONGEST_EDGE = 2**15  # pixels
 # What a test raises when the value has another type than the test was written for: a fault too.
 _WRONG_TYPE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -102,6 +106,17 @@ def type_of_default(key: str, default: Any) -> Rule:
         lambda value: default is None or _has_type_of(value, default),
         "correct the value",
     )
+
+
+def of_any_size(key: str) -> Rule:
+    """Allow whole numbers, in lists too, that can be counted up to, and all other values."""
+    return Rule(key, f"whole numbers from -{_LARGEST} to {_LARGEST}", _is_countable)
+
+
+def _is_countable(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_countable, value))
+    return not is_whole(value) or -_LARGEST <= value <= _LARGEST
 
 
 def is_whole(value: Any) -> bool:

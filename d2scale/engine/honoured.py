@@ -68,7 +68,7 @@ _RULES = (
     _only("QUANTIZATION.QAT.ENABLED", False),
     _only("TEST.PRECISE_BN.ENABLED", False),
     _only("DATALOADER.SAMPLER_TRAIN", "TrainingSampler"),
-    whole("DATALOADER.NUM_WORKERS", 0),
+    whole("DATALOADER.NUM_WORKERS", 0, 1024),
     whole("TEST.DETECTIONS_PER_IMAGE", 1),
     one_of("MODEL.DEVICE", ("cuda", "cpu")),
     ON_OOM,

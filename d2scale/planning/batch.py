@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from d2scale.config.keys import get_key
-from d2scale.config.value_rules import one_of, whole
+from d2scale.config.value_rules import MOST_IMAGES, one_of, whole
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
 from d2scale.planning.hardware import IMS_PER_GPU, Hardware
@@ -27,8 +27,8 @@ FIT_IN = "images per GPU fit in"
 _CAP, _STEPS = "D2SCALE.MAX_IMS_PER_BATCH", "D2SCALE.ACCUMULATION_STEPS"
 ON_OOM = one_of("D2SCALE.ON_OOM", ("split", "raise"))
 BATCH_RULES = (
-    whole(_CAP, 0, advice="set it to 0 for no limit"),
-    whole(_STEPS, 0, advice="set it to 0 to have it decided"),
+    whole(_CAP, 0, MOST_IMAGES, advice="set it to 0 for no limit"),
+    whole(_STEPS, 0, MOST_IMAGES, advice="set it to 0 to have it decided"),
     VIRTUAL_RANKS_RULE,
     ON_OOM,
 )

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from d2scale.config.keys import get_key
-from d2scale.config.value_rules import Rule, is_number, is_whole, judge, number, whole
+from d2scale.config.value_rules import (
+    LONGEST_EDGE,
+    MOST_IMAGES,
+    Rule,
+    is_number,
+    is_whole,
+    judge,
+    number,
+    whole,
+)
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.coverage import (
     DEFAULT_ENGINE,
@@ -30,8 +39,10 @@ IMS_PER_GPU = "D2SCALE.IMS_PER_GPU"
 FRACTION = number("D2SCALE.MEMORY.FRACTION", above=0, most=1)
 SHORT_EDGES = Rule(
     "INPUT.MIN_SIZE_TRAIN",
-    "one or more whole numbers of pixels, 0 for no resizing",
-    lambda edges: bool(edges) and all(is_whole(edge) and edge >= 0 for edge in edges),
+    f"one or more whole numbers of pixels up to {LONGEST_EDGE}, 0 for no resizing",
+    lambda edges: (
+        bool(edges) and all(is_whole(edge) and 0 <= edge <= LONGEST_EDGE for edge in edges)
+    ),
 )
 
 
@@ -238,8 +249,10 @@ class Hardware:
 def _check(
     cfg: Any, world_size: int, ims_per_gpu: int, budget_gib: float | None, budget: Rule
 ) -> None:
-    faults = whole("number of GPUs", 1).faults(world_size)
-    faults += whole(IMS_PER_GPU, 0, advice="set it to 0 to have it decided").faults(ims_per_gpu)
+    faults = whole("number of GPUs", 1, MOST_IMAGES).faults(world_size)
+    faults += whole(IMS_PER_GPU, 0, MOST_IMAGES, advice="set it to 0 to have it decided").faults(
+        ims_per_gpu
+    )
     faults += judge(cfg, (FRACTION, SHORT_EDGES))
     if budget_gib is not None:
         faults += budget.faults(budget_gib)

@@ -11,7 +11,7 @@ from typing import Any
 from d2scale.config.defaults import QAT_ITERATION_KEYS
 from d2scale.config.keys import get_key
 from d2scale.config.upstream import SCHEDULES_WITHOUT_STEPS
-from d2scale.config.value_rules import Rule, is_whole, judge, number, whole
+from d2scale.config.value_rules import MOST_IMAGES, Rule, is_whole, judge, number, whole
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
 
@@ -34,14 +34,19 @@ def _are_moments(steps: Sequence[int]) -> bool:
 
 _WRITTEN_FOR = "the number of GPUs that the recipe was written for"
 _RULES = (
-    whole("SOLVER.REFERENCE_WORLD_SIZE", 0, advice=f"set it to {_WRITTEN_FOR}"),
-    whole("SOLVER.IMS_PER_BATCH", 1, advice="set the recipe's total batch"),
+    whole("SOLVER.REFERENCE_WORLD_SIZE", 0, MOST_IMAGES, advice=f"set it to {_WRITTEN_FOR}"),
+    whole("SOLVER.IMS_PER_BATCH", 1, MOST_IMAGES, advice="set the recipe's total batch"),
     number("SOLVER.BASE_LR", above=0, advice="set the recipe's learning rate"),
     number("SOLVER.BASE_LR_END", least=0, advice="set it to 0"),
     whole("SOLVER.MAX_ITER", 1, advice="set the recipe's length"),
     *(whole(key, 0, advice="set it to 0 for never") for key in ITERATION_KEYS),
     whole(_OBSERVER_PERIOD, 1, advice="set it to 1 for every iteration"),
-    whole("D2SCALE.RECIPE_IMS_PER_BATCH", 0, advice="set it to 0 for SOLVER.IMS_PER_BATCH"),
+    whole(
+        "D2SCALE.RECIPE_IMS_PER_BATCH",
+        0,
+        MOST_IMAGES,
+        advice="set it to 0 for SOLVER.IMS_PER_BATCH",
+    ),
 )
 # d2go's default of SOLVER.REFERENCE_WORLD_SIZE.
 _USUAL_WORLD_SIZE = 8

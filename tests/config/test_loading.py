@@ -42,6 +42,12 @@ def test_overrides_win_and_are_converted(recipes):
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.STEPS, cfg.DATASETS.TRAIN) == (1.0, (5, 7), ("x",))
 
 
+def billion_laughs(twice):
+    """Return YAML of 24 values, each of which holds the one before it twice."""
+    lines = ["a0: &a0 [1]", *(f"a{n}: &a{n} {twice.format(f'*a{n - 1}')}" for n in range(1, 25))]
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -56,14 +62,33 @@ def test_overrides_win_and_are_converted(recipes):
         ("SEED: 2026-02-30\n", "day is out of range"),
         ("SEED: !!int abc\n", "invalid literal"),
         ('_BASE_: "a\\0b"\n', "null byte"),
-        ("[" * 3000, "nested less deeply"),
-        ("MODEL: &model {SELF: *model}\n", "nested less deeply"),
+        ("[" * 3000, "more than 50 levels"),
+        ("SEED: " + "{a: " * 60 + "1" + "}" * 60, "more than 50 levels"),
+        ("MODEL: &model {SELF: *model}\n", "more than 50 levels"),
+        ("SOLVER: {STEPS: &steps [*steps]}\n", "more than 50 levels"),
+        (billion_laughs("[{0}, {0}]"), "more than 50000 values"),
+        (billion_laughs("{{x: {0}, y: {0}}}"), "more than 50000 values"),
+        ("SEED: 1\n" * 100_000, "more than 524288 characters"),
+        ("1: 2\n", "KEY: value"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(write_config, text, expected):
     message = message_of(load_yaml, write_config(text))
     assert expected in message
     assert "\n" not in message
+
+
+def test_bases_that_are_read_twice_on_every_level_end(write_config):
+    for level in range(28):
+        write_config(f"_BASE_: [{level + 1}.yaml, {level + 1}.yaml]\n", f"{level}.yaml")
+    write_config("SEED: 1\n", "28.yaml")
+    message = message_of(load_yaml, write_config("_BASE_: 0.yaml\n"))
+    assert "at most 200 files to read" in message
+
+
+def test_aliases_of_one_mapping_are_overridden_apart(write_config):
+    write_config("A: &both {X: 1}\nB: *both\n", "a.yaml")
+    assert load_yaml(write_config("_BASE_: a.yaml\nA: {X: 2}\n")) == {"A": {"X": 2}, "B": {"X": 1}}
 
 
 def test_a_cycle_of_two_is_named(write_config):
@@ -113,6 +138,9 @@ def test_overrides_must_be_pairs_of_known_keys(recipes):
         ("SOLVER.STEPS", "5"),
         ("SOLVER.BASE_LR", "fast"),
         ("SOLVER.AMP.ENABLED", "1"),
+        ("SOLVER.MAX_ITER", "1" + "0" * 30),
+        ("SOLVER.STEPS", "(1" + "0" * 30 + ",)"),
+        ("SOLVER.BASE_LR", "None"),
     ],
 )
 def test_values_of_the_wrong_kind_are_refused(recipes, key, value):

@@ -13,7 +13,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 
 from d2scale.coco.sizes import output_size
-from d2scale.config.value_rules import Rule, judge, one_of, whole
+from d2scale.config.value_rules import LONGEST_EDGE, Rule, judge, one_of, whole
 from d2scale.engine.data.sampling import Draw, uniform_numbers
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.hardware import SHORT_EDGES
@@ -107,7 +107,7 @@ _RULES = (
     one_of("INPUT.RANDOM_FLIP", ("horizontal", "none")),
     one_of("INPUT.MIN_SIZE_TRAIN_SAMPLING", ("choice", "range")),
     SHORT_EDGES,
-    whole("INPUT.MIN_SIZE_TEST", 0),
+    whole("INPUT.MIN_SIZE_TEST", 0, LONGEST_EDGE),
     whole("INPUT.MAX_SIZE_TRAIN", 1),
     whole("INPUT.MAX_SIZE_TEST", 1),
 )

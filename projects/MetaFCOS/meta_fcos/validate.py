@@ -36,22 +36,25 @@ def _are_three_above_0(numbers: Sequence[float]) -> bool:
 
 
 def _is_multiple_of_32(channels: int) -> bool:
-    return is_whole(channels) and channels > 0 and channels % 32 == 0
+    return is_whole(channels) and 0 < channels <= MOST_CHANNELS and channels % 32 == 0
 
 
 def _is_odd(size: int) -> bool:
-    return is_whole(size) and size > 0 and size % 2 == 1
+    return is_whole(size) and 0 < size < 64 and size % 2 == 1
 
 
+MOST_CHANNELS = 2**14  # far above any model, and few enough to be built
 PRETRAINING = "this project covers the pretraining stage only"
 PER_CHANNEL = "one for each channel of INPUT.FORMAT"
 FLAG = (True, False)
 MODEL_RULES = (
     one_of("MODEL.RESNETS.DEPTH", (18, 34, 50, 101)),
     one_of("MODEL.RESNETS.NORM", ("FrozenBN", "BN", "GN")),
-    whole("MODEL.RESNETS.STEM_OUT_CHANNELS", 1, advice="64 is usual"),
-    whole("MODEL.RESNETS.RES2_OUT_CHANNELS", 1, advice="256 is usual, 64 for 18 and 34"),
-    whole("MODEL.RESNETS.WIDTH_PER_GROUP", 1, advice="64 is usual"),
+    whole("MODEL.RESNETS.STEM_OUT_CHANNELS", 1, MOST_CHANNELS, advice="64 is usual"),
+    whole(
+        "MODEL.RESNETS.RES2_OUT_CHANNELS", 1, MOST_CHANNELS, advice="256 is usual, 64 for 18 and 34"
+    ),
+    whole("MODEL.RESNETS.WIDTH_PER_GROUP", 1, MOST_CHANNELS, advice="64 is usual"),
     one_of("MODEL.RESNETS.STRIDE_IN_1X1", FLAG),
     names("MODEL.RESNETS.OUT_FEATURES", "names of stages"),
     whole("MODEL.BACKBONE.FREEZE_AT", 0, 5, "2 is usual"),
@@ -68,7 +71,12 @@ MODEL_RULES = (
         _are_neighbours,
         "[res3, res4, res5] is usual",
     ),
-    Rule("MODEL.FPN.OUT_CHANNELS", "a multiple of 32", _is_multiple_of_32, GN_ADVICE),
+    Rule(
+        "MODEL.FPN.OUT_CHANNELS",
+        f"a multiple of 32, up to {MOST_CHANNELS}",
+        _is_multiple_of_32,
+        GN_ADVICE,
+    ),
     one_of("MODEL.FPN.NORM", ("", "FrozenBN", "BN", "GN")),
     one_of("MODEL.FPN.FUSE_TYPE", ("sum", "avg")),
     Rule("MODEL.PIXEL_MEAN", "three numbers", _are_three, PER_CHANNEL),
@@ -76,13 +84,13 @@ MODEL_RULES = (
     one_of("MODEL.META_LEARN.EPISODIC_LEARNING", (False,), PRETRAINING),
 )
 FCOS_RULES = (
-    whole("NUM_CLASSES", 1, advice="the number of classes of the dataset"),
-    whole("NUM_CLS_CONVS", 0, advice="4 is usual"),
-    whole("NUM_BOX_CONVS", 0, advice="4 is usual"),
+    whole("NUM_CLASSES", 1, 2**16, advice="the number of classes of the dataset"),
+    whole("NUM_CLS_CONVS", 0, 64, advice="4 is usual"),
+    whole("NUM_BOX_CONVS", 0, 64, advice="4 is usual"),
     one_of("TOP_LEVELS", (0, 1, 2), "2 gives p6 and p7"),
     names("IN_FEATURES", "names of levels"),
     one_of("NORM", ("GN",), "published heads use it"),
-    Rule("CLS_LOGITS_KERNEL_SIZE", "an odd number", _is_odd, "1 in Sylph, 3 in AdelaiDet"),
+    Rule("CLS_LOGITS_KERNEL_SIZE", "an odd number below 64", _is_odd, "1 in Sylph, 3 in AdelaiDet"),
     one_of("USE_SCALE", FLAG),
     Rule(
         "BOX_QUALITY",
@@ -153,4 +161,9 @@ def _width_faults(cfg: Any) -> Iterator[Fault]:
         yield Fault("MODEL.RESNETS.RES2_OUT_CHANNELS", channels, allowed, "set it to 64")
     for key in widths:
         if resnets.NORM == "GN" and resnets[key] % 32:
-            yield Fault(f"MODEL.RESNETS.{key}", resnets[key], "a multiple of 32", GN_ADVICE)
+            yield Fault(
+                f"MODEL.RESNETS.{key}",
+                resnets[key],
+                f"a multiple of 32, up to {MOST_CHANNELS}",
+                GN_ADVICE,
+            )
