@@ -62,7 +62,7 @@ def _find_dataset(cfg: CfgNode, training: bool, *, required: bool) -> CocoDatase
         if training:
             return load_training_dataset(cfg)
         names = tuple(cfg.DATASETS.TEST)
-        return load_dataset(names[0] if names else "", key="DATASETS.TEST")
+        return load_dataset(names[0] if names else "", key="DATASETS.TEST", cfg=cfg)
     except DataError:
         if required:
             raise

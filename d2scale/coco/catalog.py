@@ -1,7 +1,8 @@
 """Names of datasets, and where their files are.
 
-Relative paths resolve under the folder in the environment variable ``DETECTRON2_DATASETS``
-(default ``datasets``) when a dataset is read.
+Relative paths of registered datasets resolve under the folder in the environment variable
+``DETECTRON2_DATASETS`` (default ``datasets``) when a dataset is read. A config's own datasets are
+looked up in that config alone, so two configs of a process can give one name to different files.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from d2scale.coco import classes
+from d2scale.config.own_datasets import NAMES, SECTION, own_datasets
 from d2scale.errors import DataError, Fault
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
@@ -52,9 +55,28 @@ def datasets_root() -> Path:
     return Path(os.environ.get(ROOT_VARIABLE, "datasets")).expanduser()
 
 
-def dataset_names() -> tuple[str, ...]:
-    """Return every registered name."""
-    return tuple(sorted(_DATASETS))
+def dataset_names(cfg: Any = None) -> tuple[str, ...]:
+    """Return every registered name, and those of ``cfg``'s own datasets."""
+    return tuple(sorted(_known(cfg)))
+
+
+def _known(cfg: Any) -> dict[str, DatasetSpec]:
+    """Return all datasets by name; DataError where ``cfg`` gives the name of one to another."""
+    own = {name: DatasetSpec(*files) for name, files in own_datasets(cfg or {}).items()}
+    root = datasets_root().absolute()
+    allowed = f"a name other than {', '.join(sorted(_DATASETS))}"
+    taken = [
+        Fault(NAMES, name, allowed, "rename the dataset")
+        for name, spec in own.items()
+        if name in _DATASETS and _under(root, _DATASETS[name]) != spec
+    ]
+    if taken:
+        raise DataError(taken)
+    return {**_DATASETS, **own}
+
+
+def _under(root: Path, spec: DatasetSpec) -> DatasetSpec:
+    return replace(spec, json_file=root / spec.json_file, image_root=root / spec.image_root)
 
 
 def register_coco_dataset(
@@ -77,15 +99,15 @@ def register_coco_dataset(
         raise ValueError(f"dataset {name!r} is already registered as {_DATASETS[name]}")
 
 
-def dataset_spec(name: str, *, key: str = "DATASETS") -> DatasetSpec:
-    """Look up a name and resolve its paths.
+def dataset_spec(name: str, *, key: str = "DATASETS", cfg: Any = None) -> DatasetSpec:
+    """Look up a name and resolve its paths; ``cfg`` may bring datasets of its own.
 
     Raises:
-        DataError: if the name, which ``key`` of the config held, is not registered.
+        DataError: if the name, which ``key`` of the config held, is not known.
+        ConfigError: if the lists of ``cfg``'s own datasets do not fit together.
     """
-    if name not in _DATASETS:
-        advice = "correct the name, or register it with register_coco_dataset()"
-        raise DataError([Fault(key, name, ", ".join(dataset_names()), advice)])
-    spec = _DATASETS[name]
-    root = datasets_root()
-    return replace(spec, json_file=root / spec.json_file, image_root=root / spec.image_root)
+    known = _known(cfg)
+    if name not in known:
+        advice = f"correct the name, or give its files in {SECTION}"
+        raise DataError([Fault(key, name, ", ".join(sorted(known)), advice)])
+    return _under(datasets_root(), known[name])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fvcore.common.config import CfgNode
@@ -21,19 +21,23 @@ from d2scale.coco.annotation_faults import (
 from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
 from d2scale.coco.catalog import ROOT_VARIABLE, DatasetSpec, dataset_spec, datasets_root
 from d2scale.coco.records import CocoDataset, Records, concatenate, starts_from_counts
-from d2scale.errors import DataError, Fault
+from d2scale.errors import DataError, Fault, collecting
 
 logger = logging.getLogger(__name__)
 
 
-def load_dataset(name: str, *, key: str = "DATASETS") -> CocoDataset:
+def load_dataset(name: str, *, key: str = "DATASETS", cfg: Any = None) -> CocoDataset:
     """Read the images of a dataset and the boxes of its classes, without crowds.
 
     Raises:
-        DataError: one line for each kind of fault; ``key`` of the config held the name.
+        DataError: one line for each kind of fault; ``key`` of ``cfg`` held the name.
     """
-    spec = dataset_spec(name, key=key)
-    _check_files_exist(name, key, spec.json_file, spec.image_root)
+    return read_dataset(name, dataset_spec(name, key=key, cfg=cfg), key=key)
+
+
+def read_dataset(name: str, spec: DatasetSpec, *, key: str = "DATASETS") -> CocoDataset:
+    """Read a dataset's files, as :func:`load_dataset` does."""
+    check_files_exist(name, spec, key=key)
     file = read_annotation_file(spec.json_file)
     if not len(file.image_ids):
         raise DataError([Fault(key, name, "a dataset with images", f"{file.path} lists none")])
@@ -55,13 +59,17 @@ def load_dataset(name: str, *, key: str = "DATASETS") -> CocoDataset:
     )
 
 
-def _check_files_exist(name: str, key: str, json_file: Path, image_root: Path) -> None:
-    if absent := [str(path) for path in (json_file, image_root) if not path.exists()]:
-        advice = (
-            f"{' and '.join(absent)} not found; set {ROOT_VARIABLE} to the folder that holds "
-            f"coco/ (now {datasets_root().absolute()})"
-        )
-        raise DataError([Fault(key, name, "a dataset that is on this machine", advice)])
+def check_files_exist(name: str, spec: DatasetSpec, *, key: str = "DATASETS") -> None:
+    """Raise a DataError if a dataset's annotation file or its folder of images is not there."""
+    absent = [path for path in (spec.json_file, spec.image_root) if not path.exists()]
+    if not absent:
+        return
+    root = datasets_root()
+    advice = f"correct the path (relative ones begin at {Path.cwd()})"
+    if all(path.is_relative_to(root) for path in absent):
+        advice = f"set {ROOT_VARIABLE} to the folder that holds coco/ (now {root.absolute()})"
+    advice = f"{' and '.join(map(str, absent))} not found; {advice}"
+    raise DataError([Fault(key, name, "a dataset that is on this machine", advice)])
 
 
 def _wanted_classes(file: AnnotationFile, spec: DatasetSpec) -> Mapping[int, str]:
@@ -108,7 +116,7 @@ def load_training_dataset(cfg: CfgNode) -> CocoDataset:
     if not names:
         advice = "name the training dataset"
         raise DataError([Fault("DATASETS.TRAIN", names, "at least one dataset", advice)])
-    parts = [load_dataset(name, key="DATASETS.TRAIN") for name in names]
+    parts = [load_dataset(name, key="DATASETS.TRAIN", cfg=cfg) for name in names]
     for part in parts[1:]:
         if part.class_names != parts[0].class_names:
             raise DataError([_class_fault("DATASETS.TRAIN", part, parts[0])])
@@ -144,25 +152,17 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> int:
     faults: list[Fault] = []
     trained = None
     if not eval_only:
-        with _collected(faults):
+        with collecting(faults):
             trained = load_training_dataset(cfg)
     elif not cfg.DATASETS.TEST:
         advice = "name the dataset to evaluate"
         faults.append(Fault("DATASETS.TEST", (), "at least one dataset", advice))
     for name in cfg.DATASETS.TEST:
-        with _collected(faults):
-            tested = load_dataset(name, key="DATASETS.TEST")
+        with collecting(faults):
+            tested = load_dataset(name, key="DATASETS.TEST", cfg=cfg)
             if trained and tested.class_names != trained.class_names:
                 faults.append(_class_fault("DATASETS.TEST", tested, trained))
     if faults:
         # Two splits of one file share its faults.
         raise DataError(list({str(fault): fault for fault in faults}.values()))
     return len(trained) if trained else 0
-
-
-@contextmanager
-def _collected(faults: list[Fault]) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        faults += error.faults

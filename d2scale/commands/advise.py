@@ -95,7 +95,7 @@ def _measure(
     config: str, opts: list[str], arguments: argparse.Namespace, runs: list[Measurements]
 ) -> Measurements:
     """Measure the config here: its speeds, and its noise if no run has it."""
-    from d2scale.config import load_cfg
+    from d2scale.engine.config import load_cfg
 
     cfg = load_cfg(config, opts)
     let_idle_threads_sleep(cfg)

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from d2scale.benchmark.measure import PARTS, BenchmarkOptions, benchmark, to_table
-    from d2scale.config import load_cfg
+    from d2scale.engine.config import load_cfg
 
     cfg = load_cfg(arguments.config, arguments.opts)
     if arguments.device is not None:

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _by_default_engine(arguments: argparse.Namespace) -> tuple[Sequence[MemoryProfile], float]:
-    from d2scale.config import load_cfg
+    from d2scale.engine.config import load_cfg
     from d2scale.engine.memory import make_profiles
 
     cfg = load_cfg(arguments.config, arguments.opts)

@@ -59,9 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     if is_lazy_config(arguments.config):
         return _run_lazy(arguments)
+    from d2scale.coco.class_count import counted_classes
     from d2scale.config.loading import load_recipe
 
-    _print_plan(arguments, *load_recipe(arguments.config, arguments.opts))
+    cfg, settings = load_recipe(arguments.config, arguments.opts)
+    _print_plan(arguments, cfg, {**settings, **counted_classes(settings)})
     return 0
 
 

@@ -68,7 +68,7 @@ def _topology(arguments: argparse.Namespace) -> Topology:
 
 
 def _train_by_default_engine(arguments: argparse.Namespace) -> None:
-    from d2scale.config import load_cfg
+    from d2scale.engine.config import load_cfg
 
     cfg = load_cfg(arguments.config_file, arguments.opts)
     let_idle_threads_sleep(cfg)

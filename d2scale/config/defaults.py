@@ -156,6 +156,10 @@ _RECIPE: dict[str, Any] = {
     },
     "MODEL_EMA": {"ENABLED": False, "DECAY": 0.999},
     "DATASETS": {"TRAIN": (), "TEST": ()},
+    # COCO-format datasets that the config brings along: names, folders of images, annotation files.
+    "D2GO_DATA": {
+        "DATASETS": {"COCO_INJECTION": {"NAMES": [], "IM_DIRS": [], "JSON_FILES": []}},
+    },
     "DATALOADER": {
         "NUM_WORKERS": 4,
         "ASPECT_RATIO_GROUPING": True,

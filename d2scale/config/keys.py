@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Each machine may have its own folder and its own number of cores.
-OWN_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "NUMA_BINDING")
+# Each machine may have its own folders and its own number of cores.
+OWN_OF_A_MACHINE = (
+    *("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "NUMA_BINDING"),
+    "D2GO_DATA.DATASETS.COCO_INJECTION.IM_DIRS",
+    "D2GO_DATA.DATASETS.COCO_INJECTION.JSON_FILES",
+)
 
 
 def get_key(cfg: Any, key: str, default: Any = None) -> Any:
-    """Return the value of a dotted ``key`` in any engine's config, or ``default``."""
+    """Return the value of a dotted ``key``, or ``default``.
+
+    ``cfg`` is a config of any engine, or its settings by dotted key.
+    """
+    if key in cfg:
+        return cfg[key]
     node = cfg
     for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:

@@ -176,7 +176,9 @@ def load_recipe(path: str, opts: Sequence[str] = ()) -> tuple[CfgNode, dict[str,
     """
     settings = dict(flatten(load_yaml(path)))
     overrides = parse_opts(opts)
-    known = dict(flatten(get_cfg()))
+    defaults = get_cfg()
+    add_project_configs(defaults)
+    known = dict(flatten(defaults))
     unknown = [pair for pair in overrides if pair[0] not in {**known, **settings}]
     if faults := [unknown_key_fault(key, value, known) for key, value in unknown]:
         raise ConfigError(faults)

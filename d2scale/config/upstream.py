@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from d2scale.config import own_datasets
 from d2scale.config.projects import entry_points
 
 INSTALL_DETECTRON2 = "build detectron2 as its install page says (https://detectron2.readthedocs.io)"
@@ -37,8 +38,8 @@ UNPLANNED_SECTIONS = (*("MODEL.", "INPUT.", "DATASETS.", "DATALOADER.", "TEST.AU
 
 
 _MODEL = "MODEL.META_ARCHITECTURE"
-# d2scale's own, which any engine reads.
-_D2SCALE_KEYS = ("D2SCALE.", "SOLVER.AUTO_SCALING_METHODS")
+# Those that any engine reads with d2scale.
+_D2SCALE_KEYS = ("D2SCALE.", "SOLVER.AUTO_SCALING_METHODS", *own_datasets.KEYS)
 
 
 def is_lazy_config(path: str) -> bool:

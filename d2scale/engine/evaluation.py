@@ -53,7 +53,7 @@ def evaluate_datasets(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     names = tuple(cfg.DATASETS.TEST)
     detector = with_tiles(cfg, model)
     for name in names:
-        dataset = load_dataset(name, key="DATASETS.TEST")
+        dataset = load_dataset(name, key="DATASETS.TEST", cfg=cfg)
         loader = build_test_loader(
             cfg, dataset, world_size=world_size(), rank=rank(), keep_above=cfg.D2SCALE.TILES.SIZE
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from d2scale.coco.class_count import with_class_count
 from d2scale.coco.dataset import load_training_dataset
 from d2scale.coco.records import CocoDataset
 from d2scale.engine.data.transforms import input_faults
@@ -179,6 +180,7 @@ def workload_of(cfg: Any, worst_case: WorstCase) -> Workload:
 
     The weights are random: their values take no memory.
     """
+    cfg = with_class_count(cfg)
 
     def build(device: torch.device) -> OptimizerStep:
         # A rank that runs out of memory would leave the others waiting in a synchronised norm.

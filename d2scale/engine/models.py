@@ -10,7 +10,8 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from d2scale.coco.catalog import dataset_names, dataset_spec
+from d2scale.coco.class_count import class_count_faults, with_class_count
+from d2scale.config.class_count import class_count_key
 from d2scale.config.projects import entry_points
 from d2scale.engine.activations import apply_activation_checkpointing
 from d2scale.engine.checkpoint.files import mismatches, read_checkpoint
@@ -75,16 +76,12 @@ def model_facts(cfg: CfgNode) -> ModelFacts:
 def _class_faults(cfg: CfgNode, model: nn.Module) -> list[Fault]:
     """Compare a model's ``num_classes``, if it has that attribute, with the datasets'."""
     classes = getattr(model, "num_classes", None)
-    names = dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-    key, advice = "number of classes of the model", "set the model's NUM_CLASSES to it"
-    return [
-        Fault(key, classes, f"{len(category_ids)}, the classes of {name}", advice)
-        for name in names
-        if classes is not None
-        and name in dataset_names()
-        and (category_ids := dataset_spec(name).category_ids)
-        and len(category_ids) != classes
-    ]
+    if classes is None:
+        return []
+    key, advice = class_count_key(cfg), "leave it out, and it follows the dataset"
+    if key is None:
+        key, advice = "number of classes of the model", "set the model's NUM_CLASSES to it"
+    return class_count_faults(cfg, key, classes, advice=advice)
 
 
 def precision_of(cfg: CfgNode) -> torch.dtype | None:
@@ -106,7 +103,7 @@ def new_model(cfg: CfgNode) -> nn.Module:
 
     Raises ConfigError from the model's package, or for a switch that the model does not offer.
     """
-    model = find_builder(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    model = find_builder(cfg.MODEL.META_ARCHITECTURE)(with_class_count(cfg))
     if cfg.D2SCALE.ACTIVATION_CHECKPOINTING:
         apply_activation_checkpointing(model)
     return model

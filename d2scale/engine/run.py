@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 
+from d2scale.coco.class_count import with_class_count
 from d2scale.coco.dataset import check_datasets
+from d2scale.config.own_datasets import make_paths_absolute
 from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
@@ -68,6 +70,8 @@ def for_this_machine(cfg: CfgNode) -> tuple[CfgNode, tuple[str, ...]]:
     """Fall back to what there is: a CPU for CUDA, and bfloat16 for float16, which needs CUDA."""
     cfg = cfg.clone()
     cfg.defrost()
+    cfg = with_class_count(cfg)
+    make_paths_absolute(cfg)  # for who reads config.yaml in another folder
     notes = []
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

@@ -17,6 +17,7 @@ from d2scale import __version__
 from d2scale.coco.dataset import load_training_dataset
 from d2scale.config.keys import OWN_OF_A_MACHINE
 from d2scale.config.loading import flatten
+from d2scale.config.own_datasets import annotation_digests
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.engine.checkpoint.files import last_whole_checkpoint
 from d2scale.engine.checkpoint.resume import Position, RunRecord, resume_training
@@ -67,6 +68,7 @@ class Job:
         keys = {k: v for k, v in flatten(self.cfg) if k not in OWN_OF_A_MACHINE}
         return {
             **keys,
+            **annotation_digests(self.cfg),
             "--method": self.method,
             "--resume": self.resume,
             "--eval-only": self.eval_only,

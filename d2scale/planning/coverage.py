@@ -11,6 +11,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from d2scale.config.class_count import class_count_key
 from d2scale.config.defaults import add_project_configs, get_cfg
 from d2scale.config.keys import as_json, differences
 from d2scale.config.loading import flatten
@@ -65,6 +66,9 @@ def coverage(
     covers[ENGINE] = UnreadValue() if engine is None else engine
     covers[PRECISION] = "16 bit" if values["SOLVER.AMP.ENABLED"] else "32 bit"
     unread = {key: value for key, value in given.items() if isinstance(value, UnreadValue)}
+    classes = class_count_key(values)
+    if classes is not None and values.get(classes) == 0:  # as many as a dataset that is not here
+        unread[classes] = UnreadValue()
     return {key: unread.get(key, value) for key, value in covers.items()}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from d2scale.config.keys import as_json, differences, get_key
 from d2scale.config.loading import flatten
+from d2scale.config.own_datasets import annotation_digests
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.rules import LR_RULE
 
@@ -75,7 +76,8 @@ def recipe_of(cfg: Any, planned: Mapping[str, Any] | None = None) -> dict[str, A
 
     Left out is what a machine decides (device, precision, workers), what only saves and
     evaluates, and what starts a training (MODEL.WEIGHTS). ``planned`` are the ``changes`` of a
-    plan that ``cfg`` has already had: they are taken back.
+    plan that ``cfg`` has already had: they are taken back. The config's own datasets are told by
+    what their annotation files hold.
     """
     recipe = {"SEED": get_key(cfg, "SEED", -1)}
     for section in _SECTIONS:
@@ -86,6 +88,7 @@ def recipe_of(cfg: Any, planned: Mapping[str, Any] | None = None) -> dict[str, A
         recipe["MODEL_EMA.DECAY"] = cfg.MODEL_EMA.DECAY
     if get_key(cfg, "QUANTIZATION.QAT.ENABLED", False):
         recipe.update(flatten(cfg.QUANTIZATION.QAT, "QUANTIZATION.QAT."))
+    recipe.update(annotation_digests(cfg))
     recipe.update({key: old for key, (old, _) in (planned or {}).items() if key in recipe})
     return {key: as_json(recipe[key]) for key in sorted(recipe) if not _NOT_RECIPE.fullmatch(key)}
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+import numpy as np
+
 from d2scale.coco.accumulate import METRICS
 from d2scale.errors import DataError
 from d2scale.report.detections import RunDetections, read_detections, read_evaluation_set
@@ -94,6 +96,14 @@ def comparable_groups(runs: Sequence[EvaluatedRun]) -> list[list[EvaluatedRun]]:
     return groups
 
 
+def _same_images(one: EvaluatedRun, other: EvaluatedRun) -> bool:
+    """Return whether two test sets have the same images, as far as it is known."""
+    if one.detected is None or other.detected is None:
+        return True
+    files = one.detected.dataset.file, other.detected.dataset.file
+    return np.array_equal(files[0].image_ids, files[1].image_ids)
+
+
 def why_not_comparable(one: EvaluatedRun, other: EvaluatedRun) -> str:
     """Return why the results of two runs cannot be compared; empty if they can."""
     if not one.results or not other.results:
@@ -102,6 +112,8 @@ def why_not_comparable(one: EvaluatedRun, other: EvaluatedRun) -> str:
         return "a test set is not known"
     if one.run.test_set != other.run.test_set:
         return f"one was tested on {one.run.test_set}, the other on {other.run.test_set}"
+    if not _same_images(one, other):
+        return f"their test sets, both called {one.run.test_set}, have other images"
     if one.classes and other.classes and one.classes != other.classes:
         return f"one has {len(one.classes)} classes, the other {len(other.classes)} or others"
     if one.run.max_dets != other.run.max_dets:

@@ -7,12 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
-from d2scale.coco.catalog import ROOT_VARIABLE, dataset_names, dataset_spec, datasets_root
+from d2scale.coco.catalog import (
+    ROOT_VARIABLE,
+    DatasetSpec,
+    dataset_names,
+    dataset_spec,
+    datasets_root,
+)
 from d2scale.coco.matching import Detections, GroundTruth
 from d2scale.coco.results import CocoResults
 from d2scale.errors import DataError, Fault
@@ -59,11 +65,15 @@ class RunDetections(NamedTuple):
     max_dets: int  # best detections of an image and class that count
 
 
-def read_evaluation_set(name: str) -> EvaluationSet:
-    """Read a registered dataset's annotations; a DataError if it is not here or lacks classes."""
-    if name not in dataset_names():
+def evaluation_spec(name: str, cfg: Any = None) -> DatasetSpec:
+    """Return where a test set is; DataError if nobody knows the name, ``cfg`` included."""
+    if name not in dataset_names(cfg):
         raise _fault(name, "a registered test set", "its ground truth is not known here")
-    spec = dataset_spec(name)
+    return dataset_spec(name, cfg=cfg)
+
+
+def read_evaluation_set(name: str, spec: DatasetSpec) -> EvaluationSet:
+    """Read a dataset's annotations; a DataError if they are not here or lack classes."""
     if not spec.json_file.is_file():
         advice = f"set {ROOT_VARIABLE} to the folder that the run used (now {datasets_root()})"
         advice = f"{spec.json_file} not found; {advice}"
@@ -79,9 +89,9 @@ def read_evaluation_set(name: str) -> EvaluationSet:
 
 
 def read_detections(
-    run: Run, read_set: Callable[[str], EvaluationSet] = read_evaluation_set
+    run: Run, read_set: Callable[[str, DatasetSpec], EvaluationSet] = read_evaluation_set
 ) -> RunDetections:
-    """Read the detections of a run's last evaluation; ``read_set`` reads its test set by name.
+    """Read the detections of a run's last evaluation; ``read_set`` reads its test set.
 
     Raises:
         DataError: if they or the ground truth are missing, broken, or do not belong together.
@@ -90,7 +100,7 @@ def read_detections(
     if run.folder is None or not name:
         raise _fault(run.name, "a run with DATASETS.TEST", "its test set is not known")
     path = _results_file(run.folder, name)
-    dataset = read_set(name)
+    dataset = read_set(name, evaluation_spec(name, run.settings))
     results = _read_results(path)
     image_ids = dataset.file.image_ids
     unknown = results.image_ids[~np.isin(results.image_ids, image_ids)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d2scale.coco.accumulate import METRICS
+from d2scale.config import own_datasets
 from d2scale.config.loading import flatten, load_yaml
 from d2scale.errors import ConfigError
 from d2scale.planning.gain import range_of_steps
@@ -187,7 +188,7 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _engine(folder: Path, settings: Mapping[str, Any]) -> str:
-    if any(key.startswith("D2GO_DATA.") for key in settings):
+    if any(key.startswith("D2GO_DATA.") and key not in own_datasets.KEYS for key in settings):
         return "d2go"
     if (folder / PLAN_FILE).exists() or any(key.startswith("D2SCALE.") for key in settings):
         return "d2scale"

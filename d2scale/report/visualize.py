@@ -13,18 +13,18 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from d2scale.coco.catalog import dataset_names, dataset_spec
+from d2scale.coco.class_count import known_class_names
 from d2scale.coco.matching import GroundTruth, corners_of
-from d2scale.config import load_cfg
 from d2scale.config.value_rules import judge
 from d2scale.engine.checkpoint.files import last_whole_checkpoint
+from d2scale.engine.config import load_cfg
 from d2scale.engine.data.images import resize_and_flip
 from d2scale.engine.data.sampling import Draw
 from d2scale.engine.data.transforms import ResizeAndFlip
 from d2scale.engine.models import build_model, load_initial_weights
 from d2scale.engine.tiles import TILE_RULES, with_tiles
 from d2scale.errors import CheckpointError, ConfigError, DataError, Fault
-from d2scale.report.detections import read_evaluation_set
+from d2scale.report.detections import evaluation_spec, read_evaluation_set
 from d2scale.report.drawing import draw_boxes, to_jpeg
 from d2scale.report.examples import read_images, spread_images
 from d2scale.run_folder.files import CONFIG_FILE, folder_fault, make_folder, write_atomically
@@ -145,7 +145,8 @@ def _tasks(cfg: CfgNode, inputs: Sequence[Path]) -> tuple[Iterable[Task], int]:
         return tasks, len(tasks)
     if not cfg.DATASETS.TEST:
         raise DataError([Fault("DATASETS.TEST", (), "a dataset", "name images by --input")])
-    dataset = read_evaluation_set(cfg.DATASETS.TEST[0])
+    name = cfg.DATASETS.TEST[0]
+    dataset = read_evaluation_set(name, evaluation_spec(name, cfg))
     images = spread_images(dataset, DEFAULT_IMAGES)
     return ((dataset.path_of(i), dataset.boxes_of(i)) for i in images), DEFAULT_IMAGES
 
@@ -179,9 +180,7 @@ def _draw(
     cfg: CfgNode, image: np.ndarray, truth: GroundTruth | None, detected: Detected
 ) -> np.ndarray:
     """Return the picture, RGB, shape (height, width, 3): ground truth left, detections right."""
-    # The names that the config's datasets have for the model's classes, if they do.
-    known = [n for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if n in dataset_names()]
-    names = next(filter(None, (dataset_spec(name).class_names for name in known)), ())
+    names = known_class_names(cfg)
     boxes, classes, scores = detected
     right = draw_boxes(image, boxes, classes, names, scores)
     if truth is None:

@@ -55,7 +55,7 @@ def test_weights_that_are_not_there_are_told(recipes, capsys):
         (["--images", "0", "--steps", "-1", "--warmup", "-1"], 3),
         (["--ims-per-gpu", "-1", "SOLVER.OPTIMIZER", "nonsense"], 2),
         (["--data", "real"], 1),
-        (["MODEL.FCOS.NUM_CLASSES", "0"], 1),
+        (["MODEL.FCOS.NUM_CLASSES", "-1"], 1),
         (["MODEL.DEVICE", "tpu"], 1),
         (["SOLVER.AMP.ENABLED", "True"], 1),  # float16 is what the config says
     ],

@@ -8,6 +8,8 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
+# The key that counts the model's classes.
+CLASS_COUNT = "MODEL.FCOS.NUM_CLASSES"
 # Keys and sections that decide what the losses and the detections are, not how much memory
 # training takes.
 _WITHOUT_MEMORY = (
@@ -19,8 +21,8 @@ _WITHOUT_MEMORY = (
     "MODEL.FCOS.SIZES_OF_INTEREST",
 )
 _FCOS_KEYS: dict[str, Any] = {
-    # Foreground classes.
-    "NUM_CLASSES": 80,
+    # Foreground classes. 0: as many as the training dataset has.
+    "NUM_CLASSES": 0,
     # Pyramid levels that the head reads, from fine to coarse.
     "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
     # Pixels between two locations of each of these levels.

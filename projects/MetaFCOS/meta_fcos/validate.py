@@ -84,7 +84,7 @@ MODEL_RULES = (
     one_of("MODEL.META_LEARN.EPISODIC_LEARNING", (False,), PRETRAINING),
 )
 FCOS_RULES = (
-    whole("NUM_CLASSES", 1, 2**16, advice="the number of classes of the dataset"),
+    whole("NUM_CLASSES", 1, 2**16, advice="the dataset is not here to tell it: give it"),
     whole("NUM_CLS_CONVS", 0, 64, advice="4 is usual"),
     whole("NUM_BOX_CONVS", 0, 64, advice="4 is usual"),
     one_of("TOP_LEVELS", (0, 1, 2), "2 gives p6 and p7"),

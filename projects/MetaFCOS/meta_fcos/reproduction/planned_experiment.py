@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from d2scale.config import load_cfg
+from d2scale.engine.config import load_cfg
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.memory_profile import GIB

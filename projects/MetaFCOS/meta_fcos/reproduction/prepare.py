@@ -12,8 +12,8 @@ import torch
 
 from d2scale.coco.catalog import ROOT_VARIABLE
 from d2scale.coco.dataset import check_datasets
-from d2scale.config import load_cfg
 from d2scale.engine.checkpoint.weights import find_weights
+from d2scale.engine.config import load_cfg
 from d2scale.engine.models import load_initial_weights, new_model
 from d2scale.errors import ConfigError, D2ScaleError, Fault, collecting
 from d2scale.launch.launch import under_torchrun

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from d2scale.config import load_cfg
+from d2scale.engine.config import load_cfg
 from d2scale.errors import ConfigError
 from meta_fcos.reproduction.experiments import EXPERIMENTS, GAIN, LARGE_BATCH
 from meta_fcos.reproduction.planned_experiment import (
