@@ -126,11 +126,10 @@ def _read_yaml(path: str, parse: Callable[[str], Any]) -> dict[str, Any]:
         where = path if line is None else f"{path}, line {line + 1}"
         problem = getattr(error, "problem", None) or f"it cannot be parsed ({error})"
         raise _path_fault(where, "plain YAML", f"mend it: {problem}") from None
-    if not isinstance(content or {}, dict) or not all(
-        isinstance(key, str) for key in content or {}
-    ):
+    content = {} if content is None else content
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise _path_fault(path, "YAML of the form KEY: value", "check the file")
-    return content or {}
+    return content
 
 
 def _merge_mapping(target: dict[str, Any], source: Mapping[str, Any]) -> None:

@@ -16,7 +16,8 @@ VERSION = 2
 # Version 1 has no averaging_bytes: DistributedDataParallel held the gradients a second time.
 _READABLE = (1, 2)
 GIB = 2**30
-PREDICTED, MEASURED = "predicted", "measured"
+PREDICTED, MEASURED = _SOURCES = ("predicted", "measured")
+_MOST_BYTES = 2**60  # more is a slip
 
 # Phases in which the gradients of earlier micro-batches lie beside what is counted.
 _ACCUMULATING = ("forward", "backward")
@@ -135,6 +136,8 @@ class MemoryProfile:
         except (KeyError, TypeError, ValueError) as error:
             allowed = 'a "source" and a list of "phases" with name, static_bytes, bytes_per_image'
             raise _fault(where, allowed, f"correct it ({error})") from error
+        if profile.source not in _SOURCES:
+            raise _fault(where, f'a "source" of {" or ".join(_SOURCES)}', "correct it")
         if not profile._is_sound():
             allowed = "whole numbers of bytes, 0 or more, and a phase that grows with the images"
             raise _fault(where, allowed, "correct it")
@@ -146,7 +149,7 @@ class MemoryProfile:
             counts += [phase.static_bytes, phase.bytes_per_image]
         for point in self.points:
             counts += [point.ims_per_gpu, point.live_bytes, point.reserved_bytes]
-        whole = all(type(count) is int and count >= 0 for count in counts)
+        whole = all(type(count) is int and 0 <= count < _MOST_BYTES for count in counts)
         return whole and any(phase.bytes_per_image > 0 for phase in self.phases)
 
 
@@ -156,7 +159,7 @@ def load_profiles(path: str) -> tuple[MemoryProfile, ...]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise _fault(path, "a readable file", f"check the path ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _fault(path, "JSON", f"mend it ({error})") from error
     if isinstance(content, list) and content:
         return tuple(MemoryProfile.from_json(entry, path) for entry in content)

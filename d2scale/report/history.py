@@ -21,6 +21,7 @@ Axis = Literal["images", "iterations", "time"]
 # What curves are drawn against, with its title; the first is shown until a reader chooses another.
 AXES: dict[Axis, str] = {"images": "images seen", "iterations": "iterations", "time": "time"}
 
+_LARGEST = 2.0**128  # of float32
 # Positions on the axes, not curves.
 _PLACES = ("iteration", "steps", "images_seen", "elapsed_seconds", "wall_time")
 
@@ -114,9 +115,10 @@ def _read_json_lines(path: Path, notes: list[str]) -> list[dict[str, float]]:
 def _scalars(content: Mapping[str, Any]) -> dict[str, float]:
     numbers = {name: math.nan if value is None else value for name, value in content.items()}
     return {
-        name: float(value)
+        # What float32 cannot hold was no metric, and its sums would overflow.
+        name: float(value) if abs(value) < _LARGEST else math.nan
         for name, value in numbers.items()
-        if isinstance(value, (int, float)) and (name not in _PLACES or math.isfinite(value))
+        if isinstance(value, (int, float)) and (name not in _PLACES or abs(value) < _LARGEST)
     }
 
 

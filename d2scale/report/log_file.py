@@ -13,10 +13,11 @@ from typing import Any
 from d2scale.coco.accumulate import METRICS
 from d2scale.run_folder.files import LOG_FILE
 
-_TOTAL_TIME = re.compile(r"Total training time: (?:(\d+) days?, )?(\d+):(\d\d):(\d\d)")
-_SPEED = re.compile(r"Overall training speed: .*\(([\d.]+) s / it\)")
-_WORLD_SIZE = re.compile(r"World size: (\d+)|processes: (\d+), device: ")
-_MEMORY = re.compile(r"\bmax_mem: (\d+)M\b")
+# No count in a log has more digits than these, and Python reads no more than 4300.
+_TOTAL_TIME = re.compile(r"Total training time: (?:(\d{1,6}) days?, )?(\d{1,9}):(\d\d):(\d\d)")
+_SPEED = re.compile(r"Overall training speed: .*\((\d{1,12}(?:\.\d{1,12})?) s / it\)")
+_WORLD_SIZE = re.compile(r"World size: (\d{1,9})\b|processes: (\d{1,9}), device: ")
+_MEMORY = re.compile(r"\bmax_mem: (\d{1,12})M\b")
 
 
 @dataclass
@@ -97,5 +98,5 @@ def _numbers(cells: Iterable[tuple[str, str]]) -> dict[str, float]:
 def _literal(cell: str) -> Any:
     try:
         return ast.literal_eval(cell)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return cell

@@ -58,6 +58,17 @@ def test_a_file_comes_back_as_it_was(tmp_path):
             '[{"name": "backward", "static_bytes": 1, "bytes_per_image": 0}]}',
             "grows with the images",
         ),
+        (
+            '{"format": "d2scale memory profile", "version": 2, "source": "magic", "phases": '
+            '[{"name": "backward", "static_bytes": 1, "bytes_per_image": 5}]}',
+            "predicted or measured",
+        ),
+        (
+            '{"format": "d2scale memory profile", "version": 2, "source": "measured", "phases": '
+            '[{"name": "backward", "static_bytes": 1' + "0" * 400 + ', "bytes_per_image": 5}]}',
+            "whole numbers of bytes",
+        ),
+        ("[" * 10**6, "JSON"),
     ],
 )
 def test_what_is_no_profile_is_refused_in_one_line(tmp_path, content, message):

@@ -97,11 +97,11 @@ def test_detectron2s_evaluations_take_their_place(tmp_path):
 
 
 def test_null_and_nan_are_no_points_but_known_names(tmp_path):
-    text = '{"iteration": 0, "total_loss": NaN, "bbox/AP-dog": null, "bbox/AP": 1.0}\n'
+    text = '{"iteration": 0, "total_loss": NaN, "lr": 1e308, "bbox/AP-dog": null, "bbox/AP": 1.0}\n'
     (tmp_path / "metrics.json").write_text(text)
     history = read_history(tmp_path, 1)
     assert math.isnan(history.rows[0].values["bbox/AP-dog"])
-    assert history.last("total_loss") is None
+    assert (history.last("total_loss"), history.last("lr")) == (None, None)
     assert (history.last("bbox/AP"), history.largest("bbox/AP")) == (1.0, 1.0)
 
 

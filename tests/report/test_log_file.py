@@ -43,6 +43,19 @@ def test_detectron2s_log(tmp_path):
     assert (facts.world_size, facts.max_memory_mib) == (2, 7000)
 
 
+def test_numbers_that_are_none_are_left_out(tmp_path):
+    many = "9" * 5000
+    (tmp_path / "log.txt").write_text(
+        f"Overall training speed: 98 iterations in 1:05:49 (1.2.3 s / it)\n"
+        f"Total training time: {many}:00:05\nWorld size: {many}\nmax_mem: {many}M\n"
+        "| config key | old value | new value |\n|:--|:--|:--|\n"
+        f"| SOLVER.STEPS | 1 | {'(' * 3000} |\n"
+    )
+    facts = read_log(tmp_path)
+    assert (facts.seconds_per_iteration, facts.total_seconds) == (None, None)
+    assert (facts.world_size, facts.max_memory_mib) == (None, None)
+
+
 def test_days_of_training(tmp_path):
     (tmp_path / "log.txt").write_text("Total training time: 2 days, 1:00:05 (0:00:01 on hooks)\n")
     assert read_log(tmp_path).total_seconds == 49 * 3600 + 5
