@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from d2scale.config.keys import get_key
 from d2scale.config.projects import entry_points
-
-# By the name in MODEL.META_ARCHITECTURE: the dotted name of a key.
-ENTRY_POINTS = "d2scale.class_counts"
 
 
 def class_count_key(cfg: Any) -> str | None:
     """Return the key that counts the classes of the model in ``cfg``; None if none is told.
 
     Its value is a number, or 0: as many as the training dataset has. ``cfg`` is a config of any
-    engine, or its settings by dotted key.
+    engine, or its settings by dotted key. A project tells it in the module of its entry point in
+    the group ``d2scale.configs``, by the name in ``MODEL.META_ARCHITECTURE``::
+
+        CLASS_COUNT_KEYS = {"MyDetector": "MODEL.MY_HEAD.NUM_CLASSES"}
     """
     model = get_key(cfg, "MODEL.META_ARCHITECTURE")
-    for entry in entry_points(group=ENTRY_POINTS):
-        if entry.name == model:
-            return str(entry.load())
+    for entry in entry_points(group="d2scale.configs"):
+        keys = getattr(importlib.import_module(entry.module), "CLASS_COUNT_KEYS", {})
+        if model in keys:
+            return str(keys[model])
     return None

@@ -8,8 +8,8 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
-# The key that counts the model's classes.
-CLASS_COUNT = "MODEL.FCOS.NUM_CLASSES"
+# The key that counts a model's classes, by the name in MODEL.META_ARCHITECTURE.
+CLASS_COUNT_KEYS = {"MetaOneStageDetector": "MODEL.FCOS.NUM_CLASSES"}
 # Keys and sections that decide what the losses and the detections are, not how much memory
 # training takes.
 _WITHOUT_MEMORY = (
