@@ -37,7 +37,8 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     # Micro-batches in one optimizer step. 0: decide from IMS_PER_GPU and the memory.
     cfg.D2SCALE.ACCUMULATION_STEPS = 0
     # What an out-of-memory error does to a run. "split": the step is undone and taken again in
-    # smaller micro-batches, with the same result. "raise": the run ends.
+    # smaller micro-batches, with the same result; after a while larger ones are tried again.
+    # "stay_split": they stay smaller. "raise": the run ends.
     cfg.D2SCALE.ON_OOM = "split"
     # Run the recipe's ranks in turn on fewer GPUs, each with its own images, random numbers and
     # state: the cluster's step for any model. "auto": with keep_total, for models that do not tell

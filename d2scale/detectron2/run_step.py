@@ -100,7 +100,7 @@ class RunStep(HookBase):
         splits = ims_per_gpu < rank_images or self._virtual_ranks is not None
         # A batch that fills the memory was measured with this step, not with the engine's.
         measured = self._plan is not None and self._plan.method == "max_memory"
-        splits_on_oom = self._cfg.D2SCALE.ON_OOM == "split"
+        splits_on_oom = self._cfg.D2SCALE.ON_OOM != "raise"
         if not (splits or measured or self._by_gain or splits_on_oom or self.always):
             return
         obstacle, plain = self.obstacle(), "or train with a plain model and trainer"
@@ -218,8 +218,12 @@ class RunStep(HookBase):
             precision=getattr(trainer, "precision", None),
             scaler=getattr(trainer, "grad_scaler", None),
             virtual_ranks=self._virtual_ranks,
-            on_split=self._record_split,
+            on_new_size=self._record_size,
         )
+        if self._state is not None:
+            self._state.keep_size(self._step.size)
+            if self._step.ims_per_gpu != ims_per_gpu:
+                self._record_size(self._step.ims_per_gpu)
         self._data = self._open_data(trainer)
         self._hook_states = HookStates(self.state_holders())
         if self._by_gain:
@@ -266,9 +270,9 @@ class RunStep(HookBase):
             self._state.place = data.place()
         return data
 
-    def _record_split(self, ims_per_gpu: int) -> None:
+    def _record_size(self, ims_per_gpu: int) -> None:
         if self._plan is not None:
-            self._plan = self._plan.with_smaller_micro_batches(ims_per_gpu)
+            self._plan = self._plan.with_micro_batches_of(ims_per_gpu)
             if ranks.rank() == 0:
                 write_plan(Path(self._cfg.OUTPUT_DIR), self._plan)
 

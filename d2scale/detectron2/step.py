@@ -9,7 +9,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from d2scale.detectron2.dense_detectors import split_model
-from d2scale.step.optimizer_step import OnSplit, OptimizerStep, StepOptions
+from d2scale.step.optimizer_step import OnNewSize, OptimizerStep, StepOptions
 from d2scale.step.virtual_ranks import VirtualRanks
 
 
@@ -23,7 +23,7 @@ def build_step(
     scaler: GradScaler | None = None,
     compress: torch.dtype | None = None,
     virtual_ranks: VirtualRanks | None = None,
-    on_split: OnSplit | None = None,
+    on_new_size: OnNewSize | None = None,
     kind: type[OptimizerStep] = OptimizerStep,
 ) -> OptimizerStep:
     """Return the optimizer step of ``cfg``.
@@ -37,7 +37,7 @@ def build_step(
         scaler: of the losses, for float16.
         compress: dtype in which gradients cross the network; None: their own.
         virtual_ranks: of ``model``; None: there are none.
-        on_split: see :class:`OptimizerStep`.
+        on_new_size: see :class:`OptimizerStep`.
         kind: what an engine makes of OptimizerStep.
     """
     options = StepOptions(
@@ -48,4 +48,4 @@ def build_step(
         virtual_ranks=virtual_ranks,
         split_model=split_model(model),
     )
-    return kind(model, optimizer, ims_per_gpu=ims_per_gpu, options=options, on_split=on_split)
+    return kind(model, optimizer, ims_per_gpu=ims_per_gpu, options=options, on_new_size=on_new_size)

@@ -17,6 +17,7 @@ from torch import nn
 from d2scale.detectron2.private_upstream import checkpoint_periods, evaluation_periods
 from d2scale.planning.plan import Plan
 from d2scale.step import ranks
+from d2scale.step.guard import MicroBatchSize
 from d2scale.step.model_state import ModelState
 from d2scale.step.virtual_ranks import VirtualRanks
 
@@ -40,8 +41,16 @@ class StepState:
     def __init__(self, model: nn.Module, virtual_ranks: VirtualRanks | None = None) -> None:
         self.virtual_ranks = virtual_ranks
         self.place: Mapping[str, Any] | None = None  # in the data, after the last complete step
+        self._size: MicroBatchSize | None = None  # of the step, once that is built
+        self._loaded_size: Mapping[str, Any] | None = None  # its state, of a checkpoint
         self._model_state = ModelState(model)
         self._gathered: dict[str, Any] | None = None
+
+    def keep_size(self, size: MicroBatchSize) -> None:
+        """Keep the ``size`` of the step's micro-batches too, and set it as a checkpoint says."""
+        self._size = size
+        if self._loaded_size is not None:
+            size.load_state_dict(self._loaded_size)
 
     def gather(self) -> None:
         """Collect the states of the virtual ranks on rank 0. All ranks call it."""
@@ -63,11 +72,13 @@ class StepState:
                 )
             own = {**self._model_state.take().to_checkpoint(), "buffers": {}}
             states = {"states": [own]}
-        return {"virtual_ranks": states, "place": self.place}
+        size = self._size.state_dict() if self._size is not None else None
+        return {"virtual_ranks": states, "place": self.place, "micro_batches": size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state of a checkpoint."""
         self.place = state["place"]
+        self._loaded_size = state.get("micro_batches")  # older checkpoints have none
         if self.virtual_ranks is not None:
             self.virtual_ranks.load_state_dict(state["virtual_ranks"])
         else:

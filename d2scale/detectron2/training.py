@@ -134,7 +134,7 @@ class Scaling:
             checkpointer, record, inner.optimizer, scheduler, cfg.SOLVER.MAX_ITER, trainer
         )
         run_step = RunStep(cfg, checkpointer, record, state)
-        insert_hooks(trainer, [run_step, StateHook(state), _Facts(self)])
+        insert_hooks(trainer, [_Facts(self), run_step, StateHook(state)])
         if follows_gain(cfg):
             timer = SteadyIterationTimer(lambda: run_step.iteration_seconds)
             replace_hook(trainer, IterationTimer, timer)

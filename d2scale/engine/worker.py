@@ -121,12 +121,13 @@ class _Training(NamedTuple):
     checkpointer: RunCheckpointer
     position: Position
     clock: StepClock
+    plan: Plan  # with the images per GPU that are known to fit
 
 
 def _train(job: Job, plan: Plan) -> Results:
     hold_to_budget(device_of(job.cfg), job.cfg.D2SCALE.MEMORY.BUDGET_GIB)
     training = _prepare(job, plan)
-    cfg, position = training.cfg, training.position
+    cfg, position, plan = training.cfg, training.position, training.plan
     with _open_loader(cfg, plan, position) as loader, _open_reporter(cfg, position) as reporter:
         _write_facts(cfg, plan)
         return _train_and_evaluate(training, loader, reporter)
@@ -149,6 +150,7 @@ def _prepare(job: Job, plan: Plan) -> _Training:
         cfg.OUTPUT_DIR,
         writes=ranks.rank() == 0,
         optimizer=step.optimizer,
+        micro_batches=step.size,
         scaler=step.options.scaler,
         virtual_ranks=virtual_ranks,
     )
@@ -161,11 +163,12 @@ def _prepare(job: Job, plan: Plan) -> _Training:
     logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
     if virtual_ranks is not None:
         virtual_ranks.seed = position.seed
-    step.on_split = RunRecord(checkpointer, plan, recipe, position.seed).record_split
+    plan = plan.with_micro_batches_of(step.ims_per_gpu)
+    step.on_new_size = RunRecord(checkpointer, plan, recipe, position.seed).record_size
     ranks.broadcast_model(model)
     clock = build_clock(cfg)
     clock.resume(position.iterations, position.recipe_images, position.clock)
-    return _Training(cfg, step, schedule, checkpointer, position, clock)
+    return _Training(cfg, step, schedule, checkpointer, position, clock, plan)
 
 
 def _virtual_ranks(cfg: CfgNode, plan: Plan, model: nn.Module, seed: int) -> VirtualRanks | None:
@@ -223,7 +226,7 @@ def _write_facts(cfg: CfgNode, plan: Plan) -> None:
 
 
 def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Reporter) -> Results:
-    cfg, step, schedule, checkpointer, position, clock = training
+    cfg, step, schedule, checkpointer, position, clock, _ = training
     max_iter = cfg.SOLVER.MAX_ITER
     trainer = Trainer(
         step,

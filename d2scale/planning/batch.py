@@ -25,7 +25,7 @@ from d2scale.planning.virtual_ranks import (
 # How a plan's note begins to say that no more images fit, after their number.
 FIT_IN = "images per GPU fit in"
 _CAP, _STEPS = "D2SCALE.MAX_IMS_PER_BATCH", "D2SCALE.ACCUMULATION_STEPS"
-ON_OOM = one_of("D2SCALE.ON_OOM", ("split", "raise"))
+ON_OOM = one_of("D2SCALE.ON_OOM", ("split", "stay_split", "raise"))
 BATCH_RULES = (
     whole(_CAP, 0, MOST_IMAGES, advice="set it to 0 for no limit"),
     whole(_STEPS, 0, MOST_IMAGES, advice="set it to 0 to have it decided"),

@@ -51,13 +51,20 @@ class Plan:
             planned.freeze()
         return planned
 
-    def with_smaller_micro_batches(self, ims_per_gpu: int) -> Plan:
-        """Return the plan after an out-of-memory error has cut the run to ``ims_per_gpu``."""
+    def with_micro_batches_of(self, ims_per_gpu: int) -> Plan:
+        """Return the plan once a run takes ``ims_per_gpu`` images at a time.
+
+        An out-of-memory error makes them fewer, and some time without one more.
+        """
+        if ims_per_gpu == self.ims_per_gpu:
+            return self
         parts = self.virtual_ranks or self.world_size
         sizes = rules.micro_batch_sizes(self.ims_per_batch, parts, ims_per_gpu)
         turns = -(-parts // self.world_size)
-        cut = f"images per GPU cut from {self.ims_per_gpu} to {ims_per_gpu}"
-        note = f"{cut} during the run, by an out-of-memory error"
+        change = f"from {self.ims_per_gpu} to {ims_per_gpu} during the run"
+        note = f"images per GPU cut {change}, by an out-of-memory error"
+        if ims_per_gpu > self.ims_per_gpu:
+            note = f"images per GPU raised {change}: they fit again"
         return replace(
             self,
             ims_per_gpu=max(map(max, sizes)),

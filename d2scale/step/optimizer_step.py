@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +16,7 @@ from d2scale.step import ranks
 from d2scale.step.agreement import AgreedOutOfMemoryError, run_alone, run_together
 from d2scale.step.averaging import GradientAverager
 from d2scale.step.forward_backward import ForwardBackward, Part
-from d2scale.step.guard import AllocatorRetries, smaller_micro_batches
+from d2scale.step.guard import AllocatorRetries, MicroBatchSize
 from d2scale.step.micro_batches import ExactModel, MicroBatch, PhaseMarker, StepLosses, cut
 from d2scale.step.norms import synchronised_norms
 from d2scale.step.ordered_sum import OrderedSum
@@ -33,7 +32,7 @@ from d2scale.step.virtual_ranks import VirtualRanks
 logger = logging.getLogger(__name__)
 
 BeforeUpdate = Callable[[StepLosses], None]
-OnSplit = Callable[[int], None]
+OnNewSize = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class StepOptions:
     precision: torch.dtype | None = None  # of autocast; None: off
     scaler: GradScaler | None = None  # of the losses, for float16
     clip: GradientClipper | None = None  # limits the gradients, in place
-    # "split" takes a step that runs out of memory again in smaller micro-batches; "raise" lets
-    # the error pass.
+    # "split" takes a step that runs out of memory again in smaller micro-batches, and later tries
+    # the larger ones again; "stay_split" does not try; "raise" lets the error pass.
     on_oom: str = "split"
     compress: torch.dtype | None = None  # in which gradients cross the network; None: their own
     virtual_ranks: VirtualRanks | None = None  # that this rank runs in turn; None: only itself
@@ -55,15 +54,16 @@ class StepOptions:
 class OptimizerStep:
     """Takes optimizer steps: micro-batches forward and backward, averaging, update of the weights.
 
-    A step that runs out of memory on any rank is undone on all of them and taken again with half
-    the images per GPU, which stay halved. Total batch, learning rate and result stay the same;
-    only random draws inside the model (dropout) differ with other micro-batches.
+    A step that runs out of memory on any rank is undone on all of them and taken again: once as it
+    was, with memory in one piece again, then with half the images per GPU. After a while more are
+    tried again (:class:`MicroBatchSize`). Total batch, learning rate and result stay the same; only
+    random draws inside the model (dropout) differ with other micro-batches.
 
     With virtual ranks a rank's images are those of its own virtual ranks, in their order, the same
     number for each; every one is a micro-batch of its own, or several if it does not fit.
 
-    The model is bare, in training mode; ``on_split`` is called with the new images per GPU, on
-    every rank, before the step is repeated.
+    The model is bare, in training mode; ``on_new_size`` is called with the new images per GPU, on
+    every rank, after the first step with them.
     """
 
     def __init__(
@@ -73,13 +73,14 @@ class OptimizerStep:
         *,
         ims_per_gpu: int,
         options: StepOptions | None = None,
-        on_split: OnSplit | None = None,
+        on_new_size: OnNewSize | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.options = options = options or StepOptions()
-        self.ims_per_gpu = ims_per_gpu  # most images in one forward
-        self.on_split = on_split
+        device, grows = next(model.parameters()).device, options.on_oom == "split"
+        self.size = MicroBatchSize(ims_per_gpu, device, grows=grows)
+        self.on_new_size = on_new_size
         self._virtual_ranks = options.virtual_ranks
         self._averager = _averager(trained_parameters(optimizer), options)
         self._forward_backward = ForwardBackward(
@@ -92,14 +93,24 @@ class OptimizerStep:
         )
         self._momentum = MomentumByGain(optimizer)
         self._undo = StepUndo(model, optimizer, options.scaler)
-        self._retries = AllocatorRetries(next(model.parameters()).device)
+        self._retries = AllocatorRetries(device)
         # Ranks that wait for each other inside a forward cannot be told of an error there.
         self._can_agree = ranks.world_size() == 1 or not synchronised_norms(model)
-        if options.on_oom == "split" and not self._can_agree:
+        if options.on_oom != "raise" and not self._can_agree:
             logger.warning(
-                "D2SCALE.ON_OOM is split, but synchronised batch norm makes ranks wait for each "
-                "other inside a forward: an out-of-memory error ends this run"
+                "D2SCALE.ON_OOM is %s, but synchronised batch norm makes ranks wait for each "
+                "other inside a forward: an out-of-memory error ends this run",
+                options.on_oom,
             )
+
+    @property
+    def ims_per_gpu(self) -> int:
+        """The most images in one forward."""
+        return self.size.now
+
+    @ims_per_gpu.setter
+    def ims_per_gpu(self, images: int) -> None:
+        self.size.now = images
 
     @property
     def phase(self) -> PhaseMarker:
@@ -133,26 +144,27 @@ class OptimizerStep:
                 optimizer are as before the step.
         """
         attempt = partial(self._attempt, rank_batch, before_update, measure, number)
-        if self.options.on_oom != "split" or not self._can_agree:
+        if self.options.on_oom == "raise" or not self._can_agree:
             return attempt(agrees=False)
         self._undo.forget()
+        before = self.ims_per_gpu
+        self.size.begin_step()
         while True:
             try:
                 losses = attempt(agrees=True, undoable=True)
             except AgreedOutOfMemoryError as error:
                 failure = error.with_traceback(None)
             else:
-                self._retries.check()
-                return losses
+                break
             # Out of the handler: nothing holds the activations of the attempt any more.
             self._undo.restore()
-            gc.collect()  # frames in reference cycles keep activations alive
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
             largest = max(len(part) for _, part in self._cut(rank_batch, self.ims_per_gpu))
-            self.ims_per_gpu = smaller_micro_batches(failure, largest)
-            if self.on_split is not None:
-                self.on_split(self.ims_per_gpu)
+            self.size.after_failure(failure, largest)
+        self._retries.check()
+        self.size.end_step()
+        if self.on_new_size is not None and self.ims_per_gpu != before:
+            self.on_new_size(self.ims_per_gpu)
+        return losses
 
     def attempt(
         self, rank_batch: MicroBatch, before_update: BeforeUpdate | None = None

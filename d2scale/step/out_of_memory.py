@@ -19,18 +19,19 @@ _SIGNS = (
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "miopenStatusAllocFailed",
     "DefaultCPUAllocator: can't allocate memory",
+    "std::bad_alloc",
     # cuDNN found no room for the workspace of any of its algorithms.
     "unable to find an engine to execute this computation",
     "Unable to find a valid cuDNN algorithm",
 )
-# The same libraries, where a handle or a workspace may have found no memory, or something else
-# went wrong: it counts only on a device that is nearly full.
-_SIGNS_IF_FULL = (
-    "CUBLAS_STATUS_NOT_INITIALIZED",
-    "CUDNN_STATUS_NOT_INITIALIZED",
-    "CUDNN_STATUS_EXECUTION_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR",
+# Libraries that say no more than that something failed: it counts only where memory is nearly full.
+_SIGNS_IF_DEVICE_IS_FULL = tuple(
+    f"{library}_STATUS_{failure}"
+    for library in ("CUBLAS", "CUDNN")
+    for failure in ("NOT_INITIALIZED", "EXECUTION_FAILED", "INTERNAL_ERROR")
 )
+# Of oneDNN.
+_SIGNS_IF_HOST_IS_FULL = ("could not create a primitive", "could not create a memory object")
 _NEARLY_FULL_BYTES = 256 * 2**20
 
 
@@ -43,8 +44,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     if any(sign in text for sign in _SIGNS):
         return True
-    return any(sign in text for sign in _SIGNS_IF_FULL) and _device_is_nearly_full()
+    if any(sign in text for sign in _SIGNS_IF_DEVICE_IS_FULL):
+        return _device_is_nearly_full()
+    return any(sign in text for sign in _SIGNS_IF_HOST_IS_FULL) and _host_is_nearly_full()
 
 
 def _device_is_nearly_full() -> bool:
-    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _NEARLY_FULL_BYTES
+    if not torch.cuda.is_available():
+        return False
+    try:
+        return torch.cuda.mem_get_info()[0] < _NEARLY_FULL_BYTES
+    except RuntimeError:  # the error has broken the device for this process
+        return False
+
+
+def _host_is_nearly_full() -> bool:
+    """Return whether the system refuses this process a little more memory.
+
+    Asking is the one test that knows all limits. Pages that nobody writes to cost nothing.
+    """
+    try:
+        torch.empty(_NEARLY_FULL_BYTES, dtype=torch.uint8)
+    except RuntimeError:
+        return True
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from d2scale.step.model_state import ModelState, State
+
+# What a scaler sets on a fused optimizer for its step, and takes away after one that succeeds. Left
+# there, a scale would be multiplied by itself, or divide gradients that are unscaled already.
+_LEFT_BY_SCALER = ("grad_scale", "found_inf")
 
 
 class StepUndo:
@@ -68,14 +73,18 @@ class StepUndo:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore the copies, and drop the gradients."""
+        """Drop what the step has left behind, free its memory, and restore the copies."""
         self._optimizer.zero_grad(set_to_none=True)
+        for name in _LEFT_BY_SCALER:
+            vars(self._optimizer).pop(name, None)
         if not self._complete:  # failed before anything could change
+            free_memory()
             return
+        self._optimizer.state.clear()  # with what this step has made of it
+        free_memory()  # first: restoring takes a little memory itself
         self.settle()
         for tensor, copy in self._copies.items():
             tensor.copy_(copy)
-        self._optimizer.state.clear()
         self._optimizer.state.update({key: dict(state) for key, state in self._state.items()})
         self.model_state.put(self._kept_state)
         self._restore_scaler()
@@ -99,6 +108,13 @@ class StepUndo:
         self._scaler.scale(torch.zeros((), device=self._device))
         self._scaler.update(float(self._scaler_state["scale"]))
         self._scaler.load_state_dict(self._scaler_state)
+
+
+def free_memory() -> None:
+    """Give memory that nothing uses back to the device."""
+    gc.collect()  # frames in reference cycles keep activations alive
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def host_copy(tensor: Tensor, copy: Tensor | None = None) -> Tensor:

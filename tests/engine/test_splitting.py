@@ -86,7 +86,7 @@ def test_run_goes_on_with_fewer_images_per_gpu(recipe, tmp_path, out_of_memory):
     folder = tmp_path / "split"
     plan = json.loads((folder / "plan.json").read_text())
     assert (plan["ims_per_gpu"], plan["accumulation_steps"], plan["ims_per_batch"]) == (1, 4, 4)
-    assert "from 2 to 1 during the run" in plan["notes"][-1]
+    assert "from 4 to 1 during the run" in plan["notes"][-1]
     assert "taken again with 2 images per GPU" in (folder / "log.txt").read_text()
     assert_same_weights(weights(folder), weights(tmp_path / "undisturbed"))
 
@@ -100,6 +100,7 @@ def test_run_that_does_not_fit_leaves_the_last_good_step(recipe, tmp_path, out_o
     assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
     out_of_memory(lambda calls, images: False)
     train(recipe("stopped"), resume=True)
+    assert json.loads((folder / "plan.json").read_text())["ims_per_gpu"] == 1
     assert_same_weights(weights(folder), weights(tmp_path / "undisturbed"))
 
 
@@ -112,6 +113,6 @@ def test_raise_ends_the_run_with_the_plain_error(recipe, tmp_path, out_of_memory
 
 def test_split_plan_is_that_of_the_real_micro_batches(recipe):
     plan = make_plan(recipe("plan", "SOLVER.IMS_PER_BATCH", 10), Hardware(world_size=2))
-    split = plan.with_smaller_micro_batches(4)
+    split = plan.with_micro_batches_of(4)
     assert (plan.ims_per_gpu, split.ims_per_gpu, split.accumulation_steps) == (5, 3, 2)
     assert split.notes[:-1] == plan.notes

@@ -134,7 +134,7 @@ def test_json_has_the_documented_keys(recipes):
 def test_a_plan_cut_by_an_out_of_memory_error_is_that_of_the_real_micro_batches(recipes):
     path = recipes / "experiment-1-baseline.yaml"
     plan = plan_of(path, 2, opts=("SOLVER.IMS_PER_BATCH", "10"))
-    cut = plan.with_smaller_micro_batches(4)
+    cut = plan.with_micro_batches_of(4)
     assert (plan.ims_per_gpu, cut.ims_per_gpu, cut.accumulation_steps) == (5, 3, 2)
     assert cut.notes[:-1] == plan.notes
 

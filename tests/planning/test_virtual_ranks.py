@@ -57,7 +57,7 @@ def test_virtual_rank_that_does_not_fit_is_cut_with_a_note():
 
 
 def test_out_of_memory_error_cuts_inside_virtual_ranks():
-    plan = zoo_plan(3, "SOLVER.IMS_PER_BATCH", "32").with_smaller_micro_batches(2)
+    plan = zoo_plan(3, "SOLVER.IMS_PER_BATCH", "32").with_micro_batches_of(2)
     assert (plan.ims_per_gpu, plan.accumulation_steps) == (2, 6)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,11 +14,12 @@ from torch import nn
 from d2scale.engine.data.sampling import rank_slice
 from d2scale.errors import DataError, Fault
 from d2scale.planning.rules import micro_batch_sizes
+from d2scale.step import guard
 from d2scale.step.averaging import GradientAverager
 from d2scale.step.forward_backward import ForwardBackward
 from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.micro_batches import StepLosses
-from d2scale.step.optimizer_step import OptimizerStep
+from d2scale.step.optimizer_step import OptimizerStep, StepOptions
 from d2scale.step.ranks import (
     alone,
     broadcast_model,
@@ -124,19 +126,10 @@ def sleep_for_ever(marker: str):
     time.sleep(1000)
 
 
-def exchange_for_ever(marker: str):
-    """All ranks meet again and again; a file says that they have met."""
-    while True:
-        dist.barrier()
-        with open(f"{marker}.{dist.get_rank()}", "w") as file:
-            file.write("met")
-        time.sleep(0.1)
-
-
 def guarded_training(cases, ims_per_batch=6, ims_per_gpu=4, steps=3):
-    """Train a few steps for each case (part, ranks that fail, step) and describe the end.
+    """Train a few steps for each case (part, ranks that fail, step, how often), describe the end.
 
-    A rank fails once, in the micro-batch of its largest size; a case of None never fails.
+    A rank fails in its first attempts of the step; a case of None never fails.
     """
     return [_guarded(case, ims_per_batch, ims_per_gpu, steps) for case in cases]
 
@@ -145,10 +138,10 @@ def _guarded(case, ims_per_batch, ims_per_gpu, steps):
     torch.manual_seed(0)
     failures = []
     now = {"step": -1}
-    part, ranks, when = case or ("", (), -1)
+    part, ranks, when, often = case or ("", (), -1, 0)
 
     def fail(asked, images=0):
-        if asked != part or rank() not in ranks or now["step"] != when or failures:
+        if asked != part or rank() not in ranks or now["step"] != when or len(failures) == often:
             return False
         failures.append(images)
         return True
@@ -158,7 +151,8 @@ def _guarded(case, ims_per_batch, ims_per_gpu, steps):
     optimizer = FailingOptimizer(model.parameters(), lr=0.05, momentum=0.9)
     optimizer.fail = lambda: fail("optimizer")
     split_to = []
-    take_step = OptimizerStep(model, optimizer, ims_per_gpu=ims_per_gpu, on_split=split_to.append)
+    take_step = OptimizerStep(model, optimizer, ims_per_gpu=ims_per_gpu)
+    take_step.on_new_size = split_to.append
     losses, drawn = [], []
     for step in range(steps):
         now["step"] = step
@@ -179,6 +173,35 @@ def _guarded(case, ims_per_batch, ims_per_gpu, steps):
         "split_to": split_to,
         "failures": len(failures),
     }
+
+
+def growing_training(cases):
+    """Train 4 images a rank for each case: what D2SCALE.ON_OOM is, and from which step 4 fit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "_GROW_AFTER", 3)
+        return [_growing(*case) for case in cases]
+
+
+def _growing(on_oom, fits_from):
+    now, failed, new, sizes = {"step": 0}, [], [], []
+
+    def fail(part, images):
+        # The last rank's loss normalizers are the first to need memory.
+        fails = part == "normalizers" and images > 2 and now["step"] < fits_from
+        failed.extend([now["step"]] * fails)
+        return fails and rank() == world_size() - 1
+
+    model = FailingStandIn(torch.float64)
+    model.fail = fail
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    step = OptimizerStep(model, optimizer, ims_per_gpu=4, options=StepOptions(on_oom=on_oom))
+    step.on_new_size = new.append
+    for now["step"] in range(14):
+        step(make_samples(4 * world_size(), seed=now["step"])[4 * rank() :][:4])
+        sizes.append(step.ims_per_gpu)
+    assert same_on_all_ranks(sizes)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    return {"weights": weights, "failed": failed, "new": new, "sizes": sizes}
 
 
 def one_image_does_not_fit():

@@ -105,7 +105,7 @@ def _progress_in(content: Mapping[str, Any], recipe: Mapping[str, Any]) -> Progr
 
 
 class RunRecord:
-    """Keeps in every checkpoint how its run was planned; called when micro-batches shrink.
+    """Keeps in every checkpoint how its run was planned; called when micro-batches change.
 
     It keeps the checkpointer's ``facts`` up to date. ``recipe`` is ``recipe_of`` the config before
     planning; ``seed`` is that of order and augmentation.
@@ -124,9 +124,9 @@ class RunRecord:
             "recipe": dict(recipe),
         }
 
-    def record_split(self, ims_per_gpu: int) -> None:
-        """Write the plan with fewer images per GPU into the folder and all later checkpoints."""
-        self._plan = self._plan.with_smaller_micro_batches(ims_per_gpu)
+    def record_size(self, ims_per_gpu: int) -> None:
+        """Write the plan with other images per GPU into the folder and all later checkpoints."""
+        self._plan = self._plan.with_micro_batches_of(ims_per_gpu)
         self._checkpointer.facts["plan"] = self._plan.to_json()
         if rank() == 0:
             write_plan(self._checkpointer.folder, self._plan)
