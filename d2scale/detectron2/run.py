@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -43,7 +42,8 @@ from d2scale.detectron2.trainer import RecipeTrainer
 from d2scale.detectron2.training import Scaling
 from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault, collecting
-from d2scale.launch.launch import RESTARTS, launch
+from d2scale.launch.elastic import may_start_anew, refuse_separate_folders, store_faults
+from d2scale.launch.launch import launch
 from d2scale.launch.topology import Topology, under_torchrun
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.plan import make_plan, refuse_uneven_split
@@ -106,7 +106,7 @@ def train(job: Job, topology: Topology) -> Results:
         D2ScaleError: for what goes wrong later and the user can mend.
         SystemExit: after a mistake that a rank has told.
     """
-    if int(os.environ.get(RESTARTS, "0")) > 0:
+    if may_start_anew() and not job.eval_only:
         job = Job(**{**vars(job), "resume": True})
     with lazy_names() if job.is_lazy else nullcontext():
         _check(job, topology)
@@ -119,7 +119,7 @@ def _check(job: Job, topology: Topology) -> None:
     recipe, settings = read_lazy_recipe(cfg) if job.is_lazy else (cfg, dict(flatten(cfg)))
     folder = Path(recipe.OUTPUT_DIR)
     on_cuda = torch.cuda.is_available()
-    faults = topology.faults(torch.cuda.device_count() if on_cuda else None)
+    faults = topology.faults(torch.cuda.device_count() if on_cuda else None) + store_faults()
     wrong_processes = bool(faults)
     if not (job.resume or job.eval_only) and holds_run(folder):
         allowed = "a folder without the checkpoints of another run"
@@ -211,6 +211,9 @@ def _writing_to(folder: Path, *, locks: bool) -> Iterator[None]:
     make_folder(folder)
     with run_lock(folder) if locks and ranks.rank() == 0 else nullcontext():
         _log_to(folder)
+        if locks:
+            with exit_together_on_user_error():
+                refuse_separate_folders(folder)
         logger.info("Environment:\n%s", collect_env_info())
         yield
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -18,7 +17,8 @@ from d2scale.engine.models import check_model
 from d2scale.engine.planning import check_plan
 from d2scale.engine.worker import Job, Results, run_rank
 from d2scale.errors import ConfigError, Fault, collecting
-from d2scale.launch.launch import RESTARTS, Topology, launch, under_torchrun
+from d2scale.launch.elastic import may_start_anew, store_faults
+from d2scale.launch.launch import Topology, launch, under_torchrun
 from d2scale.run_folder.contents import holds_run
 from d2scale.run_folder.files import folder_faults
 from d2scale.run_folder.lock import refuse_locked
@@ -44,7 +44,7 @@ def train(
     Args:
         cfg: the recipe, as ``d2scale.config.load_cfg`` reads it; it is not changed.
         resume: go on from the last checkpoint in the folder, if there is one; on another world
-            size or by another method too. Done without asking when torchrun restarts the ranks.
+            size or by another method too. Done without asking under torchrun's --max-restarts.
         eval_only: evaluate ``MODEL.WEIGHTS`` (with ``resume`` the last checkpoint) and stop.
         method: ``per_gpu``, ``keep_total`` or ``max_memory``; None: what the recipe says.
 
@@ -58,7 +58,7 @@ def train(
         KeyboardInterrupt: Ctrl-C, after all ranks have ended.
     """
     topology = topology or Topology()
-    resume = resume or int(os.environ.get(RESTARTS, "0")) > 0
+    resume = resume or (may_start_anew() and not eval_only)
     cfg, notes = for_this_machine(cfg)
     images = _check(cfg, topology, resume=resume, eval_only=eval_only, method=method)
     job = Job(cfg, method, resume, eval_only, images, notes)
@@ -88,7 +88,7 @@ def _check(
 ) -> int:
     """Return the number of training images, or raise every fault there is. Writes nothing."""
     gpus = torch.cuda.device_count() if cfg.MODEL.DEVICE == "cuda" else None
-    wrong_processes = topology.faults(gpus)
+    wrong_processes = [*topology.faults(gpus), *store_faults()]
     faults = [*value_faults(cfg), *input_faults(cfg), *wrong_processes, *bfloat16_faults(cfg)]
     folder = Path(cfg.OUTPUT_DIR)
     images = 0

@@ -33,6 +33,7 @@ from d2scale.engine.telemetry.machine import describe_machine
 from d2scale.engine.telemetry.reporter import Reporter
 from d2scale.engine.telemetry.writers import JsonWriter, TensorBoardWriter, Writer
 from d2scale.engine.trainer import Trainer
+from d2scale.launch.elastic import refuse_separate_folders
 from d2scale.memory.devices import hold_to_budget
 from d2scale.planning.formats import plan_table
 from d2scale.planning.plan import Plan
@@ -101,6 +102,7 @@ def run_rank(job: Job) -> Results:
             logger.info(note)
         if plan is None:
             return _evaluate_only(job)
+        refuse_separate_folders(folder)
         logger.info("the plan:\n%s", plan_table(plan))
         return _train(job, plan)
 

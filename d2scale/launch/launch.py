@@ -20,12 +20,15 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError
+from d2scale.launch.elastic import join_machines
 from d2scale.launch.machines import Watch, machines_met
 from d2scale.launch.topology import Topology, address_of, under_torchrun
 from d2scale.run_folder.files import write_atomically
 
 # The evaluation of a large dataset keeps the other ranks waiting for the first.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# torchrun starts all ranks within seconds; it notices no machine that is gone before they meet.
+_MEETING_TIMEOUT = timedelta(minutes=5)
 # torchrun counts how often it has started the ranks anew.
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _LATER_SECONDS = 1.0
@@ -61,24 +64,30 @@ def launch(
     """
     topology = topology or Topology()
     if under_torchrun():
-        return _run_in_group(function, args, _torchruns_group(), use_cuda=use_cuda)
+        return _run_rank_of_torchrun(function, args, use_cuda=use_cuda)
     if topology.world_size == 1:
         return function(*args)
     if faults := topology.faults():
         raise ConfigError(faults)
-    facts = {
-        "--num-machines": topology.num_machines,
-        "--num-gpus": topology.num_processes,
-        "MODEL.DEVICE": "cuda" if use_cuda else "cpu",
-    }
     with (
-        machines_met(topology, facts) as watch,
+        machines_met(topology, "cuda" if use_cuda else "cpu") as watch,
         tempfile.TemporaryDirectory(prefix="d2scale-") as name,
     ):
         folder = Path(name)
         rank_args = (function, tuple(args), topology, folder, use_cuda)
         _start_and_wait(rank_args, topology, folder, watch)
         return pickle.loads((folder / "result").read_bytes())  # noqa: S301  written by a rank
+
+
+def _run_rank_of_torchrun(
+    function: Callable[..., Any], args: Sequence[Any], *, use_cuda: bool
+) -> Any:
+    group = _torchruns_group()
+    watch = join_machines(group.store, group.rank, group.world_size)
+    result = _run_in_group(function, args, group, use_cuda=use_cuda)
+    if watch is not None:
+        watch.leave()
+    return result
 
 
 def _start_and_wait(
@@ -194,7 +203,12 @@ def _own_gpu(local_rank: int) -> int:
 
 
 def _torchruns_group() -> _Group:
-    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
+    try:
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=_MEETING_TIMEOUT)))
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).partition("\n")[0]
+        raise D2ScaleError(f"the ranks have not all come to {place} ({reason})") from error
     # Its agent may keep one store for all starts, in which a rank could find the address of a
     # rank that was killed. Each machine counts its own restarts, so this is for one machine.
     restarts = os.environ.get(RESTARTS) if os.environ.get("GROUP_WORLD_SIZE") == "1" else None

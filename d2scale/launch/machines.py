@@ -32,18 +32,24 @@ _DONE, _ENDED = "done", "ended: "
 
 
 @contextmanager
-def machines_met(topology: Topology, facts: Mapping[str, Any]) -> Iterator[Watch | None]:
+def machines_met(topology: Topology, device: str) -> Iterator[Watch | None]:
     """Within the context, all machines of the run are there; None for a single one.
 
     Says whom it waits for. gloo is told of the interface by which the machines reach each other.
 
     Raises:
-        ConfigError: for a URL that cannot be used, and if the machines' ``facts`` differ.
+        ConfigError: for a URL that cannot be used, and if the machines were given different
+            numbers of machines or ranks, or have different devices (cpu or cuda).
         D2ScaleError: if a machine does not come within ``topology.join_timeout``.
     """
     if topology.num_machines == 1:
         yield None
         return
+    facts = {
+        "--num-machines": topology.num_machines,
+        "--num-gpus": topology.num_processes,
+        "MODEL.DEVICE": device,
+    }
     deadline = time.monotonic() + topology.join_timeout
     store = _open_store(topology, deadline)
     try:
@@ -57,7 +63,7 @@ def machines_met(topology: Topology, facts: Mapping[str, Any]) -> Iterator[Watch
     except BaseException as error:
         watch.leave(_ENDED + (f"{error}".partition("\n")[0] or "interrupted"))
         raise
-    watch.leave(_DONE)
+    watch.leave()
 
 
 def _open_store(topology: Topology, deadline: float) -> dist.Store:
@@ -186,7 +192,7 @@ class Watch:
             if word != _DONE and time.monotonic() - heard > silent_after:
                 return D2ScaleError(
                     f"{name} has not been heard of for {silent_after:g} s: it has ended, or the "
-                    "network to it is down; start all machines again with --resume"
+                    "network to it is down; --resume goes on from the last checkpoint"
                 )
         return None
 
@@ -199,7 +205,7 @@ class Watch:
             time.sleep(_POLL_SECONDS)
         return None
 
-    def leave(self, last_word: str) -> None:
+    def leave(self, last_word: str = _DONE) -> None:
         """Tell the other machines how this one ends."""
         self._last_word = last_word
         self._leaving.set()

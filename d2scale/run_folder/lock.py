@@ -72,13 +72,19 @@ def _open_and_lock(path: Path, mode: str, key: str) -> IO[str]:
     except ImportError:  # Windows
         pass
     except (BlockingIOError, PermissionError) as error:
-        with file:
-            file.seek(0)
-            holder = file.read().strip() or "not known"
-        raise _locked(path.parent, key, holder) from error
+        file.close()
+        raise _locked(path.parent, key, lock_holder(path.parent) or "not known") from error
     except OSError as error:
         logger.warning("%s cannot be locked: %s", path.parent, error.strerror)
     return file
+
+
+def lock_holder(folder: Path) -> str:
+    """Return which process has locked ``folder`` last; empty without one."""
+    try:
+        return (folder / LOCK_FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def _identity(path: Path) -> tuple[int, int]:

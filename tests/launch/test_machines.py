@@ -20,11 +20,11 @@ from machines import cluster
 JOB = """
 import sys
 from d2scale.errors import D2ScaleError
-from d2scale.launch import machines
+from d2scale.launch import elastic, machines
 from d2scale.launch.launch import Topology, launch
 from rank_functions import exchange_for_ever
 
-machines.SILENT_AFTER_SECONDS = 6
+machines.SILENT_AFTER_SECONDS = elastic.SILENT_AFTER_SECONDS = 6
 machines.SILENT_AFTER_ERROR_SECONDS = 4
 if __name__ == "__main__":
     number, url, marker = sys.argv[1:]
@@ -40,9 +40,10 @@ def start(tmp_path):
     job = tmp_path / "job.py"
     job.write_text(JOB)
 
-    def start(machine, number, url):
+    def start(machine, number, url, **environment):
         log = tmp_path / f"log{number}"
-        return machine.start(str(job), str(number), url, str(tmp_path / "met"), log=log), log
+        words = (str(job), str(number), url, str(tmp_path / "met"))
+        return machine.start(*words, log=log, **environment), log
 
     return start
 
@@ -72,6 +73,21 @@ def test_machines_wait_and_miss_each_other(start, tmp_path, accident):
         assert "Traceback" not in said.read_text()
         line = said.read_text().splitlines()[-1]
         assert re.match(rf"error: machine {late} of 2 has not been heard of for \d+ s", line)
+
+
+def test_a_rank_of_torchrun_misses_a_machine(start, tmp_path):
+    """It ends, so that torchrun starts the ranks of the others anew."""
+    with cluster(2) as machines:
+        address = machines[0].address
+        for number, machine in enumerate(machines):
+            rank = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+            group = {"GROUP_RANK": str(number), "GROUP_WORLD_SIZE": "2"}
+            place = {"MASTER_ADDR": address, "MASTER_PORT": "29400"}
+            process, said = start(machine, number, "", **rank, **group, **place)
+        wait_for(lambda: len(list(tmp_path.glob("met.*"))) == 2, said.read_text)
+        machines[0].cut_off()
+        assert process.wait(timeout=60) == 1
+        assert "machine 0 of 2 has not been heard of for 6 s" in said.read_text()
 
 
 @pytest.mark.parametrize("missing", [0, 1])

@@ -2,6 +2,7 @@
 
 ``python training_processes.py train --config-file ...`` is ``d2scale train`` with accidents:
 ``KILL_RANK`` is killed before iteration ``KILL_BEFORE``, if torchrun has not restarted it yet.
+``STAY_BEFORE``, as "3:2 6:1", keeps the last of 2 ranks from iteration 3, a single one from 6.
 ``KILL_WHILE_WRITING`` names a checkpoint of which only half reaches the disk.
 ``MEASURE_ON_CPU`` has memory measured on a simulated device, and ``LATE_RANK`` joins every process
 group half a second late.
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from d2scale import cli
 from d2scale.engine import planning
 from d2scale.engine.trainer import Trainer
-from d2scale.step.ranks import rank
+from d2scale.step.ranks import rank, world_size
 
 RECIPE = """
 _BASE_: d2scale://MetaFCOS/Base-MetaFCOS.yaml
@@ -47,6 +48,11 @@ SOLVER:
 WRITER_PERIOD: 1
 SEED: 7
 """
+# Two virtual ranks, whose gradients are added in order, give the same bits on any number of GPUs.
+SAME_BITS = (
+    *("SOLVER.REFERENCE_WORLD_SIZE", "2", "D2SCALE.EXACT", "False"),
+    *("D2SCALE.VIRTUAL_RANKS", "on", "D2SCALE.ORDERED_SUM", "True"),
+)
 
 
 def _die() -> None:
@@ -61,6 +67,18 @@ def _kill_before_a_step() -> None:
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if mine and first and trainer.next_iteration == int(os.environ["KILL_BEFORE"]):
             _die()
+        return take_step(trainer)
+
+    Trainer.take_step = hooked
+
+
+def _stay_before_steps() -> None:
+    take_step = Trainer.take_step
+    places = os.environ["STAY_BEFORE"].split()
+
+    def hooked(trainer):
+        if rank() == world_size() - 1 and f"{trainer.next_iteration}:{world_size()}" in places:
+            time.sleep(1000)
         return take_step(trainer)
 
     Trainer.take_step = hooked
@@ -102,6 +120,8 @@ def _come_late() -> None:
 if __name__ in ("__main__", "__mp_main__"):
     if "KILL_RANK" in os.environ:
         _kill_before_a_step()
+    if "STAY_BEFORE" in os.environ:
+        _stay_before_steps()
     if "MEASURE_ON_CPU" in os.environ:
         _measure_on_cpu()
     if "LATE_RANK" in os.environ:

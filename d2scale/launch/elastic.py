@@ -1,0 +1,100 @@
+"""A run whose machines may come and go: torchrun starts the ranks of those that are there anew."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from d2scale.errors import ConfigError, Fault
+from d2scale.launch.machines import Watch
+from d2scale.launch.network import let_gloo_reach, own_address
+from d2scale.launch.topology import Topology, under_torchrun
+from d2scale.run_folder.lock import lock_holder
+from d2scale.step import ranks
+
+logger = logging.getLogger(__name__)
+
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+# A network file system may show for so long what a folder held before.
+_STALE_SECONDS = 60.0
+# A rank that reads a large file of annotations is silent for a while: Python's lock is taken.
+SILENT_AFTER_SECONDS = 60.0
+
+
+def may_start_anew() -> bool:
+    """Return whether torchrun was told to start the ranks of this run anew (``--max-restarts``).
+
+    Its count of restarts does not say whether this is the first start: every machine counts its
+    own, and none counts a machine that came.
+    """
+    return under_torchrun() and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def machines_of_torchrun() -> Topology:
+    """Return the machines of now, and which of them this is."""
+    number, machines = (os.environ.get(name) for name in ("GROUP_RANK", "GROUP_WORLD_SIZE"))
+    return Topology(num_machines=int(machines or "1"), machine_rank=int(number or "0"))
+
+
+def store_faults() -> list[Fault]:
+    """Return what would keep the ranks of several machines from meeting a second time.
+
+    Otherwise torch serves one store for all starts, perhaps on a machine that has gone, and does
+    not tell a machine that comes where it is.
+    """
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not (may_start_anew() and shares and machines_of_torchrun().num_machines > 1):
+        return []
+    value = os.environ.get(_OWN_STORE, "not set")
+    allowed = "1 where --max-restarts is for several machines"
+    advice = "export it on each of them, and give torchrun --rdzv-backend c10d"
+    return [Fault(_OWN_STORE, value, allowed, advice)]
+
+
+def join_machines(store: dist.Store, rank: int, world_size: int) -> Watch | None:
+    """Let gloo use the route between torchrun's machines; end this rank when one of them is lost.
+
+    Returns the watch of this machine, which its first rank keeps; None on the others.
+    """
+    topology = machines_of_torchrun()
+    if topology.num_machines == 1:
+        return None
+    host = os.environ["MASTER_ADDR"]
+    store.set(f"address{rank}", own_address(host) or "")
+    addresses = [store.get(f"address{number}").decode() for number in range(world_size)]
+    let_gloo_reach([host, *filter(None, addresses)])
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    watch = Watch(dist.PrefixStore("machines", store), topology)
+    threading.Thread(target=_end_with_a_loss, args=[watch], daemon=True).start()
+    return watch
+
+
+def _end_with_a_loss(watch: Watch) -> None:
+    while not (loss := watch.loss(SILENT_AFTER_SECONDS)):
+        time.sleep(1)
+    logger.error("%s", loss)
+    # The rank itself may wait in a collective call for ever.
+    os._exit(1)
+
+
+def refuse_separate_folders(folder: Path) -> None:
+    """Raise on all ranks if a run that may start anew has not one folder on all its machines.
+
+    Rank 0 holds the lock of its folder. Any other machine may have to go on without that one.
+    """
+    if not may_start_anew():
+        return
+    holder = ranks.broadcast_object(lock_holder(folder))
+    until = time.monotonic() + _STALE_SECONDS
+    while (sees_it := lock_holder(folder) == holder) is False and time.monotonic() < until:
+        time.sleep(1)
+    if not all(ranks.gather_objects(sees_it)):
+        allowed = "one folder for all machines, since --max-restarts may leave out any of them"
+        advice = "use a file system that all of them share, or leave --max-restarts out"
+        raise ConfigError([Fault("OUTPUT_DIR", str(folder), allowed, advice)])
