@@ -12,7 +12,10 @@ from d2scale.engine.data.loader import TrainLoader
 from d2scale.engine.telemetry.metrics import StepMetrics, is_due
 from d2scale.engine.telemetry.reporter import Reporter
 from d2scale.errors import D2ScaleError
+from d2scale.run_folder.files import FINAL_CHECKPOINT
 from d2scale.step.clock import StepClock
+
+_FINAL = FINAL_CHECKPOINT.removesuffix(".pth")
 
 
 class CheckpointHook:
@@ -41,17 +44,29 @@ class CheckpointHook:
 
     def __call__(self, step: StepMetrics) -> None:
         # Taken now: a step that fails will have moved the loader on.
-        self._progress = {
-            "iteration": step.iteration,
-            "images_seen": step.images_seen,
-            "sampler": self._loader.state_dict(),
-            "clock": self._clock.state_dict(),
-        }
+        self._remember(step.iteration, step.images_seen)
         self._saved = False
         if is_due(step, self._period):
             self.save()
         if step.iterations >= self._max_iter:
-            self._save("model_final")
+            self._save(_FINAL)
+
+    def finish(self, checkpoint: str, images_seen: int) -> None:
+        """Save ``model_final.pth`` for a run that resumed from ``checkpoint`` with no step left.
+
+        A kill came between the last periodic checkpoint and the final one, or in the latter.
+        """
+        if not self._progress and checkpoint != FINAL_CHECKPOINT:
+            self._remember(self._clock.iteration, images_seen)
+            self._save(_FINAL)
+
+    def _remember(self, iteration: int, images_seen: int) -> None:
+        self._progress = {
+            "iteration": iteration,
+            "images_seen": images_seen,
+            "sampler": self._loader.state_dict(),
+            "clock": self._clock.state_dict(),
+        }
 
     def save(self) -> None:
         """Save the state after the last step, unless that was done."""

@@ -253,6 +253,7 @@ def _train_and_evaluate(training: _Training, loader: TrainLoader, reporter: Repo
     except StepDoesNotFitError:
         checkpoints.save()
         raise
+    checkpoints.finish(position.checkpoint, trainer.images_seen)
     loader.close()
     return evaluation.evaluate(max_iter - 1, trainer.images_seen)
 

@@ -13,6 +13,8 @@ from d2scale.run_folder import files
 if TYPE_CHECKING:
     from d2scale.planning.plan import Plan
 
+_LONGEST_NAME = 255  # bytes, of a file system
+
 
 def write_config(folder: Path, cfg: Any) -> None:
     """Write the config that a run uses to ``config.yaml``."""
@@ -54,7 +56,8 @@ def last_checkpoint(folder: Path) -> Path | None:
         name = (folder / files.LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return folder / name if name else None
+    is_name = 0 < len(name.encode()) <= _LONGEST_NAME and name.isprintable()
+    return folder / name if is_name else None
 
 
 def holds_run(folder: Path) -> bool:

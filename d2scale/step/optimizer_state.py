@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Of torch's SGD and Adam-like optimizers, which use them as they come.
+_AVERAGES = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load the state of each parameter; learning rate, decay and so on stay the optimizer's own.
@@ -17,14 +20,24 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     """
     settings = [dict(group) for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state["state"].items():
-        tensors = [value for value in values.values() if isinstance(value, Tensor) and value.dim()]
-        if index < len(parameters) and any(t.shape != parameters[index].shape for t in tensors):
-            raise ValueError(f"parameter {index} has another shape")
+    saved = [index for group in state["param_groups"] for index in group["params"]]
+    if len(set(saved)) < len(saved):
+        raise ValueError("a parameter is named twice")
+    for index, parameter in zip(saved, parameters, strict=False):  # torch compares the numbers
+        _check(index, parameter, state["state"].get(index, {}))
     optimizer.load_state_dict(dict(state))
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
     adapt_state(optimizer)
+
+
+def _check(index: int, parameter: nn.Parameter, values: Mapping[str, Any]) -> None:
+    tensors = [value for value in values.values() if isinstance(value, Tensor) and value.dim()]
+    if any(tensor.shape != parameter.shape for tensor in tensors):
+        raise ValueError(f"parameter {index} has another shape")
+    for name in _AVERAGES & values.keys():
+        if not isinstance(values[name], Tensor) and values[name] is not None:
+            raise ValueError(f"{name} of parameter {index} is no tensor")
 
 
 def adapt_state(optimizer: torch.optim.Optimizer) -> None:

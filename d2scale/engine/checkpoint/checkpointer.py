@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2scale.engine.checkpoint.files import last_whole_checkpoint, mismatches
+from d2scale.config.value_rules import is_whole
+from d2scale.engine.checkpoint.files import WRONG_KIND, last_whole_checkpoint, mismatches
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.progress import FORMAT, RECORD
 from d2scale.run_folder.files import LAST_CHECKPOINT, write_atomically
@@ -98,11 +99,12 @@ class RunCheckpointer:
                 load_optimizer_state(target, state)
             else:
                 target.load_state_dict(state)
-        except (ValueError, KeyError) as error:
+        except WRONG_KIND as error:
+            reason = str(error).partition("\n")[0]
             if foreign:
-                logger.warning("the %s in %s does not fit (%s): it starts anew", key, path, error)
+                logger.warning("the %s in %s does not fit (%s): it starts anew", key, path, reason)
                 return
-            advice = f"resume with the recipe that the run was started with ({error})"
+            advice = f"resume with the recipe that the run was started with ({reason})"
             fault = Fault(f"{key} in {path}", "other state", f"this run's {key}", advice)
             raise CheckpointError([fault]) from error
 
@@ -114,15 +116,20 @@ def _not_written(path: Path, reason: str) -> CheckpointError:
 
 def _record_faults(path: Path, content: Mapping[str, Any]) -> list[Fault]:
     record = content.get(RECORD)
-    if isinstance(record, dict) and (number := record.get("format", 0)) > FORMAT:
+    number = record.get("format", 0) if isinstance(record, dict) else 0
+    if is_whole(number) and number > FORMAT:
         key = f"format of checkpoint {path}"
         return [Fault(key, number, f"at most {FORMAT}", "update d2scale")]
     # What detectron2 and d2go write has no record; its progress is the iteration alone.
     needed = ("iteration",) if record is None else _PROGRESS
-    missing = ", ".join(key for key in needed if key not in content)
+    missing = ", ".join(key for key in needed if not _is_progress(key, content.get(key)))
     if not missing and isinstance(record, dict | None):
         return []
     value = f"without {missing or 'a whole record'}"
     allowed = "a checkpoint with the state of its training"
     advice = "to start a new training from its weights, set MODEL.WEIGHTS to it"
     return [Fault(f"checkpoint {path}", value, allowed, advice)]
+
+
+def _is_progress(key: str, value: Any) -> bool:
+    return isinstance(value, dict) if key == "sampler" else is_whole(value) and value >= 0

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import suppress
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from d2scale.errors import CheckpointError, Fault
+from d2scale.planning.progress import RECORD
 from d2scale.run_folder.contents import last_checkpoint
 from d2scale.run_folder.files import CHECKPOINTS, LAST_CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_KEYS = 3
+# What content of another kind than was written raises where it is used.
+WRONG_KIND = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def last_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -65,8 +72,8 @@ def _by_images_seen(folder: Path) -> list[Path]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a ``.pth`` file onto the CPU, with tensors and plain values only.
 
-    Raises CheckpointError if it is missing, truncated, asks for other Python objects, or does not
-    hold a dict with ``model``.
+    Raises CheckpointError if it is missing, truncated, damaged, asks for other Python objects, or
+    does not hold a dict with ``model``.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -74,16 +81,56 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         advice = f"restore it, or write the name of another one into {LAST_CHECKPOINT}"
         raise _unreadable(path, "not there", advice) from error
     except Exception as error:  # torch.load raises many types for broken files
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        advice = f"it is truncated or foreign; use another one ({reason})"
+        advice = f"it is truncated or foreign; use another one ({_reason_of(error)})"
         raise _unreadable(path, "unreadable", advice) from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise _unreadable(path, "without a model", "use a checkpoint of a training")
+    # Others may have been saved without checksums, which torch can leave out.
+    if RECORD in content and (part := _damaged_part(path)):
+        advice = f"its part {part} is not what was written; use another one, and check the disk"
+        raise _unreadable(path, "damaged", advice)
     return content
+
+
+def _reason_of(error: Exception) -> str:
+    """Return one line about a file that torch does not load, without advice to trust it."""
+    text = str(error).strip()
+    if isinstance(error, UnpicklingError) or "weights_only" in text:
+        # Such as: Unsupported global: GLOBAL os.system was not an allowed global by default.
+        asked = re.search(r"GLOBAL (\S+) was not|Unsupported (?:class|operand|type) (\S+)", text)
+        name = asked and (asked[1] or asked[2])
+        return f"it asks for {name}, which is not run" if name else "it holds no plain tensors"
+    return text.partition("\n")[0] or type(error).__name__
+
+
+def _damaged_part(path: Path) -> str | None:
+    """Return the part of a checkpoint whose checksum is wrong, None if all are right.
+
+    torch writes a zip archive with checksums, and does not look at them when it reads.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error, OSError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _unreadable(path: Path, state: str, advice: str) -> CheckpointError:
     return CheckpointError([Fault(f"checkpoint {path}", state, "a whole checkpoint", advice)])
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Within the context, let what content of a wrong kind raises be a CheckpointError.
+
+    ``what`` is the part of the file at ``path`` that is used there.
+    """
+    try:
+        yield
+    except WRONG_KIND as error:
+        advice = f"use another checkpoint ({type(error).__name__}: {error})".replace("\n", " ")
+        fault = Fault(f"{what} in {path}", "of another kind", f"a run's {what}", advice)
+        raise CheckpointError([fault]) from error
 
 
 def mismatches(path: Path, weights: Mapping[str, Any], expected: Mapping[str, Any]) -> list[Fault]:
@@ -91,10 +138,15 @@ def mismatches(path: Path, weights: Mapping[str, Any], expected: Mapping[str, An
     lists = {
         "keys that the model lacks": [key for key in weights if key not in expected],
         "keys that it lacks": [key for key in expected if key not in weights],
+        "values that are no weights": [
+            key
+            for key, value in expected.items()
+            if key in weights and not _fits(weights[key], value)
+        ],
         "shapes that differ": [
             f"{key} {tuple(weights[key].shape)} for {tuple(value.shape)}"
             for key, value in expected.items()
-            if key in weights and weights[key].shape != value.shape
+            if key in weights and _fits(weights[key], value) and weights[key].shape != value.shape
         ],
     }
     allowed, advice = "the weights of this model", "use the config that it was trained with"
@@ -105,3 +157,10 @@ def mismatches(path: Path, weights: Mapping[str, Any], expected: Mapping[str, An
         if keys:
             faults.append(Fault(f"checkpoint {path}", value, allowed, advice))
     return faults
+
+
+def _fits(value: Any, expected: torch.Tensor) -> bool:
+    """Return whether a value is a dense tensor that is loaded without changing its kind."""
+    if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != torch.strided:
+        return False
+    return value.is_floating_point() == expected.is_floating_point()

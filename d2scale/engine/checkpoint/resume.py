@@ -6,17 +6,20 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from d2scale import __version__
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
+from d2scale.engine.checkpoint.files import reading
 from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.continuation import Continuation, continue_training
 from d2scale.planning.plan import Plan
 from d2scale.planning.progress import RECORD, Progress
 from d2scale.run_folder.contents import write_plan
+from d2scale.step.clock import StepClock
 from d2scale.step.ranks import rank, same_on_all_ranks
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ class Position:
     clock: dict[str, Any] | None = None  # its state
     sampler: dict[str, Any] | None = None  # its state; None: the order begins
     same_steps: bool = True  # the iterations so far were steps of this plan
+    checkpoint: str = ""  # the name of the file that it was read from
 
     @property
     def next_iteration(self) -> int:
@@ -50,7 +54,7 @@ def resume_training(
     of this training, or not all ranks see the same one.
     """
     last = checkpointer.read_last()
-    stopped = None if last is None else _progress_in(last[1], recipe)
+    stopped = None if last is None else _progress_in(*last, recipe)
     if not same_on_all_ranks(stopped and stopped.images_seen):
         allowed = "a folder shared by all ranks"
         advice = "give all machines the same files, or start from MODEL.WEIGHTS without --resume"
@@ -58,16 +62,18 @@ def resume_training(
     if last is None or stopped is None:
         logger.info("no checkpoint to resume from in %s: starting anew", cfg.OUTPUT_DIR)
         return None
-    continuation = continue_training(
-        stopped,
-        recipe,
-        plan.to_json(),
-        max_iter=cfg.SOLVER.MAX_ITER,
-        allow_changes=cfg.D2SCALE.ALLOW_CHANGED_RECIPE,
-    )
+    with reading(last[0], "record"):
+        continuation = continue_training(
+            stopped,
+            recipe,
+            plan.to_json(),
+            max_iter=cfg.SOLVER.MAX_ITER,
+            allow_changes=cfg.D2SCALE.ALLOW_CHANGED_RECIPE,
+        )
     checkpointer.load(*last)
     continuation.log(logger)
-    return _position(stopped, continuation, last[1].get("clock"), seed)
+    position = _position(stopped, continuation, last[1].get("clock"), seed)
+    return replace(position, checkpoint=last[0].name)
 
 
 def _position(
@@ -87,21 +93,26 @@ def _position(
     return replace(position, seed=stopped.seed, sampler=stopped.sampler)
 
 
-def _progress_in(content: Mapping[str, Any], recipe: Mapping[str, Any]) -> Progress:
-    iteration = int(content["iteration"])
+def _progress_in(path: Path, content: Mapping[str, Any], recipe: Mapping[str, Any]) -> Progress:
+    iteration: int = content["iteration"]
     record = content.get(RECORD)
     if record is None:
         return Progress.without_record(iteration, recipe["SOLVER.IMS_PER_BATCH"])
-    return Progress(
-        iteration=iteration,
-        images_seen=int(content["images_seen"]),
-        recipe=record.get("recipe", {}),
-        plan=record.get("plan", {}),
-        seed=record.get("seed"),
-        sampler=content["sampler"],
+    with reading(path, "progress"):
         # Checkpoints of older versions have no clock.
-        recipe_images=content.get("clock", {}).get("recipe_images"),
-    )
+        clock = content.get("clock")
+        if clock is not None:
+            StepClock().resume(0, clock["recipe_images"] + 0.0, clock)
+        seed = record.get("seed")
+        return Progress(
+            iteration=iteration,
+            images_seen=content["images_seen"],
+            recipe=dict(record.get("recipe", {})),
+            plan=dict(record.get("plan", {})),
+            seed=None if seed is None else int(seed),
+            sampler=content["sampler"],
+            recipe_images=None if clock is None else clock["recipe_images"],
+        )
 
 
 class RunRecord:

@@ -120,15 +120,26 @@ class StepSampler(Iterator[tuple[Draw, ...]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the position, and with the seed, of another sampler over the dataset.
 
-        Raises CheckpointError if the state belongs to a dataset of another size.
+        Raises CheckpointError if the state is none, or belongs to a dataset of another size.
         """
-        if state["size"] != self.size:
+        try:
+            numbers = (int(state[name]) for name in ("size", "seed", "epoch", "position"))
+            size, seed, epoch, position = numbers
+            waiting = [Draw(int(image), int(epoch)) for image, epoch in state["waiting"]]
+            images = [draw.image for draw in waiting]
+            in_range = position <= size and max(images, default=0) < size
+            if min([seed, epoch, position, *images]) < 0 or not in_range:
+                raise ValueError("numbers that no dataset of this size has")
+        except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            advice = f"use another checkpoint ({type(error).__name__}: {error})"
+            fault = Fault("sampler", state, "the state of a sampler", advice)
+            raise CheckpointError([fault]) from error
+        if size != self.size:
             allowed = f"{self.size}, the images of this run's training dataset"
             advice = "continue with the dataset that the run was started with"
-            raise CheckpointError([Fault("sampler.size", state["size"], allowed, advice)])
-        self.seed = int(state["seed"])
-        waiting = [Draw(int(image), int(epoch)) for image, epoch in state["waiting"]]
-        self._start(int(state["epoch"]), int(state["position"]), waiting)
+            raise CheckpointError([Fault("sampler.size", size, allowed, advice)])
+        self.seed = seed
+        self._start(epoch, position, waiting)
 
     def _full_group(self) -> list[Draw] | None:
         return next((group for group in self._waiting if len(group) >= self.ims_per_batch), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -324,6 +325,22 @@ def test_killed_while_writing(start, tmp_path, undisturbed, recipe, name):
     assert not list(run.glob("*.partial"))
     assert_same_weights(run, undisturbed)
     assert list(steps_told(run)) == list(range(8))
+
+
+@pytest.mark.parametrize("kept_bytes", [None, 5000])
+def test_a_kill_before_the_end_of_the_last_checkpoint(recipe, tmp_path, undisturbed, kept_bytes):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    final = tmp_path / "run" / "model_final.pth"
+    if kept_bytes is None:
+        final.unlink()
+        (tmp_path / "run" / "last_checkpoint").write_text("model_0000007.pth")
+    else:
+        os.truncate(final, kept_bytes)
+    train(recipe("run"), resume=True)
+    assert_same_weights(tmp_path / "run", undisturbed)
+    for name in ("iteration", "images_seen", "sampler", "clock"):
+        assert content(tmp_path / "run")[name] == content(undisturbed)[name]
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
 
 
 def test_torchrun_brings_a_killed_rank_back(start, tmp_path, undisturbed):
