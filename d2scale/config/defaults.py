@@ -44,6 +44,10 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     # state: the cluster's step for any model. "auto": with keep_total, for models that do not tell
     # their loss normalizers. "on", "off".
     cfg.D2SCALE.VIRTUAL_RANKS = "auto"
+    # Let batch norm take its statistics from the images of all GPUs at once. "auto": where it
+    # trains with fewer than 8 images in a forward of a GPU, or the recipe's does so, but not with
+    # virtual ranks. "on", "off".
+    cfg.D2SCALE.SYNC_BN = "auto"
     # Add the gradients of virtual ranks in their order: the same bits on any number of GPUs, for
     # a copy of the gradients for each virtual rank of a GPU, and a broadcast for each.
     cfg.D2SCALE.ORDERED_SUM = False

@@ -36,6 +36,7 @@ from d2scale.planning.progress import RECORD, recipe_of
 from d2scale.planning.schedule import follows_gain
 from d2scale.run_folder.contents import write_plan
 from d2scale.step import ranks
+from d2scale.step.norms import synchronise_norms
 from d2scale.step.precision import bfloat16_faults
 
 # Functions that register a project's models with detectron2.
@@ -153,6 +154,8 @@ class Runner(GeneralizedRCNNRunner):
             scale_for_training(cfg, memory, resume=resume, takes_steps=takes_steps, model=facts)
             memory.hold_to_budget()
             plan = applied_plan(cfg)
+            if plan is not None and takes_steps:
+                synchronise_norms(bare_model(model), plan.sync_bn)
             if plan is not None and ranks.rank() == 0:
                 write_plan(Path(cfg.OUTPUT_DIR), plan)
         warn_without_effect(cfg, _WITHOUT_EFFECT, ENGINE)

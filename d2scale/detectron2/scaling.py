@@ -20,7 +20,7 @@ from d2scale.planning.plan import Plan, make_plan, refuse_more_than_all, refuse_
 from d2scale.planning.virtual_ranks import SYNCHRONISED, ModelFacts
 from d2scale.step import ranks
 from d2scale.step.micro_batches import ExactModel
-from d2scale.step.norms import synchronised_norms
+from d2scale.step.norms import plain_norms, synchronised_norms
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def facts_of_model(model: nn.Module) -> ModelFacts:
     """Return what decides how the steps of a built model can be split."""
     bare = bare_model(model)
     synchronised = SYNCHRONISED if synchronised_norms(bare) else ""
-    return ModelFacts(isinstance(bare, ExactModel), synchronised)
+    return ModelFacts(isinstance(bare, ExactModel), synchronised, bool(plain_norms(bare)))
 
 
 def warn_without_effect(cfg: Any, reasons: Mapping[str, str], engine: str) -> None:

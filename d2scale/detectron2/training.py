@@ -48,6 +48,7 @@ from d2scale.planning.virtual_ranks import ModelFacts
 from d2scale.run_folder.contents import write_config, write_plan
 from d2scale.run_folder.files import make_folder
 from d2scale.step import ranks
+from d2scale.step.norms import synchronise_norms
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class Scaling:
                 advice = "train without it, or without d2scale"
                 raise ConfigError([Fault("what takes the steps", obstacle, allowed, advice)])
             inner.model = model = without_gradient_buckets(inner.model)
+            synchronise_norms(model, self.plan.sync_bn)
             ranks.broadcast_model(model)
             state = build_step_state(cfg, self.plan, model)
         record = ProgressRecord(cfg, self.recipe)

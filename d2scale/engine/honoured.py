@@ -17,6 +17,7 @@ from d2scale.engine.tiles import TILE_RULES
 from d2scale.errors import Fault
 from d2scale.planning.batch import ON_OOM
 from d2scale.planning.methods import METHOD_NAMES
+from d2scale.planning.sync_bn import SYNC_BN_RULE
 
 # d2go's multi-tensor variants compute what the plain ones do.
 SGD_NAMES = ("sgd", "sgd_mt")
@@ -73,6 +74,7 @@ _RULES = (
     one_of("MODEL.DEVICE", ("cuda", "cpu")),
     ON_OOM,
     *TILE_RULES,
+    SYNC_BN_RULE,
 )
 
 

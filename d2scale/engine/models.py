@@ -17,9 +17,9 @@ from d2scale.engine.activations import apply_activation_checkpointing
 from d2scale.engine.checkpoint.files import mismatches, read_checkpoint
 from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.errors import CheckpointError, ConfigError, Fault
-from d2scale.planning.virtual_ranks import MODELS, ModelFacts
+from d2scale.planning.virtual_ranks import MODELS, SYNCHRONISED, ModelFacts
 from d2scale.step.micro_batches import ExactModel
-from d2scale.step.norms import synchronised_norms
+from d2scale.step.norms import plain_norms, synchronised_norms
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ def model_facts(cfg: CfgNode) -> ModelFacts:
     except (NotImplementedError, RuntimeError, ConfigError):
         # Faults of the model are told where it is checked, together with all others.
         return ModelFacts.of_recipe(cfg)
-    obstacle = "synchronised batch norm" if synchronised_norms(model) else ""
-    return ModelFacts(isinstance(model, ExactModel), obstacle)
+    obstacle = SYNCHRONISED if synchronised_norms(model) else ""
+    return ModelFacts(isinstance(model, ExactModel), obstacle, bool(plain_norms(model)))
 
 
 def _class_faults(cfg: CfgNode, model: nn.Module) -> list[Fault]:

@@ -44,7 +44,7 @@ from d2scale.run_folder.lock import run_lock
 from d2scale.step import ranks
 from d2scale.step.clock import StepClock, build_clock
 from d2scale.step.guard import StepDoesNotFitError
-from d2scale.step.norms import without_synchronised_norms
+from d2scale.step.norms import synchronise_norms
 from d2scale.step.optimizer_step import OptimizerStep
 from d2scale.step.virtual_ranks import VirtualRanks
 
@@ -140,9 +140,7 @@ def _prepare(job: Job, plan: Plan) -> _Training:
     cfg = planned_cfg(job.cfg, plan)
     seed = ranks.broadcast_object(torch.seed() % 2**31 if cfg.SEED < 0 else cfg.SEED)
     torch.manual_seed(seed)
-    model = build_model(cfg).train()
-    if ranks.world_size() == 1:
-        model = without_synchronised_norms(model)
+    model = synchronise_norms(build_model(cfg).train(), plan.sync_bn)
     virtual_ranks = _virtual_ranks(cfg, plan, model, seed)
     step = build_step(cfg, model, ims_per_gpu=plan.ims_per_gpu, virtual_ranks=virtual_ranks)
     # Before a checkpoint sets the groups to the rates of its own moment.
@@ -152,9 +150,9 @@ def _prepare(job: Job, plan: Plan) -> _Training:
         cfg.OUTPUT_DIR,
         writes=ranks.rank() == 0,
         optimizer=step.optimizer,
-        micro_batches=step.size,
         scaler=step.options.scaler,
         virtual_ranks=virtual_ranks,
+        micro_batches=step.size,
     )
     recipe, position = recipe_of(job.cfg), None
     if job.resume:

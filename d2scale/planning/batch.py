@@ -13,7 +13,14 @@ from d2scale.errors import ConfigError, Fault
 from d2scale.planning import rules
 from d2scale.planning.hardware import IMS_PER_GPU, Hardware
 from d2scale.planning.schedule import Schedule
+from d2scale.planning.sync_bn import (
+    SYNC_BN,
+    SYNC_BN_RULE,
+    choose_sync_bn,
+    refuse_sync_bn_without_steps,
+)
 from d2scale.planning.virtual_ranks import (
+    SYNCHRONISED,
     VIRTUAL_RANKS_RULE,
     ModelFacts,
     choose_virtual_ranks,
@@ -30,6 +37,7 @@ BATCH_RULES = (
     whole(_CAP, 0, MOST_IMAGES, advice="set it to 0 for no limit"),
     whole(_STEPS, 0, MOST_IMAGES, advice="set it to 0 to have it decided"),
     VIRTUAL_RANKS_RULE,
+    SYNC_BN_RULE,
     ON_OOM,
 )
 
@@ -43,8 +51,9 @@ class Batch:
     accumulation_steps: int  # most micro-batches of any rank
     notes: tuple[str, ...]  # the reasons
     virtual_ranks: int = 0  # of a step, each with as many images; 0: none
+    sync_bn: bool = False  # batch norm takes its statistics from the images of all GPUs
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         """Return the numbers by name, without the reasons."""
         return {name: value for name, value in vars(self).items() if name != "notes"}
 
@@ -59,7 +68,8 @@ def decide_batch(
 ) -> Batch:
     """Choose the total batch and the micro-batches for a recipe without faults.
 
-    ``model`` decides on virtual ranks; None: there are none, for d2scale takes no steps.
+    ``model`` decides on virtual ranks and synchronised batch norm; None: both are left alone, for
+    d2scale takes no steps.
 
     Raises:
         ConfigError: if there is no such batch.
@@ -67,13 +77,23 @@ def decide_batch(
     batch = _CHOOSE[method](cfg, schedule, hardware)
     if model is None:
         refuse_without_steps(cfg)
+        refuse_sync_bn_without_steps(get_key(cfg, SYNC_BN, "auto"))
         return batch
     count, notes = choose_virtual_ranks(cfg, method, schedule, hardware.world_size, model)
     if count:
-        return decide_virtual_batch(count, batch.ims_per_batch, hardware)
-    share = max(rules.split_evenly(batch.ims_per_batch, hardware.world_size))
-    refuse_split_share(cfg, model, batch.ims_per_gpu, share)
-    return replace(batch, notes=(*batch.notes, *notes))
+        batch = decide_virtual_batch(count, batch.ims_per_batch, hardware)
+    else:
+        share = max(rules.split_evenly(batch.ims_per_batch, hardware.world_size))
+        refuse_split_share(cfg, model, batch.ims_per_gpu, share)
+    sizes = rules.micro_batch_sizes(batch.ims_per_batch, hardware.world_size, batch.ims_per_gpu)
+    sync_bn, reasons = choose_sync_bn(
+        get_key(cfg, SYNC_BN, "auto"),
+        sizes,
+        recipe_has_it=model.obstacle == SYNCHRONISED,
+        trains_batch_norm=model.batch_norm,
+        virtual_ranks=count,
+    )
+    return replace(batch, notes=(*batch.notes, *notes, *reasons), sync_bn=sync_bn)
 
 
 def decide_virtual_batch(count: int, total: int, hardware: Hardware) -> Batch:

@@ -38,6 +38,7 @@ class Plan:
     expected_steps: int | None = None  # by the gain rule, if the noise scale is known
     # The recipe's ranks that the GPUs run in turn, each with as many images; 0: they do not.
     virtual_ranks: int = 0
+    sync_bn: bool = False  # batch norm takes its statistics from the images of all GPUs
 
     def apply(self, cfg: Any) -> Any:
         """Return a copy of ``cfg`` with the planned values; keys it lacks are passed over."""

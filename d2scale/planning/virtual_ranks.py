@@ -13,6 +13,7 @@ from d2scale.config.value_rules import one_of
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.rules import VIRTUAL_RANKS, own_virtual_ranks
 from d2scale.planning.schedule import Schedule
+from d2scale.planning.sync_bn import SYNC_BN
 
 VIRTUAL_RANKS_RULE = one_of(VIRTUAL_RANKS, ("auto", "on", "off"))
 # What recipes of detectron2 and d2go call it, and LazyConfigs by its class.
@@ -21,6 +22,8 @@ _SYNCHRONISED_NORMS = (
     *("SyncBatchNorm", "NaiveSyncBatchNorm", "sync_bn", "naive_sync_bn"),
 )
 SYNCHRONISED = "synchronised batch norm"
+# Batch norm that trains, in the same places.
+_BATCH_NORMS = ("BN", "bn", "BatchNorm2d")
 # Models of the default engine, by name.
 MODELS = "d2scale.models"
 
@@ -33,6 +36,8 @@ class ModelFacts:
     tells_normalizers: bool = False
     # Why the recipe's ranks cannot be run in turn, in words that follow "with"; empty: they can.
     obstacle: str = ""
+    # It trains batch norm that is not synchronised.
+    batch_norm: bool = False
 
     @classmethod
     def of_recipe(cls, cfg: Any, settings: Mapping[str, Any] | None = None) -> ModelFacts:
@@ -43,9 +48,10 @@ class ModelFacts:
         name = get_key(cfg, "MODEL.META_ARCHITECTURE", "")
         tells = any(entry.name == name for entry in entry_points(group=MODELS))
         values = (*dict(flatten(cfg)).values(), *(settings or {}).values())
-        norms = (value.rpartition(".")[2] for value in values if isinstance(value, str))
-        synchronised = any(norm in _SYNCHRONISED_NORMS for norm in norms)
-        return cls(tells, SYNCHRONISED if synchronised else "")
+        norms = {value.rpartition(".")[2] for value in values if isinstance(value, str)}
+        synchronised = not norms.isdisjoint(_SYNCHRONISED_NORMS)
+        plain = not norms.isdisjoint(_BATCH_NORMS)
+        return cls(tells, SYNCHRONISED if synchronised else "", plain)
 
 
 def choose_virtual_ranks(
@@ -83,9 +89,10 @@ def refuse_without_steps(cfg: Any) -> None:
 def refuse_split_share(cfg: Any, model: ModelFacts, ims_per_gpu: int, share: int) -> None:
     """Raise a ConfigError where a GPU's share must be one forward of a model and is not.
 
-    ``off`` accepts that as well.
+    ``off`` accepts that as well, and so does batch norm that is not to be synchronised.
     """
-    if not model.obstacle or ims_per_gpu >= share or get_key(cfg, VIRTUAL_RANKS, "auto") == "off":
+    accepts = "off" in (get_key(cfg, VIRTUAL_RANKS, "auto"), get_key(cfg, SYNC_BN, "auto"))
+    if not model.obstacle or ims_per_gpu >= share or accepts:
         return
     allowed = f"{share}, the share of a GPU in one forward, with {model.obstacle}"
     advice = f"use more GPUs or smaller images; {VIRTUAL_RANKS} off trains it approximately"
@@ -97,6 +104,8 @@ def _obstacle(
 ) -> tuple[str, str] | None:
     """Return where there are no virtual ranks, and what to do; None: there can be."""
     count, images = schedule.reference_world_size, schedule.ims_per_batch
+    if get_key(cfg, SYNC_BN, "auto") == "on" and model.batch_norm and world_size > 1:
+        return f"with {SYNC_BN} on", f"{SYNC_BN} auto keeps the recipe's own batch norm"
     if model.obstacle:
         return f"with {model.obstacle}", "a GPU takes its share of a step in one forward instead"
     if method == "max_memory":

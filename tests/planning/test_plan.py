@@ -126,6 +126,7 @@ def test_json_has_the_documented_keys(recipes):
         "notes",
         "expected_steps",
         "virtual_ranks",
+        "sync_bn",
     ]
     assert content["changes"] == {"SOLVER.REFERENCE_WORLD_SIZE": [2, 1]}
     assert content["predicted_peak_gib"] is None

@@ -2,10 +2,20 @@ from __future__ import annotations
 
 import logging
 
+import pytest
 import torch
 from torch import nn
 
-from d2scale.step.norms import synchronised_norms, without_synchronised_norms
+from d2scale.launch.launch import launch
+from d2scale.launch.topology import Topology
+from d2scale.step.norms import (
+    HostSyncBatchNorm,
+    plain_norms,
+    synchronise_norms,
+    synchronised_norms,
+    without_synchronised_norms,
+)
+from rank_functions import frozen_and_trained_norms, synchronised_training
 
 
 def test_synchronised_batch_norm_becomes_plain_on_one_rank(caplog):
@@ -35,3 +45,42 @@ def test_detectron2s_synchronised_batch_norm_becomes_plain_too():
     model = nn.Sequential(NaiveSyncBatchNorm(4))
     plain = without_synchronised_norms(model, "memory is being measured")
     assert type(plain[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_normalise_as_one_rank_with_all_images():
+    one = synchronised_training(steps=3)
+    two = launch(synchronised_training, (3,), Topology(2))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert (two[name] - value).abs().max() < 1e-13, name
+    apart = launch(synchronised_training, (3, False), Topology(2))
+    assert (apart["0.weight"] - one["0.weight"]).abs().max() > 1e-6
+
+
+@pytest.mark.timeout(120)
+def test_only_norms_that_train_are_synchronised():
+    kinds = launch(frozen_and_trained_norms, topology=Topology(2))
+    assert kinds == ["HostSyncBatchNorm", "BatchNorm2d", "HostSyncBatchNorm", "GroupNorm"]
+
+
+def test_a_gpu_has_torchs_own_layer(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    weight, optimizer = model[1].weight, torch.optim.SGD(model.parameters(), lr=1.0)
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+    assert plain_norms(synchronise_norms(model, True)) == ()
+    assert type(model[1]) is nn.SyncBatchNorm
+    assert model[1].weight is weight is optimizer.param_groups[0]["params"][2]
+
+
+def test_the_hosts_layer_evaluates_and_averages_as_torchs():
+    for momentum in (0.3, None):
+        norms = [nn.BatchNorm2d(4, momentum=momentum).double() for _ in range(2)]
+        norms[1] = HostSyncBatchNorm.of(norms[1])
+        for _ in range(2):
+            images = torch.rand(3, 4, 5, 5, dtype=torch.float64)
+            found, expected = norms[1](images), norms[0](images)
+            torch.testing.assert_close(found, expected)
+        for norm in norms:
+            norm.eval()
+        torch.testing.assert_close(norms[1](images), norms[0](images))
