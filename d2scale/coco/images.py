@@ -1,8 +1,9 @@
-"""Reading image files."""
+"""Reading image files, of whatever kind, and telling their kind."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -10,6 +11,20 @@ from PIL import Image
 from d2scale.errors import DataError, Fault
 
 _EXIF_ORIENTATION = 0x0112
+_SIXTEEN_BIT = "16 bit, of which values above 255 are read as 255"
+_SEE_THROUGH = "transparent in parts, read in the colour that is beneath"
+# By PIL's name for how pixels are stored. detectron2 reads all of them in the same way.
+_ODD_MODES = {
+    "RGB": "",
+    "1": "black and white, read as RGB",
+    "L": "grayscale, read as RGB",
+    "P": "of a palette, read as RGB",
+    "CMYK": "CMYK, read as RGB",
+    **dict.fromkeys(("LA", "PA", "RGBA", "La", "RGBa"), _SEE_THROUGH),
+    **dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), _SIXTEEN_BIT),
+    "I": "32 bit, of which values above 255 are read as 255",
+    "F": "of fractions, of which values above 255 are read as 255",
+}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,6 +45,8 @@ def read_rgb(file_name: str) -> np.ndarray:
     try:
         with Image.open(file_name) as image:
             image = _make_upright(image)
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # at once to RGB gives the same, and a warning
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     # PIL reports broken files by each of these.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -39,8 +56,43 @@ def read_rgb(file_name: str) -> np.ndarray:
 
 
 def _make_upright(image: Image.Image) -> Image.Image:
-    orientation = 1
+    orientation = _orientation(image)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int:
     # A broken EXIF block raises errors of many kinds, and says nothing about the pixels.
     with contextlib.suppress(Exception):
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    return 1
+
+
+def check_size(file_name: str, size: Sequence[int], height: int, width: int) -> None:
+    """Raise DataError if an image's ``size``, height and width, is not its annotation file's.
+
+    Boxes would then lie in the wrong place.
+    """
+    if tuple(size) != (height, width):
+        allowed = f"{width} x {height}, as its annotation file says"
+        advice = "correct the annotation file, or use the image that it was made for"
+        told = f"{size[1]} x {size[0]}"
+        raise DataError([Fault(f"size of image {file_name}", told, allowed, advice)])
+
+
+def oddities(file_name: str) -> list[str]:
+    """Return how an image differs from an upright photograph in RGB, and how it is read.
+
+    Empty also for a file that cannot be opened, of which :func:`read_rgb` tells.
+    """
+    try:
+        with Image.open(file_name) as image:
+            found = [_ODD_MODES.get(image.mode, f"{image.mode}, read as RGB")]
+            if image.mode == "P" and "transparency" in image.info:
+                found = [_ODD_MODES["PA"]]
+            if _orientation(image) in _UPRIGHT:
+                found.append("turned by their EXIF orientation, read upright")
+            if getattr(image, "n_frames", 1) > 1:
+                found.append("of several frames, of which the first is read")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return []
+    return [text for text in found if text]

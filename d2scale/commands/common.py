@@ -60,9 +60,14 @@ def emit(text: str, path: str | None = None) -> None:
     """Print ``text``, or write it to the file ``path``; ConfigError if that cannot be written."""
     if path is None:
         sys.stdout.write(text)
-        return
+    else:
+        write_output(text, path)
+
+
+def write_output(content: str | bytes, path: str) -> None:
+    """Write what ``-o`` asks for; ConfigError if the file cannot be written."""
 
     def error_of(reason: str) -> ConfigError:
         return ConfigError([Fault("--output", path, "a file that can be written", reason)])
 
-    write_atomically(path, text, error_of)
+    write_atomically(path, content, error_of)

@@ -11,7 +11,10 @@ from d2go.runner import GeneralizedRCNNRunner
 from detectron2.engine.hooks import IterationTimer
 from detectron2.utils.logger import setup_logger
 
+from d2scale.coco.class_count import counted_classes
 from d2scale.config.defaults import add_d2scale_config, add_project_configs
+from d2scale.config.keys import set_key
+from d2scale.config.own_datasets import make_paths_absolute
 from d2scale.config.projects import entry_points
 from d2scale.d2go.config import CfgNode, for_d2go_alone
 from d2scale.d2go.environment import refuse_missing_quantization
@@ -26,9 +29,10 @@ from d2scale.d2go.scaling_methods import (
 from d2scale.d2go.start import prepare_parent
 from d2scale.detectron2.data.loader import with_even_batch
 from d2scale.detectron2.datasets import register_datasets
+from d2scale.detectron2.own_datasets import own_dataset_faults, registered_by_d2go
 from d2scale.detectron2.private_upstream import SteadyIterationTimer, bare_model
 from d2scale.detectron2.progress import ProgressRecord, resume_by_images
-from d2scale.detectron2.scaling import applied_plan, facts_of_model, warn_without_effect
+from d2scale.detectron2.scaling import applied_plan, defrosted, facts_of_model, warn_without_effect
 from d2scale.detectron2.step_state import STEP_STATE, StateHook, StepState, build_step_state
 from d2scale.detectron2.user_errors import exit_on_user_error, exit_together_on_user_error
 from d2scale.errors import ConfigError
@@ -79,12 +83,16 @@ class Runner(GeneralizedRCNNRunner):
         with exit_on_user_error():
             if cfg.QUANTIZATION.PT2E:
                 refuse_missing_quantization()
+            _prepare_datasets(cfg)
             if names_own_method(cfg) and not _evaluates_or_exports():
                 check_recipe(cfg)
 
     def register(self, cfg: Any) -> None:
         """Register what a config may name: datasets and the projects' models."""
-        super().register(cfg)
+        with exit_together_on_user_error():
+            _prepare_datasets(cfg)
+        with registered_by_d2go(cfg):
+            super().register(cfg)
         _log_to_folder(cfg.OUTPUT_DIR)
         warn_without_effect(cfg, _WITHOUT_EFFECT_ON_EVALUATION, ENGINE)
         # d2go registers before it scales the config in place.
@@ -162,6 +170,16 @@ class Runner(GeneralizedRCNNRunner):
         trained = super().do_train(cfg, model, resume)
         theirs, ours = GeneralizedRCNNRunner.get_default_cfg(), self.get_default_cfg()
         return {name: for_d2go_alone(config, theirs, ours) for name, config in trained.items()}
+
+
+def _prepare_datasets(cfg: Any) -> None:
+    """Refuse datasets of ``cfg`` that cannot be; let the count of classes follow them, in place."""
+    if faults := own_dataset_faults(cfg):
+        raise ConfigError(faults)
+    with defrosted(cfg):
+        make_paths_absolute(cfg)  # for who reads config.yaml in another folder
+        for key, number in counted_classes(cfg).items():
+            set_key(cfg, key, number)
 
 
 def _log_to_folder(folder: str) -> None:

@@ -13,6 +13,7 @@ from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
 from d2scale.config.keys import OWN_OF_A_MACHINE
 from d2scale.config.loading import flatten
+from d2scale.config.own_datasets import annotation_digests
 from d2scale.d2go.memory import ENGINE, D2GoMemory
 from d2scale.detectron2.memory import TrainingMemory, check_memory
 from d2scale.detectron2.scaling import applied_plan, defrosted, scale_in_place
@@ -70,7 +71,8 @@ def scale_for_training(
     """
     settings = {key: value for key, value in flatten(cfg) if key not in OWN_OF_A_MACHINE}
     advice = "start all machines with the same config and arguments"
-    ranks.refuse_differences({**settings, "--resume": resume}, advice)
+    settings |= {**annotation_digests(cfg), "--resume": resume}
+    ranks.refuse_differences(settings, advice)
     if applied_plan(cfg) is None and names_own_method(cfg):
         reference = cfg.__dict__.pop(_REFERENCE, cfg.SOLVER.REFERENCE_WORLD_SIZE)
         with defrosted(cfg):

@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 
 from d2scale.coco.catalog import dataset_names
 from d2scale.config.keys import get_key
+from d2scale.config.own_datasets import NAMES
+from d2scale.detectron2.own_datasets import own_dataset_faults
 from d2scale.errors import Fault
 
 _REGISTRIES = {
@@ -57,8 +59,9 @@ def dataset_faults(cfg: Any, *, eval_only: bool) -> list[Fault]:
         faults.append(Fault("DATASETS.TRAIN", (), "the name of a dataset", "give one"))
     names = [] if eval_only else [("DATASETS.TRAIN", name) for name in cfg.DATASETS.TRAIN]
     names += [("DATASETS.TEST", name) for name in cfg.DATASETS.TEST]
+    faults += own_dataset_faults(cfg)
     # register_datasets will look for the files of d2scale's own.
-    own = set(dataset_names()) - set(DatasetCatalog.list())
+    own = {*dataset_names()} - {*DatasetCatalog.list()} | {*get_key(cfg, NAMES, ())}
     return faults + _faults_of_names([pair for pair in names if pair[1] not in own])
 
 

@@ -16,6 +16,7 @@ from d2scale.config.loading import (
     resolve_config_path,
     unknown_key_fault,
 )
+from d2scale.config.own_datasets import add_own_datasets_keys
 from d2scale.config.safe_yaml import parse_yaml, parse_yaml_as_detectron2
 from d2scale.errors import ConfigError, Fault
 
@@ -97,6 +98,7 @@ def with_d2scale_keys(cfg: Any) -> Any:
     cfg.defrost()
     if "D2SCALE" not in cfg:
         add_d2scale_config(cfg)
+    add_own_datasets_keys(cfg)
     cfg.SOLVER.setdefault(_METHODS, ())
     # What detectron2 builds; a trainer's own optimizer follows the rule that the user gives.
     cfg.SOLVER.setdefault(_OPTIMIZER, "sgd")
@@ -112,9 +114,11 @@ def without_default_keys(cfg: Any) -> Any:
     cfg.defrost()
     defaults = type(cfg)()
     add_d2scale_config(defaults)
+    add_own_datasets_keys(defaults)
     cfg.SOLVER.pop(_METHODS, None)
     cfg.SOLVER.pop(_OPTIMIZER, None)
     _drop_equal(cfg, "D2SCALE", defaults.D2SCALE)
+    _drop_equal(cfg, "D2GO_DATA", defaults.D2GO_DATA)
     return cfg
 
 

@@ -1,4 +1,4 @@
-"""The class splits of COCO, registered with detectron2."""
+"""The class splits of COCO, and a config's own datasets, registered with detectron2."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from d2scale.coco.catalog import ROOT_VARIABLE, DatasetSpec, dataset_names, dataset_spec
+from d2scale.detectron2.own_datasets import register_own_datasets
 from d2scale.errors import DataError, Fault
 from d2scale.run_folder.files import write_atomically
 
 
 def register_datasets(cfg: Any) -> None:
-    """Register what ``DATASETS`` names and d2scale, but not detectron2, knows.
+    """Register what ``cfg`` brings along, and what ``DATASETS`` names and only d2scale knows.
 
     detectron2's evaluator takes the classes from the annotation file. So a file with the split's
     classes alone is written to ``OUTPUT_DIR/datasets``.
@@ -24,6 +25,7 @@ def register_datasets(cfg: Any) -> None:
     Raises:
         DataError: if a dataset's files are not there.
     """
+    register_own_datasets(cfg)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     for name in dict.fromkeys(names):
         if name in DatasetCatalog.list() or name not in dataset_names():

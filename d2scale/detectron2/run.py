@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from d2scale.config.keys import get_key
 from d2scale.config.loading import flatten
+from d2scale.config.own_datasets import make_paths_absolute
 from d2scale.config.upstream import is_lazy_config
 from d2scale.detectron2.checks import (
     dataset_faults,
@@ -91,6 +92,7 @@ class Job:
                 lazy.train.device, lazy.train.amp.enabled = "cpu", False
             return lazy
         cfg = load_cfg(self.config_file, self.opts)
+        make_paths_absolute(cfg)  # for who reads config.yaml in another folder
         if not cuda:
             cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = "cpu", False
         cfg.freeze()

@@ -23,6 +23,7 @@ from fvcore.common.config import CfgNode
 
 from d2scale.config.keys import OWN_OF_A_MACHINE
 from d2scale.config.loading import flatten
+from d2scale.config.own_datasets import annotation_digests
 from d2scale.detectron2.config import with_d2scale_keys, without_default_keys
 from d2scale.detectron2.lazy_config import apply_plan, lazy_names, read_lazy_recipe
 from d2scale.detectron2.memory import TrainingMemory
@@ -84,7 +85,7 @@ class Scaling:
                 planned = with_d2scale_keys(cfg)
                 settings = dict(flatten(planned))
             self.recipe = self._recipe(planned, settings)
-            self._refuse_other_recipes(settings)
+            self._refuse_other_recipes({**settings, **annotation_digests(planned)})
             memory: TrainingMemory = PlainMemory(planned)
             if self.is_lazy:
                 memory = LazyMemory(cfg, (planned, settings))

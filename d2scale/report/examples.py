@@ -54,7 +54,8 @@ def examples_section(group: Sequence[EvaluatedRun], notes: list[str]) -> Section
         ]
         for place, (name, boxes) in enumerate(columns):
             file, title = f"example-{image_id}-{place}.jpg", f"{name}, image {image_id}"
-            content = to_jpeg(_draw(image, dataset, boxes), _JPEG_QUALITY)
+            scale = min(1.0, _LONGEST_EDGE / max(image.shape[:2]))  # small enough for a page
+            content = to_jpeg(_draw(image, dataset, boxes, scale), _JPEG_QUALITY)
             pictures.append(Picture(file, title, content, group=str(image_id)))
     names = join_names((text, name) for name, (_, text) in shown.items())
     texts = tuple(f"{runs}: {text}." for text, runs in names.items())
@@ -104,10 +105,22 @@ def _to_draw(detections: Detections, images: Iterable[int]) -> tuple[Detections,
     return chosen.take(ranks < _BEST), text
 
 
-def _draw(image: np.ndarray, dataset: EvaluationSet, boxes: GroundTruth | Detections) -> np.ndarray:
-    """Draw boxes on a copy of the image, made small enough for a page."""
+def draw_truth(
+    image: np.ndarray, dataset: EvaluationSet, number: int, largest: tuple[int, int]
+) -> np.ndarray:
+    """Draw the annotated boxes on a copy of an image that fills this height or width."""
+    scale = min(largest[0] / image.shape[0], largest[1] / image.shape[1])
+    return _draw(image, dataset, dataset.boxes_of(number), scale)
+
+
+def _draw(
+    image: np.ndarray,
+    dataset: EvaluationSet,
+    boxes: GroundTruth | Detections,
+    scale: float,
+) -> np.ndarray:
+    """Draw boxes on a copy of the image, made so many times as large."""
     height, width = image.shape[:2]
-    scale = min(1.0, _LONGEST_EDGE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = np.asarray(Image.fromarray(image).resize(size))
     scores = boxes.scores if isinstance(boxes, Detections) else None

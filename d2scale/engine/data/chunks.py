@@ -16,8 +16,9 @@ import torch
 from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader
 
+from d2scale.coco.images import check_size
 from d2scale.coco.records import Records
-from d2scale.engine.data.images import check_size, read_image, resize_and_flip
+from d2scale.engine.data.images import read_image, resize_and_flip
 from d2scale.engine.data.transforms import Augmentation, transform_boxes
 from d2scale.errors import DataError
 
@@ -97,7 +98,7 @@ class ChunkDataset:
     def _make(self, request: Request) -> tuple[torch.Tensor, Sample]:
         record = self.records[request.image]
         image = read_image(record.file_name)
-        check_size(record.file_name, image, record.height, record.width)
+        check_size(record.file_name, image.shape[1:], record.height, record.width)
         sample: Sample = {
             "height": record.height,
             "width": record.width,

@@ -12,7 +12,6 @@ import torch
 
 from d2scale.coco.images import read_rgb
 from d2scale.engine.data.transforms import Augmentation
-from d2scale.errors import DataError, Fault
 
 
 def read_image(file_name: str) -> torch.Tensor:
@@ -36,16 +35,3 @@ def resize_and_flip(image: torch.Tensor, augmentation: Augmentation, order: str)
         )[0]
     axes = [0] * (order == "BGR") + [2] * augmentation.flip
     return (image.flip(axes) if axes else image).contiguous()
-
-
-def check_size(file_name: str, image: torch.Tensor, height: int, width: int) -> None:
-    """Raise DataError if an image has not the size that its annotation file gives.
-
-    Boxes would then lie in the wrong place.
-    """
-    file_height, file_width = image.shape[1:]
-    if (file_height, file_width) != (height, width):
-        allowed = f"{width} x {height}, as its annotation file says"
-        advice = "correct the annotation file, or use the image that it was made for"
-        size = f"{file_width} x {file_height}"
-        raise DataError([Fault(f"size of image {file_name}", size, allowed, advice)])

@@ -1,0 +1,94 @@
+"""Look at a dataset before anyone trains on it: what it holds, what is odd, what is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
+from d2scale.coco.catalog import DatasetSpec
+from d2scale.coco.dataset import read_dataset
+from d2scale.coco.images import check_size, oddities, read_rgb
+from d2scale.errors import DataError, Fault, collecting
+
+# Passes on what it is given, and may show how far it has come.
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of a dataset after a look at it."""
+
+    name: str
+    spec: DatasetSpec
+    file: AnnotationFile | None  # None if it cannot be read
+    faults: list[Fault] = field(default_factory=list)  # as training would tell them
+    images_read: int = 0
+    # File names by what is odd about them.
+    odd: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """The classes that training reads."""
+        listed = tuple(self.file.categories) if self.file else ()
+        return listed if self.spec.category_ids is None else self.spec.category_ids
+
+    def boxes_of_classes(self) -> np.ndarray:
+        """Return which annotations are boxes to learn, shape (annotations,), bool."""
+        assert self.file is not None
+        known = np.isin(self.file.category_ids, self.category_ids)
+        return known & ~self.file.crowds & (self.file.image_numbers >= 0)
+
+
+def inspect_dataset(
+    name: str,
+    spec: DatasetSpec,
+    *,
+    key: str,
+    most_images: int | None = None,
+    progress: Progress = lambda items, _: items,
+) -> Inspection:
+    """Read a dataset's annotations and its images, or as many of them, spread over the file.
+
+    Faults are those of :func:`d2scale.coco.dataset.load_dataset` and of the loader that reads the
+    images in training; ``key`` names what held the dataset's name.
+    """
+    faults: list[Fault] = []
+    with collecting(faults):
+        read_dataset(name, spec, key=key)
+    try:
+        file = read_annotation_file(spec.json_file)
+    except DataError:
+        return Inspection(name, spec, None, faults)
+    # Of those that are missing the faults tell already.
+    there = [n for n, name in enumerate(file.file_names) if (spec.image_root / name).is_file()]
+    if most_images is not None and most_images < len(there):
+        there = [there[len(there) * part // most_images] for part in range(most_images)]
+    inspection = Inspection(name, spec, file, faults, len(there))
+    _read_images(inspection, there, progress)
+    return inspection
+
+
+def _read_images(inspection: Inspection, rows: list[int], progress: Progress) -> None:
+    """Read these images of the file, on all cores, and note what is odd or wrong."""
+    file = inspection.file
+    assert file is not None
+
+    def look(row: int) -> tuple[int, list[str], list[Fault]]:
+        path = str(inspection.spec.image_root / file.file_names[row])
+        faults: list[Fault] = []
+        with collecting(faults):
+            size = read_rgb(path).shape[:2]
+            check_size(path, size, int(file.heights[row]), int(file.widths[row]))
+        return row, oddities(path), faults
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # PIL decodes outside of Python's lock
+        for row, odd, faults in progress(threads.map(look, rows), len(rows)):
+            inspection.faults.extend(faults)
+            for text in odd:
+                inspection.odd.setdefault(text, []).append(file.file_names[row])

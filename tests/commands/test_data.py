@@ -1,0 +1,170 @@
+"""``d2scale data``: what it says of a dataset, and where it finds it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from d2scale.cli import main
+from d2scale.config import load_cfg
+from d2scale.engine.run import train
+from d2scale.errors import ConfigError
+from own_data import OwnData, injection
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return OwnData(tmp_path / "leaves", images=10)
+
+
+@pytest.fixture
+def tell(capsys):
+    """Run the command; return what it prints, and its error lines."""
+
+    def run(*words, status=0):
+        assert main(["data", *map(str, words)]) == status
+        out, err = capsys.readouterr()
+        errors = [line for line in err.splitlines() if line.startswith("d2scale: error: ")]
+        return out, [line.removeprefix("d2scale: error: ") for line in errors]
+
+    return run
+
+
+def facts(text):
+    lines = (line.partition(":") for line in text.splitlines() if not line.startswith("|"))
+    return {name: value.strip() for name, _, value in lines}
+
+
+def test_a_folder_is_told_in_numbers(data, tell):
+    text, errors = tell(data.root)
+    told = facts(text)
+    boxes = [a for a in data.content["annotations"] if not a["iscrowd"]]
+    assert errors == []
+    assert told["dataset"] == "leaves"
+    assert told["boxes"].startswith(f"{len(boxes)}, ")
+    assert (told["images read"], told["faults"]) == ("10 of 10", "none")
+    assert "10, 1 of them without boxes" in text
+    kites = sum(a["category_id"] == 38 for a in boxes)
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    assert next(row[3] for row in rows if "kite" in row) == str(kites)
+
+
+def test_the_lines_for_a_config_train(data, tell, write_config):
+    text, _ = tell(data.root, "--name", "mine")
+    lines = text.partition("lines for a config:\n")[2]
+    assert yaml.safe_load(lines)["D2GO_DATA"]["DATASETS"]["COCO_INJECTION"] == {
+        "NAMES": ["mine"],
+        "IM_DIRS": ["leaves/images"],
+        "JSON_FILES": ["leaves/labels.json"],
+    }
+    config = write_config("_BASE_: d2scale://MetaFCOS/small-cpu.yaml\n" + lines)
+    assert tell(config, "DATASETS.TEST", "()")[0].startswith("dataset:     mine\n")
+
+
+@pytest.mark.parametrize("words", [["labels.json"], ["."], ["labels.json", "--images", "images"]])
+def test_it_finds_the_parts_of_a_dataset(data, tell, monkeypatch, words):
+    monkeypatch.chdir(data.root)
+    assert facts(tell(*words)[0])["images"] == str(data.images)
+
+
+def test_coco_is_found_in_its_own_layout(coco, tell):
+    told = facts(tell("coco_pretrain_train_base")[0])
+    assert (told["dataset"], told["faults"]) == ("coco_pretrain_train_base", "none")
+    assert facts(tell(coco.root / "coco")[0])["images"] == str(coco.images)
+    (coco.json_file.parent / "instances_val2017.json").write_text(coco.json_file.read_text())
+    (line,) = tell(coco.root / "coco", status=2)[1]
+    assert "instances_train2017.json" in line
+    assert "name the file itself" in line
+
+
+def _turned(image):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return image.transpose(Image.Transpose.ROTATE_90), {"exif": exif}
+
+
+def test_images_of_other_kinds_are_told_and_are_no_faults(data, tell):
+    names = [entry["file_name"] for entry in data.content["images"]]
+    images = [Image.open(data.images / name).convert("RGB") for name in names]
+    grey = np.asarray(images[3].convert("L")).astype(np.uint16)
+    turned, options = _turned(images[4])
+    for number, image, more in (
+        (0, images[0].convert("L"), {}),
+        (1, images[1].convert("P"), {"transparency": b"\x00\x01"}),
+        (2, images[2].convert("CMYK"), {"format": "JPEG"}),
+        (3, Image.fromarray(grey * 200), {}),
+        (4, turned, options),
+    ):
+        data.content["images"][number]["file_name"] = f"{number}.png"
+        image.save(data.images / f"{number}.png", **{"format": "PNG", **more})
+    data.write()
+    text, errors = tell(data.root)
+    assert errors == []
+    for kind, number in (
+        ("grayscale, read as RGB", 0),
+        ("transparent in parts, read in the colour that is beneath", 1),
+        ("CMYK, read as RGB", 2),
+        ("16 bit, of which values above 255 are read as 255", 3),
+        ("turned by their EXIF orientation, read upright", 4),
+    ):
+        assert f"odd images:  1 {kind} ({number}.png)" in text
+
+
+def _spoil(data):
+    images = data.content["images"]
+    (data.images / images[0]["file_name"]).write_bytes(b"no image")
+    images[1]["height"] += 1
+    (data.images / images[2]["file_name"]).unlink()
+    data.content["annotations"][0]["category_id"] = 999
+    data.write()
+
+
+def test_faults_are_those_of_training(data, tell, write_config):
+    _spoil(data)
+    text, told = tell(data.root, status=2)
+    assert facts(text)["faults"] == "4"
+    assert "lines for a config" not in text
+    assert any("allowed: a readable image" in line for line in told)
+    assert any(line.startswith("size of image ") for line in told)
+    base = "_BASE_: d2scale://MetaFCOS/small-cpu.yaml\nDATASETS: {TRAIN: [mine], TEST: []}\n"
+    with pytest.raises(ConfigError) as raised:
+        train(load_cfg(write_config(base + injection(data))))
+    assert set(str(raised.value).splitlines()) <= set(told)
+    assert len(str(raised.value).splitlines()) == 2
+
+
+def test_a_few_images_are_read_if_so_asked(data, tell):
+    assert facts(tell(data.root, "--read", "3")[0])["images read"] == "3 of 10"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nowhere"], "PATH|NAME is 'nowhere'; allowed: a folder, a file .json or .yaml"),
+        (["images"], "it has no JSON file"),
+        (["labels.json", "--images", "nowhere"], "nowhere not found"),
+        ([".", "--read", "0"], "--read is 0"),
+        ([".", "-o", "sheet.txt"], "--output is 'sheet.txt'; allowed: a file .jpg"),
+        (["nowhere.json"], "annotation file is 'nowhere.json'; allowed: a readable file"),
+    ],
+)
+def test_mistakes_are_one_line(data, tell, monkeypatch, words, told):
+    monkeypatch.chdir(data.root)
+    _, (line,) = tell(*words, status=2)
+    assert told in line
+
+
+def test_the_sheet_shows_every_odd_image_and_boxes(data, tell, tmp_path):
+    name = data.content["images"][9]["file_name"]
+    size = Image.open(data.images / name).convert("L").size
+    Image.new("L", size, 128).save(data.images / name)
+    text, _ = tell(data.root, "-o", "sheet.jpg")
+    assert text.endswith("\nsheet.jpg\n")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.jpg").convert("RGB")).astype(int)
+    first = sheet[8 : 8 + 320, 8 : 8 + 400]  # a plain grey image, which has no boxes
+    assert (abs(first - 128).max(axis=2) < 4).mean() > 0.5
+    colours = sheet[8 : 8 + 320, 416 : 416 + 400]
+    assert (np.ptp(colours, axis=2) > 120).any()  # a box
