@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from d2scale.engine.telemetry.machine import cpu_name
+from d2scale.run_folder.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,7 +54,8 @@ def keep(name: str, rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]
     kept = [row for row in known if row[key] not in made]
     merged = kept + [{**row, "machine": machine} for row in rows]
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(merged, indent=1) + "\n")
+    # A benchmark may be stopped at any moment.
+    write_atomically(path, json.dumps(merged, indent=1) + "\n")
     return merged
 
 

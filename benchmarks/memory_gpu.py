@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, product
 from typing import Any
 
@@ -38,16 +38,23 @@ from d2scale.step.optimizer_step import OptimizerStep, learning_rates_zero
 RECIPE = "d2scale://MetaFCOS/Meta-FCOS-pretrain.yaml"
 # A card of 80 GB has a little less than 80 GiB.
 BUDGETS_GIB = (8, 16, 24, 40, 72)
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
 
 
-def variants(opts: list[str]) -> Iterator[tuple[str, Any]]:
+# Choices of SOLVER.AMP.ENABLED and D2SCALE.ACTIVATION_CHECKPOINTING, by name.
+VARIANTS = {
+    ("AMP" if amp else "float32") + (", checkpointing" if checkpointing else ""): (
+        *("SOLVER.AMP.ENABLED", str(amp)),
+        *("D2SCALE.ACTIVATION_CHECKPOINTING", str(checkpointing)),
+    )
+    for amp, checkpointing in product((False, True), repeat=2)
+}
+
+
+def variants(opts: Sequence[str], names: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     """Yield the recipe in float32 and with AMP, without and with activation checkpointing."""
-    for amp, checkpointing in product((False, True), repeat=2):
-        switches = ["SOLVER.AMP.ENABLED", str(amp)]
-        switches += ["D2SCALE.ACTIVATION_CHECKPOINTING", str(checkpointing)]
-        name = ("AMP" if amp else "float32") + (", checkpointing" if checkpointing else "")
-        yield name, load_cfg(RECIPE, [*opts, *switches])
+    for name in names or VARIANTS:
+        yield name, load_cfg(RECIPE, [*opts, *VARIANTS[name]])
 
 
 def take(step: OptimizerStep, batch: MicroBatch) -> bool:
@@ -70,97 +77,108 @@ def take_steps(
         return device.peaks() if all(take(step, batch) for batch in batches) else None
 
 
-def accuracy(device: Device, opts: list[str]) -> Rows:
+def accuracy(
+    device: Device, opts: Sequence[str], names: Sequence[str] = (), most_images: int = 10**6
+) -> Iterator[Row]:
     """Compare what is reserved, for images from one to the most that fit."""
-    rows = []
-    for name, cfg in variants(opts):
+    for name, cfg in variants(opts, names):
         workload, prediction = _predicted(cfg)
         step = workload.build_step(device.device)
         images = 1
-        while True:
+        while images <= most_images:
             batches = [workload.make_batch(images)] * 3
             peaks = take_steps(device, step, batches, device.total_bytes - device.context_bytes)
             if peaks is None:
                 break
             live = prediction.live_bytes(images)
             reserved = prediction.reserved_bytes(images) if device.caches else live
-            rows.append(
-                {
-                    "key": f"{name}, {images}",
-                    "choice": name,
-                    "images": images,
-                    "live GiB": round(peaks[0] / GIB, 3),
-                    "live error %": _error(live, peaks[0]),
-                    "reserved GiB": round(peaks[1] / GIB, 3),
-                    "reserved error %": _error(reserved, peaks[1]),
-                }
-            )
+            yield {
+                "key": f"{name}, {images}",
+                "choice": name,
+                "images": images,
+                "live GiB": round(peaks[0] / GIB, 3),
+                "live error %": _error(live, peaks[0]),
+                "reserved GiB": round(peaks[1] / GIB, 3),
+                "reserved error %": _error(reserved, peaks[1]),
+            }
             images = max(images + 1, round(images * 1.3))
-    return rows
 
 
-def choice(device: Device, opts: list[str]) -> Rows:
+def choice(
+    device: Device,
+    opts: Sequence[str],
+    names: Sequence[str] = (),
+    budgets_gib: Sequence[float] = BUDGETS_GIB,
+) -> Iterator[Row]:
     """Compare the chosen images with the most that train, for every budget the device has."""
-    rows = []
-    for name, cfg in variants(opts):
+    for name, cfg in variants(opts, names):
         workload, prediction = _predicted(cfg)
         profile = prediction.profile(workload, caching=device.caches)
         step = workload.build_step(device.device)
-        for budget in _budgets(device):
+        for budget in _budgets(device, budgets_gib):
             budget_bytes = int(budget * GIB)
             probe = Probe(device, step, workload.trial_batches)
             measured = probe.measure(profile, budget_bytes)
             most = _most_that_train(device, step, workload, measured)
-            rows.append(
-                {
-                    "key": f"{name}, {budget}",
-                    "choice": name,
-                    "budget GiB": budget,
-                    "predicted": profile.largest_ims_per_gpu(budget_bytes),
-                    "chosen": measured.largest,
-                    "trials": len(measured.trials),
-                    "most": most,
-                    "chosen / most %": round(100 * measured.largest / most, 1) if most else None,
-                }
-            )
-    return rows
+            yield {
+                "key": f"{name}, {budget}",
+                "choice": name,
+                "budget GiB": budget,
+                "predicted": profile.largest_ims_per_gpu(budget_bytes),
+                "chosen": measured.largest,
+                "trials": len(measured.trials),
+                "most": most,
+                "chosen / most %": round(100 * measured.largest / most, 1) if most else None,
+            }
 
 
-def epoch(device: Device, opts: list[str]) -> Rows:
-    """Train an epoch over the recipe's dataset at the chosen images and count the errors."""
+def epoch(
+    device: Device,
+    opts: Sequence[str],
+    budgets_gib: Sequence[float] = BUDGETS_GIB,
+    steps: int | None = None,
+) -> Iterator[Row]:
+    """Train at the chosen images and count the errors; over an epoch, or as many ``steps``."""
     cfg = load_cfg(RECIPE, opts)
     dataset = load_training_dataset(cfg)
     workload = workload_of(cfg, worst_case_of(cfg, dataset))
     profile = predict(workload).profile(workload, caching=device.caches)
     step = workload.build_step(device.device)
-    rows = []
-    for budget in _budgets(device):
+    for budget in _budgets(device, budgets_gib):
         probe = Probe(device, step, workload.trial_batches)
         measured = probe.measure(profile, int(budget * GIB), limit=len(dataset))
         images = measured.largest
         if not images:
             continue
-        steps = -(-len(dataset) // images)
+        taken = steps or -(-len(dataset) // images)
         loader = build_train_loader(
             cfg, dataset, world_size=1, rank=0, ims_per_batch=images, seed=0
         )
         with loader, learning_rates_zero(step.optimizer):
-            batches: Iterable[MicroBatch] = islice(loader, steps)
+            batches: Iterable[MicroBatch] = islice(loader, taken)
             if isinstance(device, SimulatedDevice):
                 batches = list(batches)  # made inside the limit, they would count
+            retries = _allocator_retries(device)
             # One limit around all steps: the allocator's cache goes on from step to step.
             with device.limited(measured.tensor_bytes, step.held_tensors()):
                 failed = sum(not take(step, batch) for batch in batches)
-        rows.append(
-            {
-                "key": str(budget),
-                "budget GiB": budget,
-                "images per GPU": images,
-                "steps": steps,
-                "out of memory": failed,
-            }
-        )
-    return rows
+                live, reserved = device.peaks()
+        yield {
+            "key": str(budget),
+            "budget GiB": budget,
+            "images per GPU": images,
+            "steps": taken,
+            "out of memory": failed,
+            "times the cache was emptied": _allocator_retries(device) - retries,
+            "live GiB": round(live / GIB, 3),
+            "reserved GiB": round(reserved / GIB, 3),
+        }
+
+
+def _allocator_retries(device: Device) -> int:
+    if device.device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_stats(device.device).get("num_alloc_retries", 0))
 
 
 def _predicted(cfg: Any) -> tuple[Workload, Prediction]:
@@ -170,10 +188,10 @@ def _predicted(cfg: Any) -> tuple[Workload, Prediction]:
     return workload, predict(workload)
 
 
-def _budgets(device: Device) -> list[float]:
+def _budgets(device: Device, budgets_gib: Sequence[float]) -> list[float]:
     if isinstance(device, SimulatedDevice):
         return [device.total_bytes / GIB]
-    return [budget for budget in BUDGETS_GIB if budget * GIB <= device.total_bytes]
+    return [budget for budget in budgets_gib if budget * GIB <= device.total_bytes]
 
 
 def _most_that_train(
@@ -193,17 +211,21 @@ def _error(predicted: int, measured: int) -> float:
     return round(100 * (predicted / measured - 1), 2)
 
 
-COMPARISONS = {"accuracy": accuracy, "choice": choice, "epoch": epoch}
+COMPARISONS: dict[str, Callable[[Device, list[str]], Iterator[Row]]] = {
+    "accuracy": accuracy,
+    "choice": choice,
+    "epoch": epoch,
+}
 
 
-def kept_rows(comparison: str) -> Rows:
+def kept_rows(comparison: str) -> list[Row]:
     """Return what earlier runs on GPUs have left."""
     path = RESULTS / f"memory_gpu_{comparison}.json"
-    rows: Rows = json.loads(path.read_text()) if path.exists() else []
+    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
     return rows
 
 
-def show(comparison: str, rows: Rows) -> None:
+def show(comparison: str, rows: list[Row]) -> None:
     """Print a table, or that it is open."""
     if not rows:
         print(f"memory_gpu.py {comparison}: open, for it has not been run on a GPU")
@@ -225,13 +247,13 @@ def main() -> None:
             show(comparison, kept_rows(comparison))
     elif arguments.simulate:
         print("Simulated on a CPU to try the script; nothing is kept:")
-        show(name, COMPARISONS[name](SimulatedDevice(int(arguments.simulate * GIB)), opts))
+        show(name, list(COMPARISONS[name](SimulatedDevice(int(arguments.simulate * GIB)), opts)))
     elif not torch.cuda.is_available():
         parser.error("CUDA is not available; --simulate GIB tries the script without")
     else:
         device = CudaDevice(torch.device("cuda", 0))
         torch.cuda.set_device(device.device)
-        show(name, keep(f"memory_gpu_{name}", COMPARISONS[name](device, opts), "key"))
+        show(name, keep(f"memory_gpu_{name}", list(COMPARISONS[name](device, opts)), "key"))
 
 
 if __name__ == "__main__":

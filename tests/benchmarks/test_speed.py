@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contestants import NUM_CLASSES, build, make_samples
+from contestants import NUM_CLASSES, build, make_samples, metafcos, metafcos_other_layout
 from evaluation_speed import draw, ours, theirs
 from training_speed import Runner
 
@@ -38,3 +38,16 @@ def test_contestants_train_alike(name):
     assert cpu > 0
     for parameter, value in zip(contestant.model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize(("kind", "trains_with_channels_last"), [("cpu", True), ("cuda", False)])
+def test_both_layouts_of_a_device_are_measured(kind, trains_with_channels_last):
+    device = torch.device(kind)
+    for builder, expected in (
+        (metafcos, trains_with_channels_last),
+        (metafcos_other_layout, not trains_with_channels_last),
+    ):
+        convolutions = [p for p in builder(device).model.parameters() if p.dim() == 4]
+        large = [p for p in convolutions if min(p.shape) > 1]  # one-pixel kernels are both
+        found = {p.is_contiguous(memory_format=torch.channels_last) for p in large}
+        assert found == {expected}
