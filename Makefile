@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmarks clean
+.PHONY: demo test lint benchmarks gpu gpu-wheels clean
 
 demo: $(VENV)/.train
 	$(BIN)/d2scale demo
@@ -29,6 +29,17 @@ benchmarks: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation_speed.py --repeats 1
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loader_speed.py
 	$(BIN)/python benchmarks/training_speed.py
+
+# What one GPU can prove, in slices of under ten minutes; the same command goes on where it stopped.
+gpu: $(VENV)/.train
+	$(BIN)/python benchmarks/gpu.py
+
+# For a machine of Python 3.12 with torch and torchvision that reaches no package index.
+PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 any
+gpu-wheels:
+	$(PYTHON) -m pip wheel --no-deps -w wheels fvcore iopath
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels \
+		$(PLATFORMS:%=--platform %) -r benchmarks/gpu-wheels.txt
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "d2scale needs Python 3.10 or later: make PYTHON=python3.11 ...")'

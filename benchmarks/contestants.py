@@ -16,6 +16,12 @@ import torch
 from torch import Tensor, nn
 
 NUM_CLASSES = 60
+# What makes MetaFCOS small enough to try a script in seconds.
+NARROW = (
+    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "32", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.FCOS.NUM_CLS_CONVS", "1", "MODEL.FCOS.NUM_BOX_CONVS", "1"),
+)
 Sample = dict[str, Any]
 
 
@@ -71,28 +77,28 @@ def exact_losses(model: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
     return dict(model(samples, normalizers=model.finish_normalizers(totals, 1)))
 
 
-def metafcos(device: torch.device) -> Contestant:
+def metafcos(device: torch.device, narrow: bool = False) -> Contestant:
     """d2scale's, as the recipe has it."""
-    return _metafcos(device)
+    return _metafcos(device, *(NARROW if narrow else ()))
 
 
-def metafcos_other_layout(device: torch.device) -> Contestant:
+def metafcos_other_layout(device: torch.device, narrow: bool = False) -> Contestant:
     """The same with channels last on a GPU, where it trains without, and without on a CPU."""
-    contestant = _metafcos(device)
+    contestant = metafcos(device, narrow)
     last = device.type == "cuda"
     contestant.model.to(memory_format=torch.channels_last if last else torch.contiguous_format)
     return contestant
 
 
-def metafcos_paper(device: torch.device) -> Contestant:
+def metafcos_paper(device: torch.device, narrow: bool = False) -> Contestant:
     """d2scale's with the layers of torchvision's: stride in the 3x3, 3x3 for the classes."""
     return _metafcos(
         *(device, "MODEL.RESNETS.STRIDE_IN_1X1", "False"),
-        *("MODEL.FCOS.CLS_LOGITS_KERNEL_SIZE", "3"),
+        *("MODEL.FCOS.CLS_LOGITS_KERNEL_SIZE", "3", *(NARROW if narrow else ())),
     )
 
 
-def torchvision_fcos(device: torch.device) -> Contestant:
+def torchvision_fcos(device: torch.device, narrow: bool = False) -> Contestant:
     """torchvision's, built with the norm that it has when its weights are loaded."""
     from torchvision.models.detection import FCOS
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -100,7 +106,7 @@ def torchvision_fcos(device: torch.device) -> Contestant:
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
     backbone = resnet_fpn_backbone(
-        backbone_name="resnet50",
+        backbone_name="resnet18" if narrow else "resnet50",
         weights=None,
         norm_layer=FrozenBatchNorm2d,
         trainable_layers=3,
@@ -117,7 +123,7 @@ def torchvision_fcos(device: torch.device) -> Contestant:
     return Contestant(model, prepare, lambda m, batch: m(*batch))
 
 
-def detectron2_fcos(device: torch.device) -> Contestant:
+def detectron2_fcos(device: torch.device, narrow: bool = False) -> Contestant:
     """detectron2's own."""
     from detectron2 import model_zoo
     from detectron2.config import instantiate
@@ -128,7 +134,7 @@ def detectron2_fcos(device: torch.device) -> Contestant:
     return Contestant(model, _to_detectron2, _detectron2_losses)
 
 
-def adelaidet_fcos(device: torch.device) -> Contestant:
+def adelaidet_fcos(device: torch.device, narrow: bool = False) -> Contestant:
     """AdelaiDet's, by its R_50_1x settings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -167,7 +173,7 @@ def _detectron2_losses(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     return {name: value for name, value in losses.items() if "loss" in name}
 
 
-BUILDERS: dict[str, tuple[str, Callable[[torch.device], Contestant]]] = {
+BUILDERS: dict[str, tuple[str, Callable[[torch.device, bool], Contestant]]] = {
     "MetaFCOS, the recipe": ("d2scale", metafcos),
     "MetaFCOS, the other layout": ("d2scale", metafcos_other_layout),
     "MetaFCOS, torchvision's layers": ("d2scale", metafcos_paper),
@@ -177,13 +183,16 @@ BUILDERS: dict[str, tuple[str, Callable[[torch.device], Contestant]]] = {
 }
 
 
-def build(name: str, device: torch.device) -> Contestant | None:
-    """Build a contestant in training mode on ``device``; None where it is not installed."""
+def build(name: str, device: torch.device, *, narrow: bool = False) -> Contestant | None:
+    """Build a contestant in training mode on ``device``; None where it is not installed.
+
+    ``narrow``: MetaFCOS and torchvision's with few layers and channels, to try a script.
+    """
     package, builder = BUILDERS[name]
     if importlib.util.find_spec(package) is None:
         return None
     torch.manual_seed(0)
-    contestant = builder(device)
+    contestant = builder(device, narrow)
     for module in contestant.model.modules():
         # Without weights of its own a frozen norm lets the activations grow from block to block.
         if type(module).__name__ == "FrozenBatchNorm2d":

@@ -151,9 +151,8 @@ def epoch(
         if not images:
             continue
         taken = steps or -(-len(dataset) // images)
-        loader = build_train_loader(
-            cfg, dataset, world_size=1, rank=0, ims_per_batch=images, seed=0
-        )
+        options = {"world_size": 1, "rank": 0, "ims_per_batch": images, "seed": 0}
+        loader = build_train_loader(cfg, dataset, **options)
         with loader, learning_rates_zero(step.optimizer):
             batches: Iterable[MicroBatch] = islice(loader, taken)
             if isinstance(device, SimulatedDevice):

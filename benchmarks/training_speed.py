@@ -73,7 +73,7 @@ def speed_rows(options: argparse.Namespace, precision: str) -> Iterator[dict[str
     samples = to_device(make_samples(options.images, height, width), device)
     runners = {}
     for name in options.only:
-        contestant = build(name, device)
+        contestant = build(name, device, narrow=options.narrow)
         if contestant is None:
             print(f"{name} is not installed and left out")
             continue
@@ -138,7 +138,7 @@ def peak_bytes(
     None where ``name`` is not installed.
     """
     device = torch.device(options.device)
-    contestant = build(name, device)
+    contestant = build(name, device, narrow=options.narrow)
     if contestant is None:
         return None
     batch = contestant.prepare(to_device(samples, device))
@@ -174,6 +174,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=BUILDERS, default=list(BUILDERS))
+    help_text = "few layers and channels, to try the script; keeps nothing"
+    parser.add_argument("--narrow", action="store_true", help=help_text)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--discard", action="store_true", help="do not keep the rows")
@@ -191,7 +193,7 @@ def main() -> None:
             made += list(speed_rows(options, precision))
         if not options.no_memory:
             made += list(memory_rows(options, precision))
-    rows = made if options.discard else keep("training_speed", made, "key")
+    rows = made if options.discard or options.narrow else keep("training_speed", made, "key")
     hidden = ("key", "what", "machine")
     for what in ("training step", "peak memory"):
         shown = [{k: v for k, v in r.items() if k not in hidden} for r in rows if r["what"] == what]

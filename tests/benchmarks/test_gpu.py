@@ -1,0 +1,124 @@
+"""Every slice of the GPU campaign runs, shrunk to seconds on a CPU."""
+
+from __future__ import annotations
+
+import json
+
+import gpu
+import machine
+import pytest
+from campaign.checks import junit_rows
+from campaign.memory import correction
+from campaign.setting import Setting
+from campaign.slices import SLICES
+from campaign.trace import summary
+
+# One slice of each function: the others differ in a number. The report needs an experiment.
+OF_EACH_FUNCTION = {getattr(one.run, "func", one.run): one for one in reversed(SLICES)}
+FAST = [one for one in OF_EACH_FUNCTION.values() if one.name != "report"]
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch, one_thread):
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
+    monkeypatch.setenv("DETECTRON2_DATASETS", "")  # drawn shapes, and restored
+    return tmp_path / "results"
+
+
+@pytest.mark.filterwarnings("ignore")  # as in the campaign itself
+@pytest.mark.parametrize("one", FAST, ids=lambda one: one.name)
+def test_a_dry_slice_makes_rows_and_keeps_nothing(one, results):
+    rows = gpu.dry_run(one)
+    json.dumps(rows)
+    keys = [row["key"] for row in rows]
+    assert keys
+    assert len(set(keys)) == len(keys)
+    assert not results.exists()
+
+
+def test_slices_are_short_and_of_one_name():
+    names = [one.name for one in SLICES]
+    assert len(set(names)) == len(names)
+    for one in SLICES:
+        assert one.minutes < gpu.LIMIT_MINUTES
+        assert one.text
+        for path in getattr(one.run, "keywords", {}).get("paths", ()):
+            assert (gpu.REPOSITORY / path).exists()
+    assert all(one.name in gpu.table() for one in SLICES)
+
+
+def test_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
+    def rows(setting):
+        yield {"key": "a", "value": 1}
+        raise ZeroDivisionError("a fault of the program")
+
+    slices = [
+        gpu.Slice("good", 1.0, lambda setting: iter([{"key": "b"}])),
+        gpu.Slice("bad", 1.0, rows),
+        gpu.Slice("later", 1.0, rows),
+    ]
+    monkeypatch.setattr(gpu, "SLICES", slices)
+    monkeypatch.setattr(Setting, "on_gpu", lambda folder, gib: Setting.dry_run(folder))
+    monkeypatch.setattr(gpu, "FOLDER", tmp_path)
+    gpu.run_here(slices[0], None)
+    with pytest.raises(ZeroDivisionError):
+        gpu.run_here(slices[1], None)
+    (kept,) = json.loads((machine.RESULTS / "gpu_bad.json").read_text())
+    assert kept["value"] == 1
+    assert kept["machine"]["packages"]["torch"]
+    known = gpu.statuses()
+    assert known["good"]["status"] == "done"
+    assert known["bad"]["status"].startswith("failed: ZeroDivisionError")
+    assert [one.name for one in gpu.open_slices([])] == ["later", "bad"]
+    # Another GPU has everything before it.
+    assert len(gpu.open_slices(["another"])) == 3
+    assert gpu.run_all(slices, 0.5, None) == 0
+    assert "good: not begun, for it takes 1 minutes" in capsys.readouterr().out
+
+
+def test_reads_what_pytest_has_written():
+    xml = """<testsuites><testsuite>
+      <testcase classname="m" name="fits" time="1.5"><properties>
+        <property name="relative error" value="1e-12"/></properties></testcase>
+      <testcase classname="m" name="breaks" time="0"><failure message="assert 1 == 2">x</failure>
+      </testcase>
+      <testcase classname="m" name="waits" time="0"><skipped message="needs a device"/></testcase>
+    </testsuite></testsuites>"""
+    fits, breaks, _, count = junit_rows(xml, failures_only=False)
+    assert fits == {"key": "m.fits", "outcome": "passed", "seconds": 1.5, "relative error": "1e-12"}
+    assert breaks["reason"] == "assert 1 == 2"
+    assert count == {"key": "all", "failed": 1, "skipped": 1, "passed": 1}
+    assert [row["key"] for row in junit_rows(xml, failures_only=True)] == ["m.breaks", "all"]
+
+
+def test_correction_is_a_constant_and_bytes_an_image():
+    def row(images):
+        predicted, beyond = 1.0 + images, 0.5 + 0.25 * images
+        measured = predicted + beyond
+        error = 100 * (predicted / measured - 1)
+        return {"images": images, "reserved GiB": measured, "reserved error %": error}
+
+    found = correction([row(1), row(4), row(9)])
+    assert found == {"constant MiB": 512, "MiB an image": 256.0}
+
+
+def test_a_trace_says_what_a_device_did():
+    def event(kind, begin, length, name="k"):
+        return {"ph": "X", "cat": kind, "ts": begin, "dur": length, "name": name}
+
+    events = [
+        event("kernel", 0.0, 400.0),
+        event("kernel", 400.0, 100.0),
+        event("kernel", 900.0, 100.0),
+        event("gpu_memcpy", 300.0, 200.0),
+        event("gpu_memcpy", 600.0, 100.0),
+        event("cuda_runtime", 0.0, 50.0, "cudaStreamSynchronize"),
+        event("cuda_runtime", 60.0, 10.0, "cudaMemcpyAsync"),
+    ]
+    found = summary(events, steps=1)
+    assert found["ms a step"] == 1.0
+    assert found["device busy %"] == 60.0
+    assert found["gaps above 20 us"] == 1.0
+    assert found["launches"] == 3.0
+    assert found["of them beside kernels %"] == 66.7
+    assert found["waits of the host"] == 1.0
