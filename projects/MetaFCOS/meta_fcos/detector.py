@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from meta_fcos.inference import Detections, rescale
 from meta_fcos.losses import finish_normalizers
 from meta_fcos.proposals import MetaFCOS
 from meta_fcos.resnet import ResidualBlock, ResNet
+from meta_fcos.targets import Targets
 from meta_fcos.validate import check_config
 from meta_fcos.weights import load_weights
 
@@ -52,6 +53,7 @@ class OneStageDetector(nn.Module):
         self.backbone = backbone
         self.proposal_generator = proposal_generator
         self.in_features = tuple(in_features)
+        self._targets_once = TargetsOnce(proposal_generator.assign)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (pixel_mean, pixel_std))
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)
@@ -108,11 +110,11 @@ class OneStageDetector(nn.Module):
         boxes (k, 4), x0 y0 x1 y1 in pixels of the original image, clipped; scores (k,); classes
         (k,), int64.
         """
+        targets = self._targets_once.take(samples) if self.training else None
         levels = self.backbone(self._batch(samples))
         features = [levels[name] for name in self.in_features]
-        if self.training:
-            boxes, classes = self._truth(samples)
-            return self.proposal_generator(features, boxes, classes, normalizers)
+        if targets is not None:
+            return self.proposal_generator(features, targets, normalizers)
         detections = self.proposal_generator(features)
         return [
             rescale(image, sample["image"].shape[1:], (sample["height"], sample["width"]))
@@ -129,9 +131,7 @@ class OneStageDetector(nn.Module):
         They are added over the micro-batches and ranks of an optimizer step; the total goes
         through `finish_normalizers` into every forward of the step.
         """
-        with torch.no_grad():
-            boxes, classes = self._truth(samples)
-            return self.proposal_generator.loss_normalizers(boxes, classes, padded_size(samples))
+        return self._targets_once(samples).sums()
 
     def finish_normalizers(
         self, totals: Mapping[str, Tensor], world_size: int
@@ -146,11 +146,6 @@ class OneStageDetector(nn.Module):
             if isinstance(module, ResidualBlock):
                 module.recompute = True
 
-    def _truth(self, samples: Sequence[Sample]) -> tuple[list[Tensor], list[Tensor]]:
-        device = self.pixel_mean.device
-        boxes = [sample["boxes"].to(device, non_blocking=True) for sample in samples]
-        return boxes, [sample["classes"].to(device, non_blocking=True) for sample in samples]
-
     def _batch(self, samples: Sequence[Sample]) -> Tensor:
         """Return normalized images (n, 3, h, w), padded with zeros at the right and bottom."""
         mean, std = self.pixel_mean, self.pixel_std
@@ -158,11 +153,49 @@ class OneStageDetector(nn.Module):
         layout = torch.channels_last if mean.device.type == "cpu" else torch.contiguous_format
         shape = (len(samples), 3, *padded_size(samples))
         batch = torch.empty(shape, dtype=mean.dtype, device=mean.device, memory_format=layout)
-        batch.zero_()
+        batch.copy_(mean)  # becomes zero
         for row, sample in zip(batch, samples, strict=True):
             image = sample["image"].to(mean.device, non_blocking=True)
-            row[:, : image.shape[1], : image.shape[2]] = (image - mean) / std
-        return batch
+            row[:, : image.shape[1], : image.shape[2]] = image
+        return batch.sub_(mean).div_(std)
+
+
+class TargetsOnce:
+    """Assigns the targets of a batch once, for its loss normalizers and for its losses.
+
+    Between the two it keeps them by the ground truth's own tensors: they are a batch's samples in
+    another dict too.
+    """
+
+    def __init__(self, assign: Callable[..., Targets]) -> None:
+        self._assign = assign
+        self._kept: dict[tuple[Any, ...], tuple[list[Tensor], Targets]] = {}
+        self._taking = False
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> Targets:
+        """Return the targets of ``samples``, and keep them until they are taken."""
+        if self._taking:  # a new step: what is left is of one that failed
+            self._kept.clear()
+            self._taking = False
+        boxes = [sample["boxes"] for sample in samples]
+        classes = [sample["classes"] for sample in samples]
+        targets = self._assign(boxes, classes, padded_size(samples))
+        self._kept[_key(samples)] = (boxes, targets)
+        return targets
+
+    def take(self, samples: Sequence[Sample]) -> Targets:
+        """Return the targets of ``samples`` and forget them."""
+        key = _key(samples)
+        if key not in self._kept:
+            self(samples)
+        self._taking = True
+        return self._kept.pop(key)[1]
+
+
+def _key(samples: Sequence[Sample]) -> tuple[Any, ...]:
+    # The tensors are kept as well, so that no other gets their number.
+    return (padded_size(samples), *(id(sample["boxes"]) for sample in samples))
 
 
 def padded_size(samples: Sequence[Sample]) -> tuple[int, int]:

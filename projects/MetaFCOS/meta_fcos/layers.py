@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -33,6 +34,30 @@ NORMS: dict[str, Callable[[int], nn.Module | None]] = {
 }
 
 
+class _NormConstants:
+    """Scale and shift of a frozen batch norm, computed again only where its buffers change."""
+
+    def __init__(self) -> None:
+        self._buffers: tuple[Tensor, ...] = ()  # kept, so that no other gets their number
+        self._state: list[tuple[int, int]] = []
+        self._constants: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+        """Return the two, each (channels,)."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return _constants(norm)  # what is made in inference mode cannot be trained with
+        buffers = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        state = [(id(buffer), buffer._version) for buffer in buffers]
+        if self._constants is None or state != self._state:
+            self._buffers, self._state, self._constants = buffers, state, _constants(norm)
+        return self._constants
+
+
+def _constants(norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
 class ConvNorm(nn.Conv2d):
     """A convolution that keeps the size (up to its stride), then a norm of :data:`NORMS`."""
 
@@ -49,13 +74,12 @@ class ConvNorm(nn.Conv2d):
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias
         )
         self.norm = NORMS[norm](out_channels)
+        self._constants_of = _NormConstants()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, in_channels, h, w) to (n, out_channels, h / stride, w / stride)."""
         if isinstance(self.norm, FrozenBatchNorm2d) and self.bias is None:
-            scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-            shift = self.norm.bias - self.norm.running_mean * scale
-            return frozen_conv2d(x, self.weight, scale, shift, self.stride)
+            return frozen_conv2d(x, self.weight, *self._constants_of(self.norm), self.stride)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         return x if self.norm is None else self.norm(x)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from meta_fcos.head import FCOSHead
 from meta_fcos.inference import Detections, InferenceRule
 from meta_fcos.losses import LossRule, finish_normalizers
-from meta_fcos.targets import TargetRule, level_shapes
+from meta_fcos.targets import TargetRule, Targets, level_shapes
 
 
 class MetaFCOS(nn.Module):
@@ -66,24 +66,19 @@ class MetaFCOS(nn.Module):
     def forward(
         self,
         features: Sequence[Tensor],
-        boxes: Sequence[Tensor] | None = None,
-        classes: Sequence[Tensor] | None = None,
+        targets: Targets | None = None,
         normalizers: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor] | list[Detections]:
-        """Return the losses if there are ``boxes``, the detections otherwise.
+        """Return the losses if there are ``targets``, the detections otherwise.
 
         Args:
             features: (n, c, h, w) a level, from fine to coarse, of n padded images.
-            boxes: one image each: (k, 4), x0 y0 x1 y1 in pixels of the padded image, on the
-                device of the features.
-            classes: one image each: (k,), int64.
+            targets: of those images; see :meth:`assign`.
             normalizers: finished divisors of the losses; None: of this batch alone.
         """
         outputs = self.fcos_head(features)
-        if boxes is None or classes is None:
+        if targets is None:
             return self.inference_rule(outputs)
-        shapes = [(level.shape[2], level.shape[3]) for level in features]
-        targets = self.target_rule.assign(boxes, classes, shapes, self.target_dtype)
         if normalizers is None:
             normalizers = finish_normalizers(targets.sums(), world_size=1)
         return self.loss_rule(outputs, targets, normalizers)
@@ -93,12 +88,16 @@ class MetaFCOS(nn.Module):
         """Precision of targets and losses: the parameters', but float32 at least."""
         return torch.promote_types(self.fcos_head.bbox_pred.weight.dtype, torch.float32)
 
-    def loss_normalizers(
+    def assign(
         self, boxes: Sequence[Tensor], classes: Sequence[Tensor], size: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        """Return sums over the ground truth of these images that the losses are divided by.
+    ) -> Targets:
+        """Return the targets of images that are padded to ``size`` (height, width).
 
-        ``size`` is the height and width of the padded images; see :meth:`forward`.
+        Args:
+            boxes: one image each: (k, 4), x0 y0 x1 y1 in pixels of the padded image.
+            classes: one image each: (k,), int64.
+            size: see above; the levels of its features follow from it.
         """
         shapes = level_shapes(size, self.target_rule.strides)
-        return self.target_rule.assign(boxes, classes, shapes, self.target_dtype).sums()
+        device = self.fcos_head.bbox_pred.weight.device
+        return self.target_rule.assign(boxes, classes, shapes, self.target_dtype, device)

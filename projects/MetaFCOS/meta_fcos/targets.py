@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BACKGROUND = -1
 
@@ -100,48 +100,39 @@ class TargetRule:
         classes: Sequence[Tensor],
         shapes: Sequence[tuple[int, int]],
         dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> Targets:
         """Return the targets of n images, float32 or float64, on levels of these shapes.
 
         Of each image there are boxes (k, 4), x0 y0 x1 y1 in pixels of the padded image, and
-        classes (k,), int64.
+        classes (k,), int64. They are worked on together, on ``device`` or else where they are.
         """
-        locations = locate(shapes, self.strides, dtype=dtype, device=boxes[0].device)
-        sizes = self.sizes_of_interest
-        lower = _per_location((-1, *sizes), shapes, locations.x)
-        upper = _per_location((*sizes, math.inf), shapes, locations.x)
-        images = [
-            self._assign_image(b.to(dtype), c, locations, lower, upper)
-            for b, c in zip(boxes, classes, strict=True)
-        ]
-        labels, distances = (torch.stack(part) for part in zip(*images, strict=True))
-        return Targets(labels, distances, centerness(distances) * (labels != BACKGROUND))
-
-    def _assign_image(
-        self, boxes: Tensor, classes: Tensor, locations: Locations, lower: Tensor, upper: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        x, y, stride = locations
-        if boxes.shape[0] == 0:
-            labels = torch.full_like(x, BACKGROUND, dtype=torch.int64)
-            return labels, torch.ones_like(x).expand(4, -1)
-        x0, y0, x1, y1 = boxes.T
+        device = device or boxes[0].device
+        # Filled up with boxes of size 0, in which no location lies.
+        corners = _stacked(boxes).to(device, non_blocking=True).to(dtype)
+        numbers = _stacked(classes).to(device, non_blocking=True)
+        locations = locate(shapes, self.strides, dtype=dtype, device=device)
+        x0, y0, x1, y1 = corners.unbind(dim=2)
         area = (x1 - x0) * (y1 - y0)
         # Of several candidates the smallest wins; infinite means that there is none.
-        candidates = self._candidates(boxes, locations, lower, upper)
-        area = torch.where(candidates, area[:, None], math.inf)
-        smallest, index = area.min(dim=0)
+        candidates = self._candidates(corners, locations, shapes)
+        smallest, index = torch.where(candidates, area[:, :, None], math.inf).min(dim=1)
         positive = smallest < math.inf
-        x0, y0, x1, y1 = boxes[index].T
-        distances = torch.stack((x - x0, y - y0, x1 - x, y1 - y)) / stride
-        labels = torch.where(positive, classes[index], BACKGROUND)
-        return labels, torch.where(positive, distances, 1)
+        x, y, stride = locations
+        x0, y0, x1, y1 = corners.gather(1, index[:, :, None].expand(-1, -1, 4)).unbind(dim=2)
+        distances = torch.stack((x - x0, y - y0, x1 - x, y1 - y), dim=1) / stride
+        distances = torch.where(positive[:, None], distances, 1)
+        labels = torch.where(positive, numbers.gather(1, index), BACKGROUND)
+        return Targets(labels, distances, centerness(distances) * positive)
 
     def _candidates(
-        self, boxes: Tensor, locations: Locations, lower: Tensor, upper: Tensor
+        self, boxes: Tensor, locations: Locations, shapes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Return whether a location may predict a box: (k, l), bool."""
+        """Return whether a location may predict a box, boxes (n, k, 4): (n, k, l), bool."""
         x, y, stride = locations
-        x0, y0, x1, y1 = boxes.T[:, :, None]
+        lower = _per_location((-1, *self.sizes_of_interest), shapes, x)
+        upper = _per_location((*self.sizes_of_interest, math.inf), shapes, x)
+        x0, y0, x1, y1 = boxes[..., None].unbind(dim=2)
         farthest = torch.maximum(torch.maximum(x - x0, x1 - x), torch.maximum(y - y0, y1 - y))
         fits = (farthest >= lower) & (farthest <= upper)
         if self.center_sample:
@@ -149,6 +140,12 @@ class TargetRule:
             x0, x1 = torch.maximum(x0, center_x - reach), torch.minimum(x1, center_x + reach)
             y0, y1 = torch.maximum(y0, center_y - reach), torch.minimum(y1, center_y + reach)
         return fits & (x > x0) & (x < x1) & (y > y0) & (y < y1)
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of different lengths, filled up with zeros to the longest, of 1 at least."""
+    stacked = nn.utils.rnn.pad_sequence(list(images), batch_first=True)
+    return stacked if stacked.shape[1] else stacked.new_zeros((len(images), 1, *stacked.shape[2:]))
 
 
 def centerness(distances: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from meta_fcos.fpn import FPN
 from meta_fcos.head import FCOSHead
 from meta_fcos.proposals import MetaFCOS
 from meta_fcos.resnet import ResNet
+from meta_fcos.targets import TargetRule
 
 LOSSES = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
 
@@ -154,6 +155,48 @@ def test_a_training_step_has_no_data_dependent_shapes(norm):
         gradients = [p.grad is not None for p in model.parameters() if p.requires_grad]
         assert len(gradients) > 60
         assert all(gradients)
+
+
+@pytest.fixture
+def assigned(monkeypatch):
+    """The number of images of every call that assigns targets."""
+    counts, assign = [], TargetRule.assign
+
+    def counted(rule, boxes, *arguments):
+        counts.append(len(boxes))
+        return assign(rule, boxes, *arguments)
+
+    monkeypatch.setattr(TargetRule, "assign", counted)
+    return counts
+
+
+def test_a_step_assigns_its_targets_once(make_detector, make_sample, assigned):
+    model = make_detector()
+    batches = [[make_sample(seed=1), make_sample(seed=2)], [make_sample(seed=3)]]
+    sums = [model.loss_normalizers(batch) for batch in batches]
+    normalizers = model.finish_normalizers({k: sums[0][k] + sums[1][k] for k in sums[0]}, 1)
+    losses = [model(batch, normalizers) for batch in batches]
+    assert assigned == [2, 1]
+    # Nothing is kept for another step, and the losses are those without normalizers before.
+    torch.testing.assert_close(model(batches[0], normalizers), losses[0], rtol=0, atol=0)
+    assert assigned == [2, 1, 2]
+
+
+def test_targets_of_a_failed_step_do_not_stay(make_detector, make_sample):
+    model = make_detector()
+    samples = [make_sample(seed=seed) for seed in range(4)]
+    for batch in (samples[:2], samples[2:]):
+        model.loss_normalizers(batch)
+    model.backbone.forward = lambda images: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(samples[:2])
+    del model.backbone.forward
+    for sample in samples:
+        model.loss_normalizers([sample])
+    assert len(model._targets_once._kept) == 4
+    for sample in samples:
+        model([sample])
+    assert not model._targets_once._kept
 
 
 def test_state_dict_has_the_published_names(recipe_cfg):

@@ -90,6 +90,20 @@ def test_images_without_boxes_are_background():
     }
 
 
+@pytest.mark.parametrize("center_sample", [True, False])
+def test_images_together_have_the_targets_that_each_has_alone(make_sample, center_sample):
+    samples = [make_sample(96, 128, count=count, seed=count) for count in (5, 0, 30, 1)]
+    rule, shapes = TargetRule(center_sample=center_sample), level_shapes((96, 128), STRIDES)
+
+    def assign(some):
+        boxes, classes = zip(*((s["boxes"], s["classes"]) for s in some), strict=True)
+        return rule.assign(boxes, classes, shapes, torch.float32)
+
+    together, alone = assign(samples), [assign([sample]) for sample in samples]
+    for part in range(3):
+        assert torch.equal(together[part], torch.cat([targets[part] for targets in alone]))
+
+
 def test_sums_do_not_depend_on_the_padding(make_sample):
     sample = make_sample(height=90, width=120)
     sums = [
