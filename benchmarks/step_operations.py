@@ -15,8 +15,9 @@ import argparse
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import repeat
 from typing import Any
 from unittest.mock import MagicMock, patch
@@ -40,6 +41,8 @@ PRECISIONS = {
     "float32": (),
     "float16": ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "float16"),
 }
+# In which momentum, and the host's room for its copies, come into being.
+_STEPS_BEFORE = 2
 # Updates in place that have no rule for fake tensors.
 _IN_PLACE = ("_fused_", "_amp_")
 
@@ -81,14 +84,13 @@ class HostWork(TorchDispatchMode):
             return
         position = {"copy_": 2, "_foreach_copy_": 2}.get(name, len(args))
         asynchronous = kwargs.get("non_blocking") or (len(args) > position and args[position])
-        devices = {
-            t.device.type for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)
-        }
+        tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors}
         if len(devices) > 1 and not asynchronous:
             self.waits["a copy"] += 1
 
 
-def _filled_gradients(objective: torch.Tensor, model: torch.nn.Module) -> None:
+def _fill_gradients(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -119,10 +121,10 @@ def gpu_that_is_not_there(work: HostWork) -> Iterator[None]:
         yield
 
 
-def count(precision: str, images: int) -> dict[str, Any]:
-    """Return one row: operations and waits of a step after the first."""
+def count(precision: str, images: int, opts: Sequence[str] = ()) -> dict[str, Any]:
+    """Return one row: operations and waits of a step."""
     work = HostWork()
-    cfg = load_cfg(RECIPE, [*PRECISIONS[precision], "D2SCALE.IMS_PER_GPU", str(images)])
+    cfg = load_cfg(RECIPE, [*PRECISIONS[precision], *opts])
     with FakeTensorMode(allow_non_fake_inputs=True), gpu_that_is_not_there(work):
         with torch.device("cuda"):
             model = new_model(cfg).train()
@@ -130,12 +132,13 @@ def count(precision: str, images: int) -> dict[str, Any]:
         step.phase = work.phase
         schedule = LearningRateSchedule(step.optimizer, ConstantParamScheduler(1.0), 100)
         trainer = Trainer(step, repeat(WORST_CASE.samples(images)), schedule, seed=0)
-        with patch.object(torch.Tensor, "backward", lambda loss: _filled_gradients(loss, model)):
-            with work:
+        fill = partial(_fill_gradients, model)
+        with patch.object(torch.Tensor, "backward", lambda loss: fill()), work:
+            for _ in range(_STEPS_BEFORE):
                 trainer.take_step()
-                work.operations.clear()
-                work.waits.clear()
-                trainer.take_step()
+            work.operations.clear()
+            work.waits.clear()
+            trainer.take_step()
     work.operations.pop("backward", None)
     return {
         "key": f"{precision}, {images}",

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from d2scale.step.undo import host_copy
+from d2scale.step.host_copies import HostCopies
 
 
 class HookStates:
@@ -25,24 +24,19 @@ class HookStates:
     def __init__(self, holders: Sequence[Any]) -> None:
         self._holders = holders
         self._attributes: list[dict[str, Any]] = []
-        self._copies: dict[Tensor, Tensor] = {}
+        self._copies = HostCopies()
 
-    @torch.no_grad()
     def remember(self) -> None:
         """Copy the state."""
         self._attributes = [dict(vars(holder)) for holder in self._holders]
-        self._copies = {
-            tensor: host_copy(tensor, self._copies.get(tensor)) for tensor in self._tensors()
-        }
+        self._copies.take(self._tensors())
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Bring back what was remembered."""
         for holder, attributes in zip(self._holders, self._attributes, strict=True):
             vars(holder).clear()
             vars(holder).update(attributes)
-        for tensor, copy in self._copies.items():
-            tensor.copy_(copy)
+        self._copies.bring_back()
 
     def _tensors(self) -> Iterator[Tensor]:
         for attributes in self._attributes:

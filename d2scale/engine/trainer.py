@@ -66,14 +66,14 @@ class Trainer:
         start = time.perf_counter()
         rank_batch = next(self._data)
         data_seconds = time.perf_counter() - start
-        if self._skipped_steps is not None:
-            self._skipped_steps.check(iteration)
         lr = self._schedule.set(done)
         seed_step(self._seed, clock.number)
 
         def before_update(losses: StepLosses) -> None:
             nonlocal lr
             abnormal.check_finite(losses.losses, iteration, lr)
+            if self._skipped_steps is not None:
+                self._skipped_steps.check(iteration, clock.number)
             gain = clock.gain_with(losses)
             lr = self._schedule.set(done, gain)
             self._step.set_gain(gain)

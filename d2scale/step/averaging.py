@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from d2scale.step import ranks
+from d2scale.step.private_torch import copy_all
 
 # Large enough for the network, small beside a model.
 BUCKET_BYTES = 16 * 2**20
@@ -50,7 +51,7 @@ class _Bucket:
             part = buffer[start : start + parameter.numel()]
             start += parameter.numel()
             assert parameter.grad is not None
-            yield parameter.grad, _laid_out(part, parameter)
+            yield parameter.grad, laid_out(part, parameter)
 
 
 class GradientAverager:
@@ -183,8 +184,7 @@ class GradientAverager:
         while any(busy is buffer for _, busy, _ in self._running):
             self._complete_first(use=use)
         if use:
-            for gradient, view in bucket.views(buffer):
-                view.copy_(gradient)
+            copy_all([(view, gradient) for gradient, view in bucket.views(buffer)])
         flat = buffer[: bucket.numel]
         if self.divisor != 1:
             flat.div_(self.divisor)
@@ -196,8 +196,7 @@ class GradientAverager:
         bucket, buffer, handle = self._running.popleft()
         handle.wait()
         if use:
-            for gradient, view in bucket.views(buffer):
-                gradient.copy_(view)
+            copy_all(list(bucket.views(buffer)))
 
     def _complete_all(self, *, use: bool) -> None:
         """Take part in all reductions that are left; ``use`` their results or drop them."""
@@ -232,12 +231,13 @@ def in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-def _laid_out(part: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return a flat tensor in the parameter's shape and, if it is dense, in its memory layout."""
+def laid_out(part: Tensor, like: Tensor) -> Tensor:
+    """Return a flat tensor in the shape of ``like`` and, if that is dense, in its memory layout."""
     last = torch.channels_last
-    if parameter.is_contiguous() or parameter.is_contiguous(memory_format=last):
-        return part.as_strided(parameter.shape, parameter.stride())  # copying is fastest so
-    return part.view(parameter.shape)
+    if like.is_contiguous() or (like.dim() == 4 and like.is_contiguous(memory_format=last)):
+        # Copying is fastest so.
+        return part.as_strided(like.shape, like.stride(), part.storage_offset())
+    return part.view(like.shape)
 
 
 def averaging_bytes(parameters: Sequence[nn.Parameter]) -> int:

@@ -118,11 +118,13 @@ class ForwardBackward:
         self, parts: Sequence[Part], prepare: Callable[[], None] | None
     ) -> dict[str, Tensor]:
         """Return what this rank adds to the whole step's loss normalizers, if it has such."""
+        totals = {}
+        if self._exact is not None and self._virtual_ranks is None:
+            totals = self._sums(self._exact, parts)
+        # After them: a model that reads a value would wait for all copies to the host.
         if prepare is not None:
             prepare()
-        if self._exact is None or self._virtual_ranks is not None:
-            return {}
-        return self._sums(self._exact, parts)
+        return totals
 
     def _sums(self, exact: ExactModel, parts: Sequence[Part]) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}

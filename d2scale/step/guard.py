@@ -15,7 +15,9 @@ from d2scale.step.agreement import AgreedOutOfMemoryError
 
 logger = logging.getLogger(__name__)
 
-# Steps between two lines about allocator retries.
+# Steps between two looks at the allocator's statistics, which take the host's time, and between
+# two lines about its retries.
+_LOOKS_APART = 20
 _RETRY_LINES_APART = 100
 # Memory in pieces makes a step fail that fits otherwise: of 490 modelled steps near the limit two
 # did. Where it happens more often than this the size is too large: each time costs a step.
@@ -147,20 +149,23 @@ class AllocatorRetries:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._known = self._count()
-        self._quiet_steps = 0
+        self._steps = 0
+        self._quiet_until = 0  # a number of steps
 
     def check(self) -> None:
-        """Compare with the last call, to be made once a step."""
-        self._quiet_steps = max(0, self._quiet_steps - 1)
+        """Look now and then whether there were more; to be called once a step."""
+        self._steps += 1
+        if self._steps % _LOOKS_APART or self._steps < self._quiet_until:
+            return
         count = self._count()
-        if count > self._known and not self._quiet_steps:
+        if count > self._known:
             logger.warning(
                 "The CUDA allocator has emptied its cache %d times to find memory: steps get "
                 "slow, and an out-of-memory error is near",
                 count - self._known,
             )
             self._known = count
-            self._quiet_steps = _RETRY_LINES_APART
+            self._quiet_until = self._steps + _RETRY_LINES_APART
 
     def _count(self) -> int:
         on_cuda = self._device.type == "cuda"

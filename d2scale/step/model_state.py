@@ -65,9 +65,13 @@ class ModelState:
         ]
         self._built = [dict(vars(module)) for _, module in self._modules]
 
+    @torch.no_grad()
     def take(self) -> State:
         """Return a copy of the state."""
-        return State({name: b.detach().clone() for name, b in self._buffers()}, self._attributes())
+        live = dict(self._buffers())
+        copies = {name: torch.empty_like(buffer) for name, buffer in live.items()}
+        copy_all(list(zip(copies.values(), live.values(), strict=True)))
+        return State(copies, self._attributes())
 
     @torch.no_grad()
     def put(self, state: State) -> None:

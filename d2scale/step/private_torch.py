@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -61,8 +62,25 @@ def buffer_owner(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None],
     return model.get_submodule(owner)._buffers, own_name
 
 
-def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]], *, asynchronous: bool = False) -> None:
     """Copy into the first tensor of each pair the second; on a GPU in few kernels for all."""
-    if pairs:
-        targets, sources = zip(*pairs, strict=True)
-        torch._foreach_copy_(list(targets), list(sources))
+    kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        kind = target.dtype, target.device, source.dtype, source.device  # else one by one
+        targets, sources = kinds.setdefault(kind, ([], []))
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in kinds.values():
+        torch._foreach_copy_(targets, sources, asynchronous)
+
+
+def scaler_values(scaler: GradScaler) -> list[Tensor]:
+    """Return a scaler's scale and its steps since that has changed, which lie on its device.
+
+    Its state dict would read them, and wait. A scaler that is switched off has none.
+    """
+    if not scaler.is_enabled():
+        return []
+    scaler.scale(torch.zeros((), device=scaler._device))  # they come into being at the first use
+    values: list[Any] = [scaler._scale, scaler._growth_tracker]
+    return values

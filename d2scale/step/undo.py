@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from d2scale.step.host_copies import HostCopies
 from d2scale.step.model_state import ModelState, State
+from d2scale.step.private_torch import copy_all, scaler_values
 
 # What a scaler sets on a fused optimizer for its step, and takes away after one that succeeds. Left
 # there, a scale would be multiplied by itself, or divide gradients that are unscaled already.
@@ -34,12 +36,12 @@ class StepUndo:
         self._device = next(model.parameters()).device
         self._on_cuda = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if self._on_cuda else None
-        self._copies: dict[Tensor, Tensor] = {}
+        self._copies = HostCopies()
         self._state: dict[Any, dict[str, Any]] = {}
         self.model_state = ModelState(model)
         self._kept_state = State()
         self._random: list[Tensor] = []
-        self._scaler_state: dict[str, Any] = {}
+        self._scaler_values: list[Tensor] = []
         self._complete = False
 
     def forget(self) -> None:
@@ -54,16 +56,14 @@ class StepUndo:
         self._random = [torch.get_rng_state()]
         if self._on_cuda:
             self._random.append(torch.cuda.get_rng_state(self._device))
-        self._scaler_state = self._scaler.state_dict() if self._scaler else {}
+        values = scaler_values(self._scaler) if self._scaler else []
+        self._scaler_values = [value.clone() for value in values]
         self._kept_state = self.model_state.take()
         self._state = {key: dict(state) for key, state in self._optimizer.state.items()}
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with self._beside():
-            # Tensors that are gone from the optimizer are forgotten with their old copies.
-            self._copies = {
-                tensor: host_copy(tensor, self._copies.get(tensor)) for tensor in self._changing()
-            }
+            self._copies.take(self._changing())
         self._complete = True
 
     def settle(self) -> None:
@@ -83,8 +83,7 @@ class StepUndo:
         self._optimizer.state.clear()  # with what this step has made of it
         free_memory()  # first: restoring takes a little memory itself
         self.settle()
-        for tensor, copy in self._copies.items():
-            tensor.copy_(copy)
+        self._copies.bring_back()
         self._optimizer.state.update({key: dict(state) for key, state in self._state.items()})
         self.model_state.put(self._kept_state)
         self._restore_scaler()
@@ -101,13 +100,11 @@ class StepUndo:
         return parameters + [value for value in values if isinstance(value, Tensor)]
 
     def _restore_scaler(self) -> None:
-        if self._scaler is None or not self._scaler_state:
+        if self._scaler is None or not self._scaler_values:
             return
-        # The scale comes into being at its first use; update() then forgets what unscale_() has
-        # noted for the step that is undone.
-        self._scaler.scale(torch.zeros((), device=self._device))
-        self._scaler.update(float(self._scaler_state["scale"]))
-        self._scaler.load_state_dict(self._scaler_state)
+        # It forgets what unscale_() has noted for the step that is undone.
+        self._scaler.update(self._scaler_values[0])
+        copy_all(list(zip(scaler_values(self._scaler), self._scaler_values, strict=True)))
 
 
 def free_memory() -> None:
@@ -115,11 +112,3 @@ def free_memory() -> None:
     gc.collect()  # frames in reference cycles keep activations alive
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def host_copy(tensor: Tensor, copy: Tensor | None = None) -> Tensor:
-    """Copy a tensor to host memory, into ``copy`` if there is one; a GPU does it asynchronously."""
-    if copy is None:
-        copy = torch.empty_like(tensor, device="cpu", requires_grad=False)
-        copy = copy.pin_memory() if tensor.is_cuda else copy
-    return copy.copy_(tensor, non_blocking=tensor.is_cuda)

@@ -49,3 +49,21 @@ def test_fake_tensors_have_shapes_and_no_values():
         except private_torch.NOT_FAKEABLE:
             return
     raise AssertionError("a fake tensor has given a value")
+
+
+def test_many_tensors_of_several_types_are_copied():
+    sources = [torch.rand(3), torch.arange(4), torch.rand(2, dtype=torch.float64)]
+    targets = [torch.zeros_like(source) for source in sources] + [torch.zeros(3).half()]
+    private_torch.copy_all(list(zip(targets, [*sources, sources[0]], strict=True)))
+    assert all(torch.equal(*pair) for pair in zip(targets[:3], sources, strict=True))
+    assert torch.equal(targets[3], sources[0].half())
+    private_torch.copy_all([])
+
+
+def test_a_scalers_values_are_its_own_tensors():
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scale, steps = private_torch.scaler_values(scaler)
+    assert (scale.item(), steps.item()) == (8.0, 0)
+    scale.fill_(2.0)
+    assert scaler.get_scale() == 2.0
+    assert private_torch.scaler_values(torch.amp.GradScaler("cpu", enabled=False)) == []

@@ -78,15 +78,20 @@ class SkippedSteps:
     def __init__(self, scaler: GradScaler) -> None:
         self._scaler = scaler
         self._scale: float | None = None
+        self._number = -1  # of the step that was checked last
         self._streak = 0
         self.total = 0  # steps skipped so far
 
-    def check(self, iteration: int) -> None:
+    def check(self, iteration: int, number: int) -> None:
         """Check whether the step before ``iteration`` was skipped: then the scale has fallen.
 
-        To be called once a step, when its losses are known: a device has nothing to wait for.
-        Raises D2ScaleError after too many in a row. All ranks have the same scale, so all raise.
+        To be called when the losses of a step are known, for then the device has nothing to do;
+        other attempts at the step, which has the ``number``, are not counted. Raises D2ScaleError
+        after too many in a row. All ranks have the same scale, so all raise.
         """
+        if number == self._number:
+            return
+        self._number = number
         scale = self._scaler.get_scale()
         skipped = self._scale is not None and scale < self._scale
         self._scale = scale

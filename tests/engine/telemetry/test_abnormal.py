@@ -53,7 +53,8 @@ class Scaled:
         self.skipped = SkippedSteps(self.scaler)
 
     def step(self, iteration, gradient):
-        self.skipped.check(iteration)
+        self.skipped.check(iteration, iteration)
+        self.skipped.check(iteration, iteration)  # the step is taken again
         self.optimizer.zero_grad()
         self.scaler.scale(self.weight.sum() * gradient).backward()
         self.scaler.step(self.optimizer)
