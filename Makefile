@@ -26,6 +26,7 @@ benchmarks: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory_choice.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory_finders.py
 	$(BIN)/python benchmarks/memory_gpu.py
+	$(BIN)/python benchmarks/step_operations.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation_speed.py --repeats 1
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loader_speed.py
 	$(BIN)/python benchmarks/training_speed.py
