@@ -36,10 +36,6 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     cfg.D2SCALE.MAX_IMS_PER_BATCH = 0  # limit of the batch that d2scale_max_memory chooses; 0: none
     # Micro-batches in one optimizer step. 0: decide from IMS_PER_GPU and the memory.
     cfg.D2SCALE.ACCUMULATION_STEPS = 0
-    # What an out-of-memory error does to a run. "split": the step is undone and taken again in
-    # smaller micro-batches, with the same result; after a while larger ones are tried again.
-    # "stay_split": they stay smaller. "raise": the run ends.
-    cfg.D2SCALE.ON_OOM = "split"
     # Run the recipe's ranks in turn on fewer GPUs, each with its own images, random numbers and
     # state: the cluster's step for any model. "auto": with keep_total, for models that do not tell
     # their loss normalizers. "on", "off".
@@ -53,13 +49,24 @@ def add_d2scale_config(cfg: CfgNode) -> None:
     cfg.D2SCALE.ORDERED_SUM = False
     # Make every step independent of the number of ranks and micro-batches, to rounding.
     cfg.D2SCALE.EXACT = False
-    # Let --resume go on with a recipe that is not the one the training was started with.
-    cfg.D2SCALE.ALLOW_CHANGED_RECIPE = False
     # Compute activations again in the backward pass instead of keeping them: less memory, more
     # time. Only the default engine honours it.
     cfg.D2SCALE.ACTIVATION_CHECKPOINTING = False
+    _run_keys(cfg.D2SCALE)
     cfg.D2SCALE.TILES = _tile_keys(node())
     cfg.D2SCALE.MEMORY = _memory_keys(node())
+
+
+def _run_keys(options: Any) -> None:
+    """How a run meets what goes wrong."""
+    # What an out-of-memory error does to a run. "split": the step is undone and taken again in
+    # smaller micro-batches, with the same result; after a while larger ones are tried again.
+    # "stay_split": they stay smaller. "raise": the run ends.
+    options.ON_OOM = "split"
+    # Seconds for which the default engine waits for its loader's workers; then the run ends.
+    options.LOADER_TIMEOUT_SECONDS = 600.0
+    # Let --resume go on with a recipe that is not the one the training was started with.
+    options.ALLOW_CHANGED_RECIPE = False
 
 
 def _tile_keys(tiles: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from d2scale.config.value_rules import Rule, is_number, judge, names, number, one_of, or_none, whole
+from d2scale.engine.data.workers import LOADER_TIMEOUT
 from d2scale.engine.tiles import TILE_RULES
 from d2scale.errors import Fault
 from d2scale.planning.batch import ON_OOM
@@ -73,6 +74,7 @@ _RULES = (
     whole("TEST.DETECTIONS_PER_IMAGE", 1),
     one_of("MODEL.DEVICE", ("cuda", "cpu")),
     ON_OOM,
+    LOADER_TIMEOUT,
     *TILE_RULES,
     SYNC_BN_RULE,
 )

@@ -22,6 +22,7 @@ from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.engine.checkpoint.files import last_whole_checkpoint
 from d2scale.engine.checkpoint.resume import Position, RunRecord, resume_training
 from d2scale.engine.data.loader import TrainLoader, build_train_loader
+from d2scale.engine.data.workers import telling_of_lost_workers
 from d2scale.engine.evaluation import evaluate_datasets
 from d2scale.engine.hooks import CheckpointHook, EvaluationHook
 from d2scale.engine.models import build_model, device_of, load_initial_weights
@@ -100,11 +101,8 @@ def run_rank(job: Job) -> Results:
         )
         for note in job.notes:
             logger.info(note)
-        if plan is None:
-            return _evaluate_only(job)
-        refuse_separate_folders(folder)
-        logger.info("the plan:\n%s", plan_table(plan))
-        return _train(job, plan)
+        with telling_of_lost_workers():
+            return _evaluate_only(job) if plan is None else _train(job, plan)
 
 
 def _evaluate_only(job: Job) -> Results:
@@ -127,6 +125,8 @@ class _Training(NamedTuple):
 
 
 def _train(job: Job, plan: Plan) -> Results:
+    refuse_separate_folders(Path(job.cfg.OUTPUT_DIR))
+    logger.info("the plan:\n%s", plan_table(plan))
     hold_to_budget(device_of(job.cfg), job.cfg.D2SCALE.MEMORY.BUDGET_GIB)
     training = _prepare(job, plan)
     cfg, position, plan = training.cfg, training.position, training.plan

@@ -6,21 +6,27 @@ file handle and one pinned block for each chunk, not for each image.
 
 from __future__ import annotations
 
+import logging
+import os
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from d2scale.coco.images import check_size
 from d2scale.coco.records import Records
 from d2scale.engine.data.images import read_image, resize_and_flip
 from d2scale.engine.data.transforms import Augmentation, transform_boxes
+from d2scale.engine.data.workers import TOLD_AFTER_SECONDS, end_with_parent, patiently
 from d2scale.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 
@@ -38,21 +44,34 @@ class Request(NamedTuple):
 class PackedChunk:
     """A few samples whose pixels lie one after the other in one tensor."""
 
-    pixels: torch.Tensor  # uint8, shape (total,)
+    pixels: torch.Tensor | np.ndarray  # uint8, shape (total,); an array where memory is not shared
     samples: list[Sample]  # without "image"; boxes and classes as numpy arrays
     sizes: list[tuple[int, int]]  # (h, w) of each image
 
     def pin_memory(self) -> PackedChunk:
         """Move the pixels to page-locked memory (called by torch's data loader)."""
-        self.pixels = self.pixels.pin_memory()
+        self.pixels = torch.as_tensor(self.pixels).pin_memory()
+        return self
+
+    def share(self) -> PackedChunk:
+        """Move the pixels to shared memory if there is room, else make them an array.
+
+        Done here and not by torch's queue: that does it in a thread whose errors are lost, and a
+        full /dev/shm (64 MB in a Docker container) would have the rank wait for ever. Arrays go
+        through a pipe, which is slower.
+        """
+        try:
+            self.pixels = torch.as_tensor(self.pixels).share_memory_()
+        except (OSError, RuntimeError):
+            self.pixels = np.asarray(self.pixels)
         return self
 
     def unpack(self) -> list[Sample]:
         """Return the samples; their images are views of ``pixels``."""
-        start = 0
+        start, pixels = 0, torch.as_tensor(self.pixels)
         for sample, (height, width) in zip(self.samples, self.sizes, strict=True):
             end = start + 3 * height * width
-            sample["image"] = self.pixels[start:end].view(3, height, width)
+            sample["image"] = pixels[start:end].view(3, height, width)
             start = end
             for key in ("boxes", "classes"):
                 if key in sample:
@@ -67,12 +86,14 @@ class LoaderOptions:
     order: str = "BGR"  # of the channels; or "RGB"
     num_workers: int = 0  # worker processes of this rank; 0 makes the samples in the rank itself
     pin_memory: bool = False  # put the pixels into page-locked memory
+    timeout_seconds: float = 600  # for which workers are waited for
 
     @classmethod
     def from_cfg(cls, cfg: CfgNode) -> LoaderOptions:
-        """Read ``INPUT.FORMAT``, ``DATALOADER.NUM_WORKERS`` and ``MODEL.DEVICE``."""
+        """Read INPUT.FORMAT, DATALOADER.NUM_WORKERS, MODEL.DEVICE and the loader's timeout."""
         on_cuda = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
-        return cls(cfg.INPUT.FORMAT, cfg.DATALOADER.NUM_WORKERS, on_cuda)
+        timeout = cfg.D2SCALE.LOADER_TIMEOUT_SECONDS
+        return cls(cfg.INPUT.FORMAT, cfg.DATALOADER.NUM_WORKERS, on_cuda, timeout)
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,8 @@ class ChunkDataset:
         images = [image for image, _ in made]
         pixels = images[0].view(-1) if len(images) == 1 else torch.cat([i.view(-1) for i in images])
         sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
-        return PackedChunk(pixels, [sample for _, sample in made], sizes)
+        chunk = PackedChunk(pixels, [sample for _, sample in made], sizes)
+        return chunk if get_worker_info() is None else chunk.share()
 
     def _make(self, request: Request) -> tuple[torch.Tensor, Sample]:
         record = self.records[request.image]
@@ -130,9 +152,18 @@ def load_chunks(
     Raises the DataError of a worker.
     """
     # No name for the iterator here: a traceback would keep it, and its workers, alive.
-    for chunk in _start_workers(dataset, requests, options, ahead):
+    told = False
+    for chunk in patiently(
+        _start_workers(dataset, requests, options, ahead), options.timeout_seconds
+    ):
         if isinstance(chunk, DataError):
             raise chunk
+        if isinstance(chunk.pixels, np.ndarray) and not told:
+            told = True
+            logger.warning(
+                "Shared memory is full (/dev/shm): images go through pipes, which is slower; give "
+                "it more, in Docker by --shm-size 8g, or lower DATALOADER.NUM_WORKERS"
+            )
         yield chunk.unpack()
 
 
@@ -156,6 +187,8 @@ def _start_workers(
             pin_memory=options.pin_memory,
             # A generator of its own: making workers must not move the global one.
             generator=torch.Generator(),
+            timeout=TOLD_AFTER_SECONDS if workers else 0,
+            worker_init_fn=partial(end_with_parent, os.getpid()),
         )
         return iter(loader)
 

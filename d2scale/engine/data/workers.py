@@ -1,0 +1,93 @@
+"""What can happen to loader workers: one is killed, hangs, or outlives its rank."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from d2scale.config.value_rules import number
+from d2scale.errors import D2ScaleError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LOADER_TIMEOUT = number("D2SCALE.LOADER_TIMEOUT_SECONDS", above=0, advice="600 is usual")
+# After so long a wait is told.
+TOLD_AFTER_SECONDS = 15
+_PARENT_SECONDS = 1.0  # between two looks at the parent process
+_ADVICE = "then go on with --resume"
+
+
+def end_with_parent(parent: int, _: int) -> None:
+    """Let this worker process end when the process ``parent`` does (torch's ``worker_init_fn``).
+
+    torch's own watch asks for the parent's number when the worker is ready. A parent that has died
+    by then is never missed, and the worker lives on, holding its output open.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def patiently(chunks: Iterator[T], timeout_seconds: float) -> Iterator[T]:
+    """Yield what workers make; tell of a long wait, and end it after ``timeout_seconds``.
+
+    ``chunks`` is an iterator of torch's loader whose own timeout is ``TOLD_AFTER_SECONDS``. Raises
+    D2ScaleError at the end of the patience, and for a worker that has ended.
+    """
+    while True:
+        waited = 0
+        while True:
+            try:
+                chunk = next(chunks)
+                break
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError) as error:
+                # Pixels are in shared memory that only a living worker hands over. Why it has ended
+                # comes by a signal, whose handler raises: best here.
+                time.sleep(1.0)
+                raise _lost(f"a worker of the loader has ended ({error})") from error
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+            waited += TOLD_AFTER_SECONDS
+            if waited >= timeout_seconds:
+                raise D2ScaleError(
+                    f"the loader's workers made no image for {waited} s; look at the disk that "
+                    "holds the images and at free memory, set DATALOADER.NUM_WORKERS 0 to see "
+                    f"what an image does, or raise {LOADER_TIMEOUT.key}, {_ADVICE}"
+                ) from None
+            logger.warning(
+                "Waiting for the loader's workers for %d s, until %g s", waited, timeout_seconds
+            )
+        yield chunk
+
+
+@contextmanager
+def telling_of_lost_workers() -> Iterator[None]:
+    """Within the context, let a worker that was killed be one line.
+
+    torch raises that wherever the rank happens to be, for it learns of it by a signal.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise _lost(str(error).partition("\n")[0].rstrip(". ")) from error
+
+
+def _lost(reason: str) -> D2ScaleError:
+    advice = f"was it killed for want of host memory? Lower DATALOADER.NUM_WORKERS, {_ADVICE}"
+    return D2ScaleError(f"{reason}; {advice}")
