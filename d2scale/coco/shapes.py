@@ -66,6 +66,8 @@ def write_shapes_dataset(
     val_images: int,
     seed: int = 0,
     image_size: tuple[int, int] = (160, 256),
+    *,
+    only_drawn: bool = False,
 ) -> Path:
     """Write ``root/coco``, unless it is there already with the same settings; return ``root``.
 
@@ -74,6 +76,7 @@ def write_shapes_dataset(
     Args:
         root: folder to set ``DETECTRON2_DATASETS`` to.
         image_size: smallest and largest edge, pixels.
+        only_drawn: list the classes of the shapes alone, as somebody's own data would; else COCO's.
 
     Raises:
         DataError: if ``root/coco`` holds files that were not written here, or cannot be written.
@@ -88,6 +91,7 @@ def write_shapes_dataset(
     root, target = Path(root), Path(root, "coco")
     settings: dict[str, Any] = {"version": _VERSION, "train_images": train_images}
     settings |= {"val_images": val_images, "seed": seed, "image_size": [low, high]}
+    settings |= {"only_drawn": True} if only_drawn else {}
     if _settings_of(target) != settings:
         _refuse_foreign(target)
         try:
@@ -123,6 +127,7 @@ def _write_and_swap(target: Path, settings: dict[str, Any]) -> None:
             (new / f"{part}2017").mkdir()
             seeds = [(settings["seed"], stream, 1 + n) for n in range(settings[f"{part}_images"])]
             content = _write_images(new / f"{part}2017", seeds, settings["image_size"])
+            content["categories"] = _categories(only_drawn="only_drawn" in settings)
             (new / f"annotations/instances_{part}2017.json").write_text(json.dumps(content))
         (new / MARKER).write_text(json.dumps(settings))
         if target.exists():
@@ -148,8 +153,12 @@ def _write_images(
         "info": {"description": "drawn shapes in COCO's format"},
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": i, "name": name} for i, name in COCO_CLASSES.items()],
     }
+
+
+def _categories(*, only_drawn: bool) -> list[dict[str, Any]]:
+    ids = [kind.category_id for kind in KINDS] if only_drawn else COCO_CLASSES
+    return [{"id": i, "name": COCO_CLASSES[i]} for i in ids]
 
 
 def _draw_picture(

@@ -161,3 +161,16 @@ def test_numbers_out_of_range_are_refused(tmp_path, changes):
     with pytest.raises(ValueError, match="need at least one image"):
         write(tmp_path, **changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dataset_can_list_the_drawn_classes_alone(tmp_path):
+    sizes = {"train_images": 3, "val_images": 1, "image_size": (64, 96)}
+    content = {}
+    for only_drawn in (True, False):
+        root = write_shapes_dataset(tmp_path, **sizes, only_drawn=only_drawn)
+        path = root / "coco/annotations/instances_train2017.json"
+        content[only_drawn] = json.loads(path.read_text())
+    names = {entry["name"] for entry in content[True].pop("categories")}
+    assert names == {"stop sign", "sports ball", "kite", "pizza", "donut", "book"}
+    assert len(content[False].pop("categories")) == 80
+    assert content[True] == content[False]

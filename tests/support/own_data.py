@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from d2scale.coco.shapes import write_shapes_dataset
@@ -14,17 +15,19 @@ from d2scale.coco.shapes import write_shapes_dataset
 class OwnData:
     """Drawn shapes in ``root/images`` and ``root/labels.json``; edit ``content``, then ``write``.
 
-    The classes are those of the shapes, or as many of them as ``classes``.
+    Its classes are the first ones of the shapes.
     """
 
     def __init__(self, root: Path, images: int = 6, classes: int = 6, seed: int = 0) -> None:
         self.root, self.images, self.json_file = root, root / "images", root / "labels.json"
-        drawn = write_shapes_dataset(root / "drawn", images, 1, seed=seed, image_size=(64, 96))
+        drawn = write_shapes_dataset(
+            root / "drawn", images, 1, seed, image_size=(64, 96), only_drawn=True
+        )
         (drawn / "coco/train2017").rename(self.images)
         self.content = json.loads(
             (drawn / "coco/annotations/instances_train2017.json").read_text(encoding="utf-8")
         )
-        used = sorted({entry["category_id"] for entry in self.content["annotations"]})[:classes]
+        used = [entry["id"] for entry in self.content["categories"]][:classes]
         for part, key in (("categories", "id"), ("annotations", "category_id")):
             self.content[part] = [e for e in self.content[part] if e[key] in used]
         self.write()
@@ -36,14 +39,22 @@ class OwnData:
     def write(self) -> None:
         self.json_file.write_text(json.dumps(self.content), encoding="utf-8")
 
-    def replace_image(self, number: int, image: Image.Image, suffix: str = ".png") -> Path:
-        """Put another image, of whatever kind and size, in the place of one."""
-        entry = self.content["images"][number]
-        path = self.images / f"replaced-{number}{suffix}"
-        image.save(path)
-        entry.update(file_name=path.name, width=image.width, height=image.height)
+    def make_odd(self) -> list[str]:
+        """Bring the first images into the kinds of :func:`odd_images`; return those kinds.
+
+        The annotations stay: they are of the image as it is shown.
+        """
+        kinds = []
+        for entry in self.content["images"]:
+            image = Image.open(self.images / entry["file_name"]).convert("RGB")
+            others = odd_images(image)
+            if len(kinds) < len(others):
+                kinds.append([*others][len(kinds)])
+                other, options = others[kinds[-1]]
+                entry["file_name"] = f"{kinds[-1]}"
+                other.save(self.images / kinds[-1], **options)
         self.write()
-        return path
+        return kinds
 
 
 def injection(*data: OwnData, names: Sequence[str] = ("mine", "other")) -> str:
@@ -54,3 +65,25 @@ def injection(*data: OwnData, names: Sequence[str] = ("mine", "other")) -> str:
         "JSON_FILES": [str(one.json_file) for one in data],
     }
     return f"D2GO_DATA: {{DATASETS: {{COCO_INJECTION: {json.dumps(columns)}}}}}\n"
+
+
+def odd_images(image: Image.Image) -> dict[str, tuple[Image.Image, dict[str, object]]]:
+    """Return an RGB image as people have theirs, by kind, with the options to save it with."""
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned by 90 degrees to the right
+    sixteen_bit = np.asarray(image.convert("L")).astype(np.uint16) * 256
+    return {
+        "EXIF": (image.transpose(Image.Transpose.ROTATE_90), {"format": "PNG", "exif": turned}),
+        "CMYK": (image.convert("CMYK"), {"format": "JPEG", "quality": 95}),
+        "16 bit": (Image.fromarray(sixteen_bit), {"format": "PNG"}),
+        "palette": (image.quantize(), {"format": "PNG"}),
+        "palette with transparency": (
+            image.quantize(),
+            {"format": "PNG", "transparency": b"\x00\x40"},
+        ),
+        "one transparent colour": (image.quantize(), {"format": "PNG", "transparency": 3}),
+        "alpha": (image.convert("RGBA"), {"format": "PNG"}),
+        "grayscale": (image.convert("L"), {"format": "JPEG", "quality": 95}),
+        "grayscale with alpha": (image.convert("LA"), {"format": "PNG"}),
+        "black and white": (image.convert("1"), {"format": "PNG"}),
+    }
