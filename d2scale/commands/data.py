@@ -109,12 +109,13 @@ def _targets_of_config(config: str, opts: list[str]) -> Iterator[tuple[str, Data
     from d2scale.config.loading import load_recipe
 
     cfg, _ = load_recipe(config, opts)
-    named = [
-        (f"DATASETS.{part}", name) for part in ("TRAIN", "TEST") for name in cfg.DATASETS[part]
-    ]
+    named: dict[str, str] = {}
+    for part in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[part]:
+            named.setdefault(name, f"DATASETS.{part}")
     if not named:
         raise DataError([Fault("DATASETS.TRAIN", (), "at least one dataset", "name one")])
-    for name, key in {name: key for key, name in reversed(named)}.items():  # each once
+    for name, key in named.items():
         yield name, dataset_spec(name, key=key, cfg=cfg), key
 
 

@@ -19,6 +19,7 @@ from d2scale.detectron2.config import load_cfg
 from d2scale.detectron2.datasets import register_datasets
 from d2scale.detectron2.lazy_config import FOR_MEMORY, load_lazy_config, read_lazy_recipe
 from d2scale.detectron2.memory import TrainingMemory, autocast_for
+from d2scale.detectron2.own_datasets import own_dataset_faults
 from d2scale.detectron2.step import build_step
 from d2scale.detectron2.worst_batches import TrainingImages, missing_data
 from d2scale.errors import ConfigError, Fault
@@ -146,7 +147,7 @@ def make_profile(path: str, opts: Sequence[str], device: str) -> tuple[MemoryPro
     else:
         cfg = load_cfg(path, opts)
         cfg.MODEL.DEVICE = device
-        if faults := model_faults(cfg):
+        if faults := [*model_faults(cfg), *own_dataset_faults(cfg)]:
             raise ConfigError(faults)
         register_datasets(cfg)
         settings = {**dict(flatten(load_yaml(path))), **dict(parse_opts(opts))}

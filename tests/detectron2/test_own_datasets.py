@@ -1,12 +1,16 @@
 """A config's own datasets in the engine for plain detectron2."""
 
 import json
+import warnings
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from d2scale import cli
+from d2scale.coco.images import read_rgb
 from detectron2_commands import RETINANET, Trainings, errors
-from own_data import OwnData, injection
+from own_data import OwnData, injection, odd_images
 
 RECIPE = RETINANET.replace("coco_2017_train", "mine").replace("coco_2017_val", "mine")
 RECIPE = RECIPE.replace("NUM_CONVS: 1", "NUM_CONVS: 1, NUM_CLASSES: 6")
@@ -94,3 +98,17 @@ def test_config_of_a_run_without_own_datasets_has_none_of_the_keys(tmp_path):
     path.write_text(RETINANET + "D2GO_DATA: {DATASETS: {COCO_INJECTION: {NAMES: [mine]}}}")
     kept = without_default_keys(load_cfg(str(path)))
     assert json.dumps(kept["D2GO_DATA"]) == '{"DATASETS": {"COCO_INJECTION": {"NAMES": ["mine"]}}}'
+
+
+@pytest.mark.parametrize("kind", [*odd_images(Image.new("RGB", (2, 2)))])
+def test_images_of_every_kind_are_read_as_detectron2_does(kind, tmp_path):
+    from detectron2.data.detection_utils import read_image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    other, options = odd_images(Image.fromarray(pixels))[kind]
+    path = str(tmp_path / "image")
+    other.save(path, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a palette with transparency
+        expected = read_image(path, "RGB")
+    assert np.array_equal(read_rgb(path), expected)
