@@ -6,11 +6,14 @@ import argparse
 import importlib.util
 import os
 import platform
+import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from ipaddress import IPv4Address
 
 import d2scale
 from d2scale.commands.common import Commands, add_command
+from d2scale.launch.network import interface_towards
 
 _PACKAGES = ("torch", "torchvision", "numpy", "fvcore", "tensorboard", "matplotlib")
 _UPSTREAM = ("detectron2", "d2go", "mobile_cv")
@@ -38,6 +41,7 @@ def diagnose() -> str:
         *((name, _version(name, name, _TRAIN)) for name in _PACKAGES),
         *((name, _version(name.replace("_", "-"), name, _OTHER)) for name in _UPSTREAM),
         ("devices", _devices()),
+        ("host", _host()),
         ("datasets", os.path.abspath(os.environ.get("DETECTRON2_DATASETS", "datasets"))),
     ]
     return "\n".join(f"{name + ':':14}{value}" for name, value in lines)
@@ -50,6 +54,19 @@ def _version(package: str, module: str, advice: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "importable, version unknown"
+
+
+def _host() -> str:
+    """Tell at which address other machines would look for this one, by its name."""
+    name = socket.gethostname()
+    advice = "other machines do not find it by its name: give torchrun --local-addr ADDRESS"
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        return f"{name}, without an address; {advice}"
+    if IPv4Address(address).is_loopback:
+        return f"{name} at {address}, a loopback address; {advice}"
+    return f"{name} at {address} ({interface_towards([address]) or 'no known interface'})"
 
 
 def _devices() -> str:

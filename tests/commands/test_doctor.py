@@ -1,3 +1,4 @@
+import socket
 from types import SimpleNamespace
 
 import torch
@@ -9,6 +10,18 @@ def test_the_report_names_what_matters():
     lines = dict(line.split(":", 1) for line in diagnose().splitlines())
     assert {"d2scale", "Python", "torch", "detectron2", "devices", "datasets"} <= set(lines)
     assert "CUDA" in lines["devices"] or "GiB" in lines["devices"]
+
+
+def address_of_the_host(monkeypatch, address):
+    monkeypatch.setattr(socket, "gethostname", lambda: "box")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: address)
+    (line,) = [line for line in diagnose().splitlines() if line.startswith("host:")]
+    return line
+
+
+def test_a_name_by_which_no_machine_finds_this_one_is_told(monkeypatch):
+    assert "--local-addr" in address_of_the_host(monkeypatch, "127.0.1.1")
+    assert "--local-addr" not in address_of_the_host(monkeypatch, "198.18.0.1")
 
 
 def test_a_gpu_is_named_with_what_its_float32_is(monkeypatch):
