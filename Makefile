@@ -30,6 +30,9 @@ benchmarks: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation_speed.py --repeats 1
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loader_speed.py
 	$(BIN)/python benchmarks/training_speed.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tiled_inference.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data_parallel.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accumulation.py
 
 # What one GPU can prove, in slices of under ten minutes; the same command goes on where it stopped.
 gpu: $(VENV)/.train

@@ -42,10 +42,11 @@ _TILES_AT_ONCE = 4
 # that no box is lost that a tile alone would have shown.
 _NMS_IOU = 0.6
 # A box that ends within this share of a tile's edge from it is taken to be cut there.
-_CUT_WITHIN = 0.01
-# A cut box is dropped if a whole box of its class covers this share of it.
-_COVERED = 0.7
-_MOST_PAIRS = 2**22  # of boxes that are compared at once
+_CUT_WITHIN = 0.02
+# A cut box is dropped if a whole box of its class covers this share of it, and is not much less
+# sure: the whole image of a huge picture shows phantoms where a model sees next to nothing.
+_COVERED, _AS_SURE = 0.7, 0.5
+_MOST_PAIRS = 2**18  # of boxes that are compared at once
 
 
 class Box(NamedTuple):
@@ -196,7 +197,7 @@ def _found(
 
 
 def covered_pieces(found: Found) -> Tensor:
-    """Return which boxes are cut and lie in a whole box of their class, shape (n,), bool."""
+    """Return which boxes are cut and lie in a whole box that is worth more, shape (n,), bool."""
     pieces = found.cut.nonzero()[:, 0]
     whole = found.take(~found.cut)
     covered = torch.zeros_like(found.cut)
@@ -205,7 +206,8 @@ def covered_pieces(found: Found) -> Tensor:
         piece = found.take(some)
         shares = _shares_within(piece.boxes, whole.boxes)
         same = piece.classes[:, None] == whole.classes
-        covered[some] = ((shares >= _COVERED) & same).any(dim=1)
+        sure = whole.scores >= _AS_SURE * piece.scores[:, None]
+        covered[some] = ((shares >= _COVERED) & same & sure).any(dim=1)
     return covered
 
 

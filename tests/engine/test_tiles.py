@@ -118,6 +118,8 @@ def test_a_cut_box_without_a_whole_one_stays():
     cut = torch.tensor([True, False, True, True])
     found = Found(boxes, torch.ones(4), classes, cut)
     assert covered_pieces(found).tolist() == [True, False, False, False]
+    phantom = found._replace(scores=torch.tensor([0.9, 0.2, 0.9, 0.9]))
+    assert not covered_pieces(phantom).any()
     nothing = Found(*(column[:0] for column in found))
     assert covered_pieces(nothing).tolist() == []
 
