@@ -116,6 +116,8 @@ def gpu_that_is_not_there(work: HostWork) -> Iterator[None]:
     with ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(patch.object(torch.cuda, name, stand_in))
+        # torch asks the device for a little memory where it believes in one.
+        stack.enter_context(patch("torch._subclasses.fake_tensor.init_gpu_context"))
         stack.enter_context(patch.object(FakeTensor, "tolist", read))
         stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
         yield

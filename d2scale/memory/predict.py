@@ -15,7 +15,7 @@ from d2scale.memory.cuda_like import CudaLike
 from d2scale.memory.replay import needed_bytes, replay
 from d2scale.memory.stream import Stream, Trace
 from d2scale.memory.tracker import StorageTracker
-from d2scale.planning.gpu_assumptions import LIBRARY_BYTES, context_bytes
+from d2scale.planning.gpu_assumptions import LIBRARY_BYTES, WORKSPACE_PART, context_bytes
 from d2scale.planning.memory_profile import PREDICTED, MemoryProfile, Phase, Point
 from d2scale.step import ranks
 from d2scale.step.averaging import BUFFERS, averaging_bytes
@@ -211,7 +211,7 @@ def record_steps(
 ) -> tuple[list[Trace], StorageTracker]:
     """Take a step with each number of ``images``, as on a GPU; return what was recorded."""
     choose_as_on_cuda(step.optimizer)
-    tracker = StorageTracker()
+    tracker = StorageTracker(workspace_part=WORKSPACE_PART)
     with tracker:
         tracker.count(*step.held_tensors())
         make_optimizer_state(step.optimizer)

@@ -14,6 +14,10 @@ from typing import NamedTuple
 from d2scale.memory.alignment import corresponding
 
 
+# Operation and phase of what a library takes while one of its operations runs: no tensor holds it.
+WORKSPACE = "workspace"
+
+
 @dataclass(eq=False, frozen=True)
 class Allocation:
     """One storage."""
@@ -117,10 +121,12 @@ class Stream:
         return [max(0, round(line.at(images))) for line in self.requests]
 
     def peak_lines(self) -> dict[str, list[Line]]:
-        """Return, for each phase, the lines whose maximum is the peak of its bytes."""
+        """Return, for each phase, the lines whose maximum is the peak of its tensors' bytes."""
         lines: dict[str, set[Line]] = {}
         static, slope = sum(self.held), 0
         for index, is_free in self.events:
+            if self.phases[index] == WORKSPACE:
+                continue
             sign = -1 if is_free else 1
             static += sign * self.requests[index].static_bytes
             slope += sign * self.requests[index].bytes_per_image

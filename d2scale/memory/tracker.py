@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2scale.memory.stream import Allocation, Trace
+from d2scale.memory.stream import WORKSPACE, Allocation, Trace
 from d2scale.step.out_of_memory import OutOfMemoryError
 from d2scale.step.private_torch import TorchDispatchMode, storage_key, tree_leaves
 
 _OTHER = "other"
+_CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
 
 
 @dataclass(eq=False)
@@ -41,15 +42,18 @@ class StorageTracker(TorchDispatchMode):
     Args:
         budget_bytes: most bytes that may be allocated; an operation that goes beyond it raises
             torch's own out-of-memory error, as a full device does. None: no limit.
+        workspace_part: what a convolution takes besides while it runs, as a part of the bytes of
+            its input, weight and output; only traces know of it.
 
     Attributes:
         live_bytes: bytes allocated now.
         peak_bytes: the most so far, or since :meth:`reset_peak`.
     """
 
-    def __init__(self, budget_bytes: int | None = None) -> None:
+    def __init__(self, budget_bytes: int | None = None, workspace_part: float = 0.0) -> None:
         super().__init__()
         self.budget_bytes = budget_bytes
+        self.workspace_part = workspace_part
         self.live_bytes = 0
         self.peak_bytes = 0
         self._phase = _OTHER
@@ -90,10 +94,23 @@ class StorageTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
+        operation = func.name().partition(".")[0]
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor):
-                self._see(leaf, func.name().partition(".")[0])
+                self._see(leaf, operation)
+        if self._trace is not None and self.workspace_part and operation in _CONVOLUTIONS:
+            # The gradient of the output, the input and the weight; forwards, input and weight.
+            operands = args[:3] if operation.endswith("backward") else (*args[:2], outputs)
+            self._trace_workspace(operands)
         return outputs
+
+    def _trace_workspace(self, operands: tuple[Tensor, ...]) -> None:
+        assert self._trace is not None
+        nbytes = round(self.workspace_part * sum(tensor.nbytes for tensor in operands))
+        shape = tuple(operands[-1].shape[1:])
+        workspace = Allocation(WORKSPACE, shape, WORKSPACE, nbytes)
+        self._trace.allocate(workspace)
+        self._trace.free(workspace)
 
     def _see(self, tensor: Tensor, operation: str) -> None:
         if tensor.device.type == "meta" or tensor.layout is not torch.strided:

@@ -183,3 +183,26 @@ def test_a_prediction_inside_a_run_of_several_ranks_waits_for_no_other():
     first, others = launch(predict_on_the_first_rank, [], Topology(2))
     assert first == predict(small_training.workload()).live_bytes(4)
     assert others is None
+
+
+def test_convolutions_are_given_a_workspace_that_no_tensor_holds(monkeypatch):
+    def predicted(part):
+        monkeypatch.setattr("d2scale.memory.predict.WORKSPACE_PART", part)
+        return predict(metafcos())
+
+    without, half, all_of_it = map(predicted, (0.0, 0.5, 1.0))
+    assert half.live_bytes(16) == without.live_bytes(16)
+    needed = [prediction.needed_bytes(16) for prediction in (without, half, all_of_it)]
+    assert needed == sorted(needed)
+    assert needed[0] < needed[2]
+
+
+def test_a_workspace_is_a_part_of_input_weight_and_output():
+    tracker = StorageTracker(workspace_part=0.5)
+    conv = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+    x = torch.rand(3, 2, 8, 8, requires_grad=True)
+    with tracker, tracker.recording() as trace:
+        conv(x).sum().backward()
+    operands = 4 * (3 * 2 * 64 + 4 * 2 * 9 + 3 * 4 * 64)
+    workspaces = [a for a in trace.allocations() if a.operation == "workspace"]
+    assert [workspace.nbytes for workspace in workspaces] == [operands // 2] * 2
