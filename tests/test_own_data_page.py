@@ -30,13 +30,14 @@ def folder(tmp_path, monkeypatch):
 def test_the_commands_before_training(folder, capsys):
     quick = [words for words in map(shlex.split, COMMANDS) if words[0] in ("data", "plan")]
     assert len(quick) == 3
+    outputs = []
     for words in quick:
         assert main(words) == 0, words
-    printed = capsys.readouterr().out
+        outputs.append(capsys.readouterr().out)
     assert (folder / "sheet.jpg").is_file()
-    assert "optimizer steps:       300" in printed
+    assert "optimizer steps:       300" in outputs[2]
     # The lines that the command gives are those of the recipe.
-    lines = yaml.safe_load(printed.partition("lines for a config:\n")[2].partition("\n\n")[0])
+    lines = yaml.safe_load(outputs[0].partition("lines for a config:\n")[2])
     given, recipe = (
         content["D2GO_DATA"]["DATASETS"]["COCO_INJECTION"]
         for content in (lines, yaml.safe_load(RECIPES[0]))

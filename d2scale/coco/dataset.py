@@ -32,11 +32,7 @@ def load_dataset(name: str, *, key: str = "DATASETS", cfg: Any = None) -> CocoDa
     Raises:
         DataError: one line for each kind of fault; ``key`` of ``cfg`` held the name.
     """
-    return read_dataset(name, dataset_spec(name, key=key, cfg=cfg), key=key)
-
-
-def read_dataset(name: str, spec: DatasetSpec, *, key: str = "DATASETS") -> CocoDataset:
-    """Read a dataset's files, as :func:`load_dataset` does."""
+    spec = dataset_spec(name, key=key, cfg=cfg)
     check_files_exist(name, spec, key=key)
     file = read_annotation_file(spec.json_file)
     if not len(file.image_ids):

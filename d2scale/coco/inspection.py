@@ -12,7 +12,6 @@ import numpy as np
 
 from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
 from d2scale.coco.catalog import DatasetSpec
-from d2scale.coco.dataset import read_dataset
 from d2scale.coco.images import check_size, oddities, read_rgb
 from d2scale.errors import DataError, Fault, collecting
 
@@ -27,7 +26,8 @@ class Inspection:
     name: str
     spec: DatasetSpec
     file: AnnotationFile | None  # None if it cannot be read
-    faults: list[Fault] = field(default_factory=list)  # as training would tell them
+    # Of the images that were read, as the loader of a training would tell them.
+    faults: list[Fault] = field(default_factory=list)
     images_read: int = 0
     # File names by what is odd about them.
     odd: dict[str, list[str]] = field(default_factory=dict)
@@ -49,27 +49,22 @@ def inspect_dataset(
     name: str,
     spec: DatasetSpec,
     *,
-    key: str,
     most_images: int | None = None,
     progress: Progress = lambda items, _: items,
 ) -> Inspection:
     """Read a dataset's annotations and its images, or as many of them, spread over the file.
 
-    Faults are those of :func:`d2scale.coco.dataset.load_dataset` and of the loader that reads the
-    images in training; ``key`` names what held the dataset's name.
+    Faults of the annotations are those that :func:`d2scale.coco.dataset.check_datasets` tells.
     """
-    faults: list[Fault] = []
-    with collecting(faults):
-        read_dataset(name, spec, key=key)
     try:
         file = read_annotation_file(spec.json_file)
     except DataError:
-        return Inspection(name, spec, None, faults)
-    # Of those that are missing the faults tell already.
+        return Inspection(name, spec, None)
+    # That images are missing is a fault of the annotations.
     there = [n for n, name in enumerate(file.file_names) if (spec.image_root / name).is_file()]
     if most_images is not None and most_images < len(there):
         there = [there[len(there) * part // most_images] for part in range(most_images)]
-    inspection = Inspection(name, spec, file, faults, len(there))
+    inspection = Inspection(name, spec, file, images_read=len(there))
     _read_images(inspection, there, progress)
     return inspection
 

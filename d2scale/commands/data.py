@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2scale.commands.common import Commands, add_command, write_output
-from d2scale.errors import ConfigError, DataError, Fault
+from d2scale.errors import ConfigError, DataError, Fault, collecting
 
 if TYPE_CHECKING:
-    from d2scale.coco.catalog import DatasetSpec
+    from fvcore.common.config import CfgNode
+
     from d2scale.coco.inspection import Inspection
 
 _EPILOG = """\
@@ -27,8 +28,6 @@ examples, a folder with images and a JSON file, and what a config trains and is 
   $ d2scale data recipe.yaml
 """
 _MOST_FAULTS = 20
-# Instead of a config key, for a dataset that a path names.
-_ON_DISK = "PATH|NAME"
 
 
 def add_parser(commands: Commands) -> None:
@@ -46,77 +45,73 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``d2scale data``."""
+    from d2scale.coco.catalog import dataset_spec
+    from d2scale.coco.dataset import check_datasets
     from d2scale.coco.inspection import inspect_dataset
     from d2scale.report.dataset_text import config_lines, inspection_text
 
-    faults = [] if arguments.read is None or arguments.read > 0 else [_read_fault(arguments.read)]
-    if faults or (faults := _output_faults(arguments.output)):
+    if faults := [*_option_faults(arguments)]:
         raise ConfigError(faults)
-    targets = list(_targets(arguments))
-    for number, (name, spec, key) in enumerate(targets):
-        inspection = inspect_dataset(
-            name, spec, key=key, most_images=arguments.read, progress=_with_bar
-        )
-        print("\n" * (number > 0) + inspection_text(inspection))
-        if key == _ON_DISK and not inspection.faults:
-            print("\n" + config_lines(inspection, Path.cwd()))
+    cfg, on_disk = _config(arguments)
+    named = dict.fromkeys(cfg.DATASETS.TEST, "DATASETS.TEST")
+    named = dict.fromkeys(cfg.DATASETS.TRAIN, "DATASETS.TRAIN") | named
+    with collecting(faults):
+        check_datasets(cfg, eval_only=not cfg.DATASETS.TRAIN)
+    for number, (name, key) in enumerate(named.items()):
+        spec = dataset_spec(name, key=key, cfg=cfg)
+        found = inspect_dataset(name, spec, most_images=arguments.read, progress=_with_bar)
+        print("\n" * (number > 0) + inspection_text(found))
+        faults += found.faults
         if arguments.output is not None:
-            _write_sheet(inspection, Path(arguments.output), alone=len(targets) == 1)
-        faults += inspection.faults
-    if faults:
-        rest = len(faults) - _MOST_FAULTS
-        if rest > 0:
-            print(f"the first {_MOST_FAULTS} faults; {rest} more", file=sys.stderr)
-        raise DataError(faults[:_MOST_FAULTS])
+            _write_sheet(found, Path(arguments.output), alone=len(named) == 1)
+    _tell(faults)
+    if on_disk:
+        print("\n" + config_lines(name, spec, Path.cwd()), end="")
     return 0
 
 
-def _read_fault(value: int) -> Fault:
-    return Fault("--read", value, "a whole number from 1", "leave it out to read all")
+def _tell(faults: list[Fault]) -> None:
+    rest = len(faults) - _MOST_FAULTS
+    print(f"\nfaults:      {len(faults) or 'none'}")
+    if rest > 0:
+        print(f"the first {_MOST_FAULTS} faults; {rest} more", file=sys.stderr)
+    if faults:
+        raise DataError(faults[:_MOST_FAULTS])
 
 
-def _output_faults(output: str | None) -> list[Fault]:
-    if output is None:
-        return []
-    path = Path(output).absolute()
-    if path.suffix.lower() in (".jpg", ".jpeg") and path.parent.is_dir():
-        return []
-    allowed = "a file .jpg in a folder that is there"
-    return [Fault("--output", output, allowed, "correct the name, or make the folder")]
+def _option_faults(arguments: argparse.Namespace) -> Iterator[Fault]:
+    if arguments.read is not None and arguments.read < 1:
+        advice = "leave it out to read all"
+        yield Fault("--read", arguments.read, "a whole number from 1", advice)
+    path = Path(arguments.output or "sheet.jpg").absolute()
+    if path.suffix.lower() not in (".jpg", ".jpeg") or not path.parent.is_dir():
+        allowed = "a file .jpg in a folder that is there"
+        yield Fault("--output", arguments.output, allowed, "correct the name, or make the folder")
 
 
-def _targets(arguments: argparse.Namespace) -> Iterator[tuple[str, DatasetSpec, str]]:
-    """Yield name, place and the key that named it, of each dataset that the user means."""
-    from d2scale.coco.catalog import dataset_names, dataset_spec
+def _config(arguments: argparse.Namespace) -> tuple[CfgNode, bool]:
+    """Return a config with the datasets that the user means, and whether a path names them."""
+    from d2scale.coco.catalog import dataset_names
     from d2scale.coco.finding import find_dataset
-
-    word, path = arguments.data, Path(arguments.data)
-    images = None if arguments.images is None else Path(arguments.images)
-    if path.is_dir() or path.suffix == ".json":
-        spec = find_dataset(path, images)
-        yield arguments.name or _name_of(path), spec, _ON_DISK
-    elif "://" in word or path.suffix in (".yaml", ".yml"):
-        yield from _targets_of_config(word, arguments.opts)
-    elif word in dataset_names():
-        yield word, dataset_spec(word), "DATASETS"
-    else:
-        allowed = f"a folder, a file .json or .yaml, or one of {', '.join(dataset_names())}"
-        raise DataError([Fault(_ON_DISK, word, allowed, "check the path")])
-
-
-def _targets_of_config(config: str, opts: list[str]) -> Iterator[tuple[str, DatasetSpec, str]]:
-    from d2scale.coco.catalog import dataset_spec
+    from d2scale.config import get_cfg
     from d2scale.config.loading import load_recipe
 
-    cfg, _ = load_recipe(config, opts)
-    named: dict[str, str] = {}
-    for part in ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[part]:
-            named.setdefault(name, f"DATASETS.{part}")
-    if not named:
-        raise DataError([Fault("DATASETS.TRAIN", (), "at least one dataset", "name one")])
-    for name, key in named.items():
-        yield name, dataset_spec(name, key=key, cfg=cfg), key
+    word, path = arguments.data, Path(arguments.data)
+    if "://" in word or path.suffix in (".yaml", ".yml"):
+        return load_recipe(word, arguments.opts)[0], False
+    cfg, on_disk = get_cfg(), path.is_dir() or path.suffix == ".json"
+    if on_disk:
+        images = None if arguments.images is None else Path(arguments.images)
+        own, spec = cfg.D2GO_DATA.DATASETS.COCO_INJECTION, find_dataset(path, images)
+        word = arguments.name or _name_of(path)
+        own.NAMES, own.IM_DIRS, own.JSON_FILES = (
+            [str(value)] for value in (word, spec.image_root, spec.json_file)
+        )
+    elif word not in dataset_names():
+        allowed = f"a folder, a file .json or .yaml, or one of {', '.join(dataset_names())}"
+        raise DataError([Fault("PATH|NAME", word, allowed, "check the path")])
+    cfg.DATASETS.TRAIN = (word,)
+    return cfg, on_disk
 
 
 def _name_of(path: Path) -> str:
@@ -140,4 +135,4 @@ def _write_sheet(inspection: Inspection, path: Path, *, alone: bool) -> None:
         return
     target = path if alone else path.with_stem(f"{path.stem}-{inspection.name}")
     write_output(content, str(target))
-    print(f"\n{os.path.relpath(target)}")
+    print(f"\nsheet:       {os.path.relpath(target)}")

@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 
 from d2scale.coco.annotation_file import AnnotationFile, examples
+from d2scale.coco.catalog import DatasetSpec
 from d2scale.coco.inspection import Inspection
 from d2scale.coco.matching import AREAS
 from d2scale.config.own_datasets import SECTION
@@ -35,7 +36,6 @@ def inspection_text(inspection: Inspection) -> str:
     ]
     if file is not None:
         facts.append(("images read", f"{inspection.images_read} of {len(file.image_ids)}"))
-    facts.append(("faults", f"{len(inspection.faults) or 'none'}"))
     lines = "\n".join(f"{name and name + ':':13}{value}" for name, value in facts)
     return "\n\n".join([lines, *parts])
 
@@ -83,20 +83,19 @@ def _class_table(inspection: Inspection, file: AnnotationFile) -> str:
     return table(["class", "name", "boxes", "images"], rows)
 
 
-def config_lines(inspection: Inspection, working_directory: Path) -> str:
+def config_lines(name: str, spec: DatasetSpec, working_directory: Path) -> str:
     """Return the lines of a config that bring the dataset along and train on it.
 
     Paths within the working directory are relative to it.
     """
-    spec = inspection.spec
     paths = (
         str(path.relative_to(working_directory) if path.is_relative_to(working_directory) else path)
         for path in (spec.image_root, spec.json_file)
     )
-    keys = zip(("NAMES", "IM_DIRS", "JSON_FILES"), (inspection.name, *paths), strict=True)
+    keys = zip(("NAMES", "IM_DIRS", "JSON_FILES"), (name, *paths), strict=True)
     nested: dict[str, object] = {key: [value] for key, value in keys}
     for part in reversed(SECTION.split(".")):
         nested = {part: nested}
-    lines = {**nested, "DATASETS": {"TRAIN": [inspection.name]}}
+    lines = {**nested, "DATASETS": {"TRAIN": [name]}}
     text = yaml.safe_dump(lines, sort_keys=False, default_flow_style=None, width=1000)
     return f"lines for a config:\n{text}"

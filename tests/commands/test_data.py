@@ -140,6 +140,17 @@ def test_a_few_images_are_read_if_so_asked(data, tell):
     assert facts(tell(data.root, "--read", "3")[0])["images read"] == "3 of 10"
 
 
+def test_no_boxes_and_classes_that_differ_are_told(data, tell, tmp_path, write_config):
+    other = OwnData(tmp_path / "other", images=2, classes=3)
+    base = "_BASE_: d2scale://MetaFCOS/small-cpu.yaml\nDATASETS: {TRAIN: [mine], TEST: [other]}\n"
+    (line,) = tell(write_config(base + injection(data, other)), status=2)[1]
+    assert line.startswith("DATASETS.TEST is 'other'; allowed: datasets with the 6 classes of mine")
+    data.content["annotations"] = []
+    data.write()
+    (line,) = tell(data.root, status=2)[1]
+    assert "allowed: datasets with boxes of their classes" in line
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -162,7 +173,7 @@ def test_the_sheet_shows_every_odd_image_and_boxes(data, tell, tmp_path):
     size = Image.open(data.images / name).convert("L").size
     Image.new("L", size, 128).save(data.images / name)
     text, _ = tell(data.root, "-o", "sheet.jpg")
-    assert text.endswith("\nsheet.jpg\n")
+    assert "\nsheet:       sheet.jpg\n" in text
     sheet = np.asarray(Image.open(tmp_path / "sheet.jpg").convert("RGB")).astype(int)
     first = sheet[8 : 8 + 320, 8 : 8 + 400]  # a plain grey image, which has no boxes
     assert (abs(first - 128).max(axis=2) < 4).mean() > 0.5

@@ -96,3 +96,18 @@ def test_a_wrong_number_of_classes_is_one_line_with_the_right_one(data, make_cfg
     (line,) = str(raised.value).splitlines()
     assert line.startswith("MODEL.FCOS.NUM_CLASSES is 3; allowed: 6, the classes of mine; leave")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan"],
+        ["memory"],
+        ["benchmark", "--data", "real", "--images", "1", "--steps", "1"],
+    ],
+)
+def test_other_commands_know_the_dataset_too(data, write_config, words, capsys):
+    command, *options = words
+    assert main([command, write_config(RECIPE + injection(data)), *options]) == 0
+    if command == "benchmark":
+        assert "mine" in capsys.readouterr().out
