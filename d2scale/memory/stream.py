@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from d2scale.memory.alignment import corresponding
 
-
 # Operation and phase of what a library takes while one of its operations runs: no tensor holds it.
 WORKSPACE = "workspace"
 
