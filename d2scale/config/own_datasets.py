@@ -84,16 +84,18 @@ def make_paths_absolute(cfg: Any) -> None:
         set_key(cfg, IM_DIRS, [str(dataset.image_root) for dataset in own.values()])
 
 
-def annotation_digests(cfg: Any) -> dict[str, str]:
+def annotation_digests(cfg: Any, *, tested: bool = False) -> dict[str, str]:
     """Return a digest of the annotation file of each own dataset that ``cfg`` trains on.
 
-    Paths differ from machine to machine; this is the same wherever the same annotations are. A
-    file that cannot be read is left out: whoever reads the dataset tells of it.
+    With ``tested``, of those that it is tested on, too. Paths differ from machine to machine; a
+    digest is the same wherever the same annotations are. A file that cannot be read is left out:
+    whoever reads the dataset tells of it.
     """
-    trained = get_key(cfg, "DATASETS.TRAIN", ())
+    keys = ("DATASETS.TRAIN", *["DATASETS.TEST"] * tested)
+    named = {name for key in keys for name in get_key(cfg, key, ())}
     digests = {}
     for name, dataset in own_datasets(cfg).items():
-        if name in trained and dataset.json_file.is_file():
+        if name in named and dataset.json_file.is_file():
             content = hashlib.sha256(dataset.json_file.read_bytes())
             digests[f"annotations of {name} (digest)"] = content.hexdigest()[:16]
     return digests

@@ -71,7 +71,7 @@ def scale_for_training(
     """
     settings = {key: value for key, value in flatten(cfg) if key not in OWN_OF_A_MACHINE}
     advice = "start all machines with the same config and arguments"
-    settings |= {**annotation_digests(cfg), "--resume": resume}
+    settings |= {**annotation_digests(cfg, tested=True), "--resume": resume}
     ranks.refuse_differences(settings, advice)
     if applied_plan(cfg) is None and names_own_method(cfg):
         reference = cfg.__dict__.pop(_REFERENCE, cfg.SOLVER.REFERENCE_WORLD_SIZE)

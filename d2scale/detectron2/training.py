@@ -85,7 +85,7 @@ class Scaling:
                 planned = with_d2scale_keys(cfg)
                 settings = dict(flatten(planned))
             self.recipe = self._recipe(planned, settings)
-            self._refuse_other_recipes({**settings, **annotation_digests(planned)})
+            self._refuse_other_recipes({**settings, **annotation_digests(planned, tested=True)})
             memory: TrainingMemory = PlainMemory(planned)
             if self.is_lazy:
                 memory = LazyMemory(cfg, (planned, settings))

@@ -70,7 +70,7 @@ class Job:
         keys = {k: v for k, v in flatten(self.cfg) if k not in OWN_OF_A_MACHINE}
         return {
             **keys,
-            **annotation_digests(self.cfg),
+            **annotation_digests(self.cfg, tested=True),
             "--method": self.method,
             "--resume": self.resume,
             "--eval-only": self.eval_only,

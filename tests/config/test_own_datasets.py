@@ -79,4 +79,8 @@ def test_a_recipe_is_another_if_the_annotations_change_and_not_if_they_move(tmp_
     assert list(annotation_digests(make_cfg())) == []
     assert len([key for key in first if key.startswith("annotations of ")]) == 1
     assert recipe("moved.json", "{}") == first
+    tested = make_cfg(JSON_FILES=[str(tmp_path / "one.json"), "not there"])
+    tested.DATASETS.TEST = ("mine",)
+    assert annotation_digests(tested) == {}
+    assert list(annotation_digests(tested, tested=True)) == ["annotations of mine (digest)"]
     assert recipe("one.json", "{} ") != first
