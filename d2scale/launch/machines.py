@@ -26,7 +26,7 @@ _BEAT_SECONDS = 1.0
 # A machine is given up when it was not heard for so long; sooner if connections to it broke.
 SILENT_AFTER_SECONDS = 30.0
 SILENT_AFTER_ERROR_SECONDS = 10.0
-# Machine 0 holds the store, in which the others still have to read why it ends.
+# Machine 0 holds the store, in which the others still have to read how it ends.
 _LINGER_SECONDS = 3 * _BEAT_SECONDS
 _DONE, _ENDED = "done", "ended: "
 
@@ -210,5 +210,5 @@ class Watch:
         self._last_word = last_word
         self._leaving.set()
         self._thread.join(timeout=_LINGER_SECONDS)
-        if last_word != _DONE and self._topology.machine_rank == 0:
+        if self._topology.machine_rank == 0:
             time.sleep(_LINGER_SECONDS)

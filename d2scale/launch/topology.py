@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 from d2scale.errors import Fault
 
+_LONGEST_JOIN_SECONDS = 7 * 24 * 3600
+
 
 def under_torchrun() -> bool:
     """Return whether torchrun has started this process, as one rank of a run."""
@@ -47,9 +49,9 @@ class Topology:
         if not 0 <= self.machine_rank < max(1, self.num_machines):
             allowed = f"0 to {self.num_machines - 1}"
             faults.append(Fault("--machine-rank", self.machine_rank, allowed, "number from 0"))
-        if not self.join_timeout > 0:
-            advice = "give seconds, as 600"
-            faults.append(Fault("--join-timeout", self.join_timeout, "more than 0", advice))
+        if not 0 < self.join_timeout <= _LONGEST_JOIN_SECONDS:
+            allowed = f"more than 0, at most {_LONGEST_JOIN_SECONDS}"
+            faults.append(Fault("--join-timeout", self.join_timeout, allowed, "give seconds"))
         needs_no_url = self.num_machines == 1 and self.dist_url == "auto"
         if not needs_no_url and address_of(self.dist_url) is None:
             faults.append(url_fault(self.dist_url))

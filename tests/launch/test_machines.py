@@ -7,6 +7,7 @@ import re
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from d2scale.errors import ConfigError, D2ScaleError
 from d2scale.launch.launch import Topology, launch
 from d2scale.launch.network import interface_towards, let_gloo_reach
 from machines import cluster
+from rank_functions import user_error_on
 
 # What every machine starts: its number and the URL of machine 0 follow.
 JOB = """
@@ -90,11 +92,15 @@ def test_a_rank_of_torchrun_misses_a_machine(start, tmp_path):
         assert "machine 0 of 2 has not been heard of for 6 s" in said.read_text()
 
 
-@pytest.mark.parametrize("missing", [0, 1])
-def test_a_machine_that_never_comes(missing, caplog):
+def free_url():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        url = f"tcp://localhost:{free.getsockname()[1]}"
+        return f"tcp://localhost:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_machine_that_never_comes(missing, caplog):
+    url = free_url()
     with pytest.raises(D2ScaleError, match="--join-timeout") as caught:
         launch(torch.get_num_threads, topology=Topology(1, 2, 1 - missing, url, join_timeout=3.5))
     assert str(caught.value).startswith(f"waited 3.5 s for machine {missing} of 2 at {url} (")
@@ -102,9 +108,26 @@ def test_a_machine_that_never_comes(missing, caplog):
     assert f"waiting for machine {missing} of 2 at {url}" in caplog.text
 
 
-def test_a_join_timeout_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"--join-timeout is 0; .*more than 0"):
-        launch(torch.get_num_threads, topology=Topology(2, join_timeout=0))
+@pytest.mark.parametrize("seconds", [0.0, float("inf"), float("nan")])
+def test_a_join_timeout_that_cannot_be_is_refused(seconds):
+    with pytest.raises(ConfigError, match=rf"--join-timeout is {seconds}; allowed: more than 0"):
+        launch(torch.get_num_threads, topology=Topology(2, join_timeout=seconds))
+
+
+def test_a_machine_says_why_it_ends(one_thread):
+    """A mistake that only machine 1 meets is the reason that machine 0 gives."""
+    url = free_url()
+
+    def run(number):
+        try:
+            launch(user_error_on, [1], Topology(1, 2, number, url))
+        except D2ScaleError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as machines:
+        first, second = machines.map(run, [0, 1])
+    assert second.startswith("image is 'a.jpg'")
+    assert first == f"machine 1 of 2 has ended: {second}"
 
 
 def test_gloo_is_told_of_the_route_unless_the_user_has_decided(monkeypatch, route_table):

@@ -80,9 +80,8 @@ class Machine:
 def cluster(size: int) -> Iterator[list[Machine]]:
     """Machines on one bridge; the test is skipped where namespaces are not permitted."""
     name = f"d2scale-{os.getpid()}-{next(_CLUSTERS)}"
-    network = f"198.18.{os.getpid() % 256}"
     hub = f"{name}-hub"
-    machines = [Machine(f"{name}-{i}", hub, f"{network}.{i + 1}") for i in range(size)]
+    machines = [Machine(f"{name}-{i}", hub, f"198.18.0.{i + 1}") for i in range(size)]
     try:
         try:
             ip("netns", "add", hub)
