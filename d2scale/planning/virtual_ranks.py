@@ -24,6 +24,8 @@ _SYNCHRONISED_NORMS = (
 SYNCHRONISED = "synchronised batch norm"
 # Batch norm that trains, in the same places.
 _BATCH_NORMS = ("BN", "bn", "BatchNorm2d")
+# Defaults of d2go that say nothing unless the backbone's name has this in it.
+_NORMS_OF_BACKBONES = {"MODEL.FBNET_V2.NORM": "fbnet", "MODEL.VT_FPN.NORM": "vt"}
 # Models of the default engine, by name.
 MODELS = "d2scale.models"
 
@@ -47,8 +49,13 @@ class ModelFacts:
         """
         name = get_key(cfg, "MODEL.META_ARCHITECTURE", "")
         tells = any(entry.name == name for entry in entry_points(group=MODELS))
-        values = (*dict(flatten(cfg)).values(), *(settings or {}).values())
-        norms = {value.rpartition(".")[2] for value in values if isinstance(value, str)}
+        values = {**dict(flatten(cfg)), **(settings or {})}
+        backbone = str(values.get("MODEL.BACKBONE.NAME", "")).lower()
+        norms = {
+            value.rpartition(".")[2]
+            for key, value in values.items()
+            if isinstance(value, str) and _NORMS_OF_BACKBONES.get(key, "") in backbone
+        }
         synchronised = not norms.isdisjoint(_SYNCHRONISED_NORMS)
         plain = not norms.isdisjoint(_BATCH_NORMS)
         return cls(tells, SYNCHRONISED if synchronised else "", plain)

@@ -233,7 +233,7 @@ class ForwardBackward:
             return
         self._warned = True
         exact = self._exact if virtual is None else self._split_model
-        if reasons := inexact_reasons(self._model, exact):
+        if reasons := inexact_reasons(self._model, exact, one_forward=len(parts) == 1):
             logger.warning(
                 "Splitting %s is approximate for this model: %s",
                 "a step over micro-batches or ranks" if virtual is None else "a virtual rank",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from d2scale.planning.rules import split_evenly
 from d2scale.step.noise import GradientNoise
-from d2scale.step.norms import trained_norms
+from d2scale.step.norms import plain_norms, trained_norms
 
 Sample = Mapping[str, Any]
 MicroBatch = Sequence[Sample]
@@ -78,10 +78,13 @@ def cut(rank_batch: MicroBatch, ims_per_gpu: int) -> list[MicroBatch]:
     return [list(islice(samples, size)) for size in split_evenly(len(rank_batch), count)]
 
 
-def inexact_reasons(model: nn.Module, exact: ExactModel | None) -> tuple[str, ...]:
+def inexact_reasons(
+    model: nn.Module, exact: ExactModel | None, *, one_forward: bool = False
+) -> tuple[str, ...]:
     """Return why a split step of ``model`` is not exactly the step of one batch; empty: it is.
 
-    ``exact`` is what tells the model's loss normalizers, None if nothing does.
+    ``exact`` is what tells the model's loss normalizers, None if nothing does. With ``one_forward``
+    a rank takes its images of a step at once: synchronised batch norm then sees all of the step.
     """
     reasons = []
     if exact is None:
@@ -89,7 +92,7 @@ def inexact_reasons(model: nn.Module, exact: ExactModel | None) -> tuple[str, ..
             f"{type(model).__name__} does not tell its loss normalizers, so the losses of a "
             "micro-batch count by its images"
         )
-    if trained := trained_norms(model):
+    if trained := plain_norms(model) if one_forward else trained_norms(model):
         reasons.append(
             f"{len(trained)} batch norm layers (the first is {trained[0]}) take their statistics "
             "from one micro-batch"

@@ -7,6 +7,7 @@ from torch import nn
 from d2scale.launch.launch import launch
 from d2scale.launch.topology import Topology
 from d2scale.step import ranks
+from d2scale.step.agreement import AgreedOutOfMemoryError
 
 
 class Counter(nn.Module):
@@ -28,6 +29,25 @@ def test_without_virtual_ranks_a_checkpoint_keeps_attributes():
     resumed.load_state_dict(state.state_dict())
     # The buffer comes with the model.
     assert (other.count, other.seen.item()) == (7, 0.0)
+
+
+def test_a_checkpoint_keeps_the_images_per_gpu_that_fit():
+    from d2scale.detectron2.step_state import StepState
+    from d2scale.step.guard import MicroBatchSize
+
+    cut, resumed, older = (MicroBatchSize(8, torch.device("cpu")) for _ in range(3))
+    for _ in range(2):
+        cut.after_failure(AgreedOutOfMemoryError("forward", [0], ""), 8)
+    state = StepState(Counter())
+    state.keep_size(cut)
+    content = state.state_dict()
+    older_content = {key: value for key, value in content.items() if key != "micro_batches"}
+    for size, kept in ((resumed, content), (older, older_content)):
+        state = StepState(Counter())
+        state.load_state_dict(kept)
+        state.keep_size(size)
+        assert state.state_dict()["micro_batches"] == size.state_dict()
+    assert (resumed.now, older.now) == (4, 8)
 
 
 def states_while_evaluating():

@@ -45,7 +45,9 @@ def test_two_ranks_that_synchronise_train_as_one(run):
     assert "2 images in a forward of a GPU are fewer than 8" in log
     assert "take their statistics from 2 ranks" in log
     assert "an out-of-memory error ends this run" in log
+    assert "is approximate" not in log
     plan, log, apart = run(2, "D2SCALE.SYNC_BN", "off")
     assert plan["sync_bn"] is False
     assert "an out-of-memory error ends this run" not in log
+    assert "is approximate for this model" in log
     assert torch.dist(found, expected) < 0.01 * torch.dist(apart, expected)

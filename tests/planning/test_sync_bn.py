@@ -69,6 +69,21 @@ def test_plan_says_it_and_why():
         plan("D2SCALE.SYNC_BN", "sometimes")
 
 
+@pytest.mark.parametrize(
+    ("settings", "trains"),
+    [
+        ({"MODEL.FPN.NORM": "BN"}, True),
+        ({"model.backbone.norm": "torch.nn.BatchNorm2d"}, True),
+        ({"MODEL.RESNETS.NORM": "FrozenBN"}, False),
+        # Of every config that d2go writes.
+        ({"MODEL.FBNET_V2.NORM": "bn", "MODEL.VT_FPN.NORM": "BN"}, False),
+        ({"MODEL.FBNET_V2.NORM": "bn", "MODEL.BACKBONE.NAME": "FBNetV2C4Backbone"}, True),
+    ],
+)
+def test_a_recipe_tells_of_batch_norm_that_trains(settings, trains):
+    assert ModelFacts.of_recipe(get_cfg(), settings).batch_norm == trains
+
+
 def test_sameness_wins_over_auto():
     norm = ("MODEL.RESNETS.NORM", "BN")
     kept = plan(*norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -33,7 +34,14 @@ from d2scale.step.ranks import (
     sum_on_host,
     world_size,
 )
-from standins import FailingOptimizer, FailingStandIn, PlainStandIn, StandIn, make_samples
+from standins import (
+    FailingOptimizer,
+    FailingStandIn,
+    PlainStandIn,
+    StandIn,
+    make_samples,
+    out_of_memory,
+)
 
 
 def split(samples, rank_sizes):
@@ -132,7 +140,11 @@ def guarded_training(cases, ims_per_batch=6, ims_per_gpu=4, steps=3):
 
     A rank fails in its first attempts of the step; a case of None never fails.
     """
-    return [_guarded(case, ims_per_batch, ims_per_gpu, steps) for case in cases]
+    gc.freeze()  # each failed step collects garbage, which takes long with torch's objects in it
+    try:
+        return [_guarded(case, ims_per_batch, ims_per_gpu, steps) for case in cases]
+    finally:
+        gc.unfreeze()
 
 
 def _guarded(case, ims_per_batch, ims_per_gpu, steps):
@@ -154,6 +166,14 @@ def _guarded(case, ims_per_batch, ims_per_gpu, steps):
     split_to = []
     take_step = OptimizerStep(model, optimizer, ims_per_gpu=ims_per_gpu)
     take_step.on_new_size = split_to.append
+    remember = take_step._undo.remember
+
+    def remember_or_fail():
+        if fail("undo"):
+            raise out_of_memory()
+        remember()
+
+    take_step._undo.remember = remember_or_fail
     losses, drawn = [], []
     for step in range(steps):
         now["step"] = step
@@ -325,8 +345,8 @@ def measured_noise(model_classes, rank_sizes):
     ]
 
 
-def synchronised_training(steps, synchronised=True):
-    """Weights and statistics after some steps of 8 images, which two ranks share unevenly."""
+def synchronised_training(synchronised=True):
+    """Weights and statistics after 3 steps of 8 images, which two ranks share unevenly."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
@@ -345,17 +365,18 @@ def synchronised_training(steps, synchronised=True):
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     step = OptimizerStep(Model(), optimizer, ims_per_gpu=8)
-    for number in range(steps):
+    for number in range(3):
         generator = torch.Generator().manual_seed(number)
         images = torch.randn(8, 3, 9, 9, generator=generator, dtype=torch.float64)
         step([{"image": image} for image in images[own]])
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def frozen_and_trained_norms():
-    """The kinds of layers, once norms are synchronised: those that train alone."""
+def norms_of_two_ranks():
+    """What two ranks train, synchronised and apart, and the kinds of layers that become so."""
     model = nn.Sequential(
         nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.SyncBatchNorm(4), nn.GroupNorm(2, 4)
     )
     model[1].eval()
-    return [type(layer).__name__ for layer in synchronise_norms(model, True)]
+    kinds = [type(layer).__name__ for layer in synchronise_norms(model, True)]
+    return synchronised_training(), synchronised_training(synchronised=False), kinds
