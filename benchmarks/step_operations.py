@@ -127,9 +127,10 @@ def count(precision: str, images: int, opts: Sequence[str] = ()) -> dict[str, An
     """Return one row: operations and waits of a step."""
     work = HostWork()
     cfg = load_cfg(RECIPE, [*PRECISIONS[precision], *opts])
+    with torch.device("meta"):  # older versions of torch cannot fill a fake tensor of a GPU
+        model = new_model(cfg).train()
     with FakeTensorMode(allow_non_fake_inputs=True), gpu_that_is_not_there(work):
-        with torch.device("cuda"):
-            model = new_model(cfg).train()
+        model.to_empty(device="cuda")
         step = build_step(cfg, model, ims_per_gpu=images)
         step.phase = work.phase
         schedule = LearningRateSchedule(step.optimizer, ConstantParamScheduler(1.0), 100)

@@ -130,3 +130,17 @@ def test_the_method_that_fills_the_memory_finds_a_batch_for_both_kinds_of_recipe
     plan = Scaling(memory._lazy, "max_memory").plan
     assert plan.ims_per_batch == plan.ims_per_gpu == 4
     assert 0 < plan.predicted_peak_gib <= 0.95 * 2
+
+
+def test_the_memory_budget_binds_the_training(monkeypatch):
+    from d2scale.detectron2 import memory
+
+    held = []
+    monkeypatch.setattr(memory, "hold_to_budget", lambda *arguments: held.append(arguments))
+    on_cpu, cfg = memory_of(RETINANET, "none", **{"D2SCALE.MEMORY.BUDGET_GIB": "3.0"})
+    on_cpu.hold_to_budget()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    cfg.MODEL.DEVICE = "cuda"
+    on_cpu.hold_to_budget()
+    assert held == [(torch.device("cuda", 1), 3.0)]

@@ -8,6 +8,8 @@ from torch import nn
 
 from d2scale.launch.launch import Topology, launch
 from d2scale.planning.rules import micro_batch_sizes
+from d2scale.step.averaging import GradientAverager
+from d2scale.step.forward_backward import ForwardBackward
 from d2scale.step.micro_batches import cut, inexact_reasons
 from rank_functions import (
     forward_backward,
@@ -140,3 +142,23 @@ def test_losses_of_shape_one_are_summed():
     losses, _ = step_gradients(Summing(), [make_samples(2), make_samples(2)])
     expected, _ = step_gradients(PlainStandIn(), [make_samples(2), make_samples(2)])
     assert losses.losses == expected.losses
+
+
+def test_copies_to_the_host_begin_after_what_may_read_values():
+    """A value that loss normalizers read would wait for all copies that were begun before."""
+    order = []
+
+    class Reading(StandIn):
+        def loss_normalizers(self, samples):
+            order.append("normalizers")
+            return super().loss_normalizers(samples)
+
+        def forward(self, samples, normalizers=None):
+            order.append("forward")
+            return super().forward(samples, normalizers)
+
+    model = Reading()
+    averager = GradientAverager(list(model.parameters()))
+    parts = [(None, make_samples(2)), (None, make_samples(1))]
+    ForwardBackward(model, averager)(parts, prepare=lambda: order.append("copies"))
+    assert order == ["normalizers", "normalizers", "copies", "forward", "forward"]

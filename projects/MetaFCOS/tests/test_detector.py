@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2scale.errors import ConfigError
 from d2scale.step.micro_batches import ExactModel
+from d2scale.step.model_state import ModelState
 from meta_fcos.detector import OneStageDetector, build_detector, padded_size
 from meta_fcos.fpn import FPN
 from meta_fcos.head import FCOSHead
@@ -180,6 +181,20 @@ def test_a_step_assigns_its_targets_once(make_detector, make_sample, assigned):
     # Nothing is kept for another step, and the losses are those without normalizers before.
     torch.testing.assert_close(model(batches[0], normalizers), losses[0], rtol=0, atol=0)
     assert assigned == [2, 1, 2]
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "GN"])
+def test_what_a_step_keeps_for_later_is_no_state_of_a_virtual_rank(
+    make_detector, make_sample, norm
+):
+    model = make_detector(norm=norm)
+    state = ModelState(model)
+    before = state.fingerprint()
+    samples = [make_sample(seed=1)]
+    model.loss_normalizers(samples)
+    model(samples)
+    model.loss_normalizers(samples)
+    assert state.fingerprint() == before
 
 
 def test_targets_of_a_failed_step_do_not_stay(make_detector, make_sample):
