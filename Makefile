@@ -12,6 +12,14 @@ test: lint
 	# One thread a process: the tests are small, and many start processes of their own.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Other wrong values every round, until the time is over: make fuzz MINUTES=60
+MINUTES ?= 10
+fuzz: $(VENV)/.dev
+	end=$$(($$(date +%s) + 60 * $(MINUTES))); \
+	while [ $$(date +%s) -lt $$end ]; do \
+		D2SCALE_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/fuzz || exit 1; \
+	done
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
