@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmarks gpu gpu-wheels clean
+.PHONY: demo test fuzz lint benchmarks gpu gpu-wheels clean
 
 demo: $(VENV)/.train
 	$(BIN)/d2scale demo

@@ -23,6 +23,12 @@ def test_the_output_shown_is_the_output_printed(command, capsys):
     assert table in README
 
 
+def test_the_choices_shown_are_the_choices_printed(capsys):
+    (command,) = re.findall(r"^d2scale (plan .* --explore)$", README, flags=re.MULTILINE)
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().out.strip() in README
+
+
 def test_there_is_something_to_check():
     assert COMMANDS
 
