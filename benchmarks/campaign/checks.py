@@ -14,6 +14,7 @@ from campaign.setting import REPOSITORY, Row, Setting
 from d2scale.commands.doctor import diagnose
 from d2scale.planning.gpu_assumptions import context_bytes
 from d2scale.planning.memory_profile import GIB
+from d2scale.step.precision import tf32_use
 
 
 def doctor(setting: Setting) -> Iterator[Row]:
@@ -21,7 +22,7 @@ def doctor(setting: Setting) -> Iterator[Row]:
     yield {"key": "doctor", "report": diagnose().splitlines()}
     yield {
         "key": "switches",
-        "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
+        "TF32 in": tf32_use(_capability(setting)),
         "float32 matrix products": torch.get_float32_matmul_precision(),
         "cuDNN": torch.backends.cudnn.version(),
         "cuDNN benchmark": torch.backends.cudnn.benchmark,
@@ -51,9 +52,12 @@ def _device_facts(setting: Setting) -> Row:
 
 def assumed_context_bytes(setting: Setting) -> int:
     """Return what predictions take a context of this device for."""
-    if setting.device.type != "cuda":
-        return context_bytes()
-    return context_bytes(torch.cuda.get_device_capability(setting.device)[0])
+    return context_bytes(_capability(setting))
+
+
+def _capability(setting: Setting) -> int:
+    on_cuda = setting.device.type == "cuda"
+    return torch.cuda.get_device_capability(setting.device)[0] if on_cuda else 0
 
 
 def outside_bytes(setting: Setting) -> int:
@@ -97,6 +101,8 @@ def run_tests(
         yield {"key": "collected", "paths": list(paths)}
         return
     yield from junit_rows(found.read_text(), failures_only=not marked)
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with status {done.returncode}: some tests failed")
 
 
 def junit_rows(xml: str, *, failures_only: bool) -> Iterator[Row]:

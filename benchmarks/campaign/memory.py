@@ -22,8 +22,8 @@ from d2scale.engine.memory import measure_on_ranks
 from d2scale.planning.memory_profile import GIB
 from d2scale.run_folder.files import METRICS_FILE, PLAN_FILE
 
-_NEIGHBOUR_GIB = 8.0
 _BUDGET_GIB = 16.0
+_LEFT_GIB = 8.0
 
 
 def predicted(setting: Setting, *, depth: int, names: tuple[str, ...]) -> Iterator[Row]:
@@ -95,7 +95,8 @@ def budget(setting: Setting) -> Iterator[Row]:
     opts += ["SOLVER.REFERENCE_WORLD_SIZE", "1", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()"]
     opts += ["SOLVER.MAX_ITER", str(setting.few(400, iterations)), "SOLVER.WARMUP_ITERS", "0"]
     opts += ["SOLVER.CHECKPOINT_PERIOD", str(setting.few(200, 2)), "WRITER_PERIOD", "1"]
-    opts += ["OUTPUT_DIR", str(folder), "D2SCALE.LR_RULE", "linear"]
+    # From random weights, at ten times the batch and the rate.
+    opts += ["OUTPUT_DIR", str(folder), "D2SCALE.LR_RULE", "linear", "SOLVER.BASE_LR", "0.0002"]
     opts += ["D2SCALE.MAX_IMS_PER_BATCH", str(setting.few(0, 4))]
     command = ["train", "--config-file", PUBLISHED, "--method", "max_memory"]
     yield {"key": "whole", "data": data, **_trained(command, opts, folder)}
@@ -137,16 +138,27 @@ def neighbour(setting: Setting) -> Iterator[Row]:
     cfg.D2SCALE.MEMORY.BUDGET_GIB = setting.few(0.0, setting.memory.total_bytes / GIB)
     cfg.D2SCALE.MAX_IMS_PER_BATCH = setting.few(0, 1)
     yield {"key": "alone", **_measured(setting, cfg)}
-    held = str(setting.few(_NEIGHBOUR_GIB, 0.001))
+    # It leaves less than the images of a small dataset fill.
+    held = setting.few(_free_gib(setting) - _LEFT_GIB, 0.001)
+    if held < 0:
+        yield {"key": "beside another", "left out": f"less than {_LEFT_GIB:g} GiB are free"}
+        return
     process = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-c", _HOLD, setting.device.type, held],
+        [sys.executable, "-c", _HOLD, setting.device.type, str(held)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     with process:
         assert process.stdout is not None
         process.stdout.readline()  # it holds its memory now
-        yield {"key": f"beside {_NEIGHBOUR_GIB:g} GiB", **_measured(setting, cfg)}
+        yield {"key": "beside another", "it holds GiB": round(held, 2), **_measured(setting, cfg)}
+
+
+def _free_gib(setting: Setting) -> float:
+    if setting.device.type != "cuda":
+        return 0.0
+    torch.cuda.empty_cache()
+    return float(torch.cuda.mem_get_info(setting.device)[0] / GIB)
 
 
 _HOLD = """
