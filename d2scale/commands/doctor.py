@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import platform
+import shutil
 import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -14,11 +15,14 @@ from ipaddress import IPv4Address
 import d2scale
 from d2scale.commands.common import Commands, add_command
 from d2scale.launch.network import interface_towards
+from d2scale.planning.memory_profile import GIB
 
 _PACKAGES = ("torch", "torchvision", "numpy", "fvcore", "tensorboard", "matplotlib")
 _UPSTREAM = ("detectron2", "d2go", "mobile_cv")
 _TRAIN = "pip install 'd2scale[train]'"
-_OTHER = "only the d2go engine needs it; see the README"
+_LITTLE_SHM_GIB, _LITTLE_DISK_GIB = 1, 5
+_FEW_FILES, _MANY_FILES = 1024, 65536
+_OTHER = "only the engines of upstream recipes need it; see the README"
 
 
 def add_parser(commands: Commands) -> None:
@@ -42,9 +46,12 @@ def diagnose() -> str:
         *((name, _version(name.replace("_", "-"), name, _OTHER)) for name in _UPSTREAM),
         ("devices", _devices()),
         ("host", _host()),
+        ("shared memory", _shared_memory()),
+        ("open files", _open_files()),
+        ("free disk", _free_disk()),
         ("datasets", os.path.abspath(os.environ.get("DETECTRON2_DATASETS", "datasets"))),
     ]
-    return "\n".join(f"{name + ':':14}{value}" for name, value in lines)
+    return "\n".join(f"{name + ':':15}{value}" for name, value in lines)
 
 
 def _version(package: str, module: str, advice: str) -> str:
@@ -67,6 +74,34 @@ def _host() -> str:
     if IPv4Address(address).is_loopback:
         return f"{name} at {address}, a loopback address; {advice}"
     return f"{name} at {address} ({interface_towards([address]) or 'no known interface'})"
+
+
+def _shared_memory() -> str:
+    """Tell whether loader workers can hand images over, and NCCL its buffers."""
+    try:
+        free_gib = shutil.disk_usage("/dev/shm").free / GIB  # noqa: S108  # only looked at
+    except OSError:
+        return "unknown"
+    advice = "images go through pipes when it is full, and NCCL may fail; in Docker: --shm-size 8g"
+    return f"{free_gib:.2f} GiB free" + (f"; {advice}" if free_gib < _LITTLE_SHM_GIB else "")
+
+
+def _open_files() -> str:
+    """Tell whether loader workers can open what they need: sockets, images, shared memory."""
+    try:
+        import resource
+    except ImportError:
+        return "unknown"
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    advice = f"raise it with ulimit -n {_MANY_FILES if most < 0 else min(most, _MANY_FILES)}"
+    return f"at most {limit}" + (f"; {advice}" if 0 <= limit < _FEW_FILES else "")
+
+
+def _free_disk() -> str:
+    """Tell what is left for checkpoints in the working directory."""
+    free_gib = shutil.disk_usage(os.getcwd()).free / GIB
+    advice = "a checkpoint of a large model has 0.4 GiB, and a run keeps all of them"
+    return f"{free_gib:.1f} GiB here" + (f"; {advice}" if free_gib < _LITTLE_DISK_GIB else "")
 
 
 def _devices() -> str:

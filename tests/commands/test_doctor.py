@@ -1,3 +1,5 @@
+import resource
+import shutil
 import socket
 from types import SimpleNamespace
 
@@ -22,6 +24,27 @@ def address_of_the_host(monkeypatch, address):
 def test_a_name_by_which_no_machine_finds_this_one_is_told(monkeypatch):
     assert "--local-addr" in address_of_the_host(monkeypatch, "127.0.1.1")
     assert "--local-addr" not in address_of_the_host(monkeypatch, "198.18.0.1")
+
+
+def line_of(name):
+    (line,) = [line for line in diagnose().splitlines() if line.startswith(f"{name}:")]
+    return line
+
+
+def test_little_shared_memory_few_files_and_a_full_disk_are_told(monkeypatch):
+    usage = SimpleNamespace(free=64 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 4096))
+    assert "0.06 GiB free; " in line_of("shared memory")
+    assert "--shm-size" in line_of("shared memory")
+    assert "at most 64; raise it with ulimit -n 4096" in line_of("open files")
+    assert "0.1 GiB here; " in line_of("free disk")
+
+
+def test_enough_of_everything_is_told_without_advice(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (4096, 4096))
+    assert not any(";" in line_of(name) for name in ("shared memory", "open files", "free disk"))
 
 
 def test_a_gpu_is_named_with_what_its_float32_is(monkeypatch):
