@@ -60,10 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
     if is_lazy_config(arguments.config):
         return _run_lazy(arguments)
     from d2scale.coco.class_count import counted_classes
-    from d2scale.config.loading import load_recipe
+    from d2scale.config.loading import flatten, load_recipe
 
     cfg, settings = load_recipe(arguments.config, arguments.opts)
-    _print_plan(arguments, cfg, {**settings, **counted_classes(settings)})
+    # In settings the words of the command line are text; of the model's keys cfg has none.
+    counted = counted_classes({**settings, **dict(flatten(cfg))})
+    _print_plan(arguments, cfg, {**settings, **counted})
     return 0
 
 

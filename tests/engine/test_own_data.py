@@ -101,7 +101,7 @@ def test_a_wrong_number_of_classes_is_one_line_with_the_right_one(data, make_cfg
 @pytest.mark.parametrize(
     "words",
     [
-        ["plan"],
+        ["plan", "DATASETS.TRAIN", "('mine',)"],
         ["memory"],
         ["benchmark", "--data", "real", "--images", "1", "--steps", "1"],
     ],
