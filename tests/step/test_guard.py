@@ -12,6 +12,7 @@ from d2scale.step import undo
 from d2scale.step.agreement import AgreedOutOfMemoryError
 from d2scale.step.guard import AllocatorRetries, MicroBatchSize
 from d2scale.step.optimizer_step import OptimizerStep, StepOptions
+from norm_functions import out_of_memory_with_synchronised_norms
 from rank_functions import (
     forward_backward,
     growing_training,
@@ -93,6 +94,11 @@ def test_other_errors_pass_unchanged():
 def test_another_error_ends_the_step_on_every_rank():
     kinds = launch(other_error_in_backward_of_the_last_rank, topology=Topology(2))
     assert kinds == ["AnotherRankFailedError", "ZeroDivisionError"]
+
+
+def test_with_synchronised_norms_an_out_of_memory_error_ends_all_ranks():
+    with pytest.raises(RankError, match="out of memory"):
+        launch(out_of_memory_with_synchronised_norms, topology=Topology(2))
 
 
 def test_failed_forward_holds_no_memory(caplog):

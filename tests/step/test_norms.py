@@ -15,7 +15,7 @@ from d2scale.step.norms import (
     synchronised_norms,
     without_synchronised_norms,
 )
-from rank_functions import norms_of_two_ranks, synchronised_training
+from norm_functions import norms_of_two_ranks, synchronised_training
 
 
 def test_synchronised_batch_norm_becomes_plain_on_one_rank(caplog):

@@ -20,7 +20,6 @@ from d2scale.step.averaging import GradientAverager
 from d2scale.step.forward_backward import ForwardBackward
 from d2scale.step.guard import StepDoesNotFitError
 from d2scale.step.micro_batches import StepLosses
-from d2scale.step.norms import synchronise_norms
 from d2scale.step.optimizer_step import OptimizerStep, StepOptions
 from d2scale.step.ranks import (
     alone,
@@ -343,40 +342,3 @@ def measured_noise(model_classes, rank_sizes):
         forward_backward(model_class(torch.float64))(micro_batches, measure=True).noise
         for model_class in model_classes
     ]
-
-
-def synchronised_training(synchronised=True):
-    """Weights and statistics after 3 steps of 8 images, which two ranks share unevenly."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-    ).double()
-    synchronise_norms(model, synchronised and world_size() > 1)
-    own = slice(None) if world_size() == 1 else (slice(5), slice(5, None))[rank()]
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = model
-
-        def forward(self, samples):
-            images = torch.stack([sample["image"] for sample in samples])
-            return {"loss": self.body(images).square().mean(), "other": self.body[0].weight.sum()}
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    step = OptimizerStep(Model(), optimizer, ims_per_gpu=8)
-    for number in range(3):
-        generator = torch.Generator().manual_seed(number)
-        images = torch.randn(8, 3, 9, 9, generator=generator, dtype=torch.float64)
-        step([{"image": image} for image in images[own]])
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def norms_of_two_ranks():
-    """What two ranks train, synchronised and apart, and the kinds of layers that become so."""
-    model = nn.Sequential(
-        nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.SyncBatchNorm(4), nn.GroupNorm(2, 4)
-    )
-    model[1].eval()
-    kinds = [type(layer).__name__ for layer in synchronise_norms(model, True)]
-    return synchronised_training(), synchronised_training(synchronised=False), kinds
