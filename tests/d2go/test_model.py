@@ -7,6 +7,7 @@ import torch
 OPTIONS = [
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
     *("MODEL.FPN.OUT_CHANNELS", "64", "MODEL.FCOS.NUM_CLS_CONVS", "1"),
+    *("MODEL.FCOS.NUM_CLASSES", "60"),
 ]
 
 
