@@ -56,24 +56,25 @@ def _categories_in(path: Path, mtime_ns: int, size: int) -> Mapping[int, str]:
     return read_annotation_file(path).categories
 
 
-def counted_classes(cfg: Any) -> dict[str, int]:
+def counted_classes(cfg: Any, *, unknown: int = 0) -> dict[str, int]:
     """Return the key that counts the classes of ``cfg``'s model, with the datasets' number.
 
-    Empty if the key is set, or if no dataset tells it. ``cfg`` is a config of any engine, or its
-    settings by dotted key. ConfigError for own datasets that do not fit together.
+    If no dataset tells it, the number is ``unknown``. Empty if that is 0, or if the key is set.
+    ``cfg`` is a config of any engine, or its settings by dotted key. ConfigError for own datasets
+    that do not fit together.
     """
     known, key = dataset_names(cfg), class_count_key(cfg)
     if key is None or str(get_key(cfg, key, 0)) != "0":  # a word of the command line, too
         return {}
     names = (*get_key(cfg, "DATASETS.TRAIN", ()), *get_key(cfg, "DATASETS.TEST", ()))
     counts = (count_classes(name, cfg) for name in names if name in known)
-    number = next(filter(None, counts), 0)
+    number = next(filter(None, counts), unknown)
     return {key: number} if number else {}
 
 
-def with_class_count(cfg: Any) -> Any:
+def with_class_count(cfg: Any, *, unknown: int = 0) -> Any:
     """Return ``cfg``, or a copy of it in which the key that counts classes follows the datasets."""
-    for key, number in counted_classes(cfg).items():
+    for key, number in counted_classes(cfg, unknown=unknown).items():
         cfg = cfg.clone()
         cfg.defrost()
         set_key(cfg, key, number)

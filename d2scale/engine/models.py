@@ -47,6 +47,8 @@ def check_model(cfg: CfgNode) -> None:
     datasets.
     """
     find_builder(cfg.MODEL.META_ARCHITECTURE)
+    # A dataset that does not tell its classes is a fault of its own.
+    cfg = with_class_count(cfg, unknown=1)
     # What the builder logs belongs into the run's log, when the ranks build it.
     logging.disable(logging.WARNING)
     try:

@@ -90,6 +90,18 @@ def test_every_command_refuses_lists_of_unequal_length(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("part", ["json_file", "images"])
+def test_a_missing_file_or_folder_is_one_line(data, write_config, tmp_path, capsys, part):
+    path = write_config(RECIPE.replace("TEST: [mine]", "TEST: []") + injection(data))
+    getattr(data, part).rename(tmp_path / "moved")
+    words = ["train", "--config-file", path, "OUTPUT_DIR", str(tmp_path / "run")]
+    assert main(words) == 2
+    told = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in told if line.startswith("d2scale: error: ")]
+    assert f"{getattr(data, part)} not found; correct the path" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_wrong_number_of_classes_is_one_line_with_the_right_one(data, make_cfg, tmp_path):
     with pytest.raises(ConfigError) as raised:
         train(make_cfg("MODEL.FCOS.NUM_CLASSES", 3))
