@@ -14,6 +14,7 @@ import torch
 
 from d2scale.engine.telemetry.machine import cpu_name
 from d2scale.run_folder.files import write_atomically
+from d2scale.step.precision import tf32_use
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,7 +27,7 @@ def describe() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "gpus": [
-            f"{p.name}, {p.total_memory / 2**30:.1f} GiB"
+            f"{p.name}, {p.total_memory / 2**30:.1f} GiB, TF32 for {tf32_use(p.major)}"
             for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         ],
         "python": platform.python_version(),
