@@ -188,6 +188,7 @@ def trained(root: Path, images_seen: int) -> Path:
 _SMALL = (
     *("INPUT.MIN_SIZE_TRAIN", f"({TILE},)", "INPUT.MAX_SIZE_TRAIN", str(TILE)),
     *("INPUT.MIN_SIZE_TEST", str(TILE), "INPUT.MAX_SIZE_TEST", str(GRID * CELL)),
+    *("MODEL.FCOS.NUM_CLASSES", str(len(BASE_CATEGORY_IDS))),
     *("DATASETS.TRAIN", str((TRAINING_SET,)), "DATASETS.TEST", str((TEST_SET,))),
 )
 
