@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -207,6 +208,7 @@ def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
 
 def a_process_each(cfg: CfgNode, images: int, steps: int) -> list[Row]:
     """Return the rows of torch's DDP and of d2scale's step, on this rank's share of the images."""
+    warnings.filterwarnings("ignore", message="Grad strides do not match")
     share = images // world_size()
     samples = make_samples(images, *IMAGE)[rank() * share : (rank() + 1) * share]
     batch = tuple(tensor.chunk(world_size())[rank()] for tensor in make_batch(images))

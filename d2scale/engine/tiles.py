@@ -198,16 +198,18 @@ def _found(
 
 def covered_pieces(found: Found) -> Tensor:
     """Return which boxes are cut and lie in a whole box that is worth more, shape (n,), bool."""
-    pieces = found.cut.nonzero()[:, 0]
-    whole = found.take(~found.cut)
     covered = torch.zeros_like(found.cut)
-    # A huge image has many of both.
-    for some in pieces.split(max(1, _MOST_PAIRS // max(1, len(whole.scores)))):
-        piece = found.take(some)
-        shares = _shares_within(piece.boxes, whole.boxes)
-        same = piece.classes[:, None] == whole.classes
-        sure = whole.scores >= _AS_SURE * piece.scores[:, None]
-        covered[some] = ((shares >= _COVERED) & same & sure).any(dim=1)
+    # Class by class: of all pairs, few are of one class.
+    for label in found.classes[found.cut].unique():
+        of_class = found.classes == label
+        whole = found.take(of_class & ~found.cut)
+        pieces = (of_class & found.cut).nonzero()[:, 0]
+        # A huge image has many of both.
+        for some in pieces.split(max(1, _MOST_PAIRS // max(1, len(whole.scores)))):
+            piece = found.take(some)
+            sure = whole.scores >= _AS_SURE * piece.scores[:, None]
+            within = _shares_within(piece.boxes, whole.boxes) >= _COVERED
+            covered[some] = (within & sure).any(dim=1)
     return covered
 
 
