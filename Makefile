@@ -43,7 +43,7 @@ benchmarks: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accumulation.py
 
 # What one GPU can prove, in slices of under ten minutes; the same command goes on where it stopped.
-gpu: $(VENV)/.train
+gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu.py
 
 # For a machine of Python 3.12 with torch and torchvision that reaches no package index.

@@ -96,7 +96,7 @@ def run_tests(
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if hidden else None
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False)  # noqa: S603
     if setting.dry:
-        if done.returncode not in (0, 5):
+        if done.returncode:
             raise RuntimeError(f"pytest ended with status {done.returncode}")
         yield {"key": "collected", "paths": list(paths)}
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from importlib.metadata import PackageNotFoundError, requires
 
 import gpu
 import machine
@@ -12,6 +14,8 @@ from campaign.memory import correction
 from campaign.setting import Setting
 from campaign.slices import SLICES
 from campaign.trace import summary
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 # One slice of each function: the others differ in a number. The report needs an experiment.
 OF_EACH_FUNCTION = {getattr(one.run, "func", one.run): one for one in reversed(SLICES)}
@@ -42,9 +46,40 @@ def test_slices_are_short_and_of_one_name():
     for one in SLICES:
         assert one.minutes < gpu.LIMIT_MINUTES
         assert one.text
-        for path in getattr(one.run, "keywords", {}).get("paths", ()):
+        keywords = getattr(one.run, "keywords", {})
+        for path in keywords.get("paths", ()):
             assert (gpu.REPOSITORY / path).exists()
+            if keywords.get("marked", True):
+                text = (gpu.REPOSITORY / path).read_text()
+                assert any(mark in text for mark in ("on_both_devices", "GPU", "mark.gpu")), path
     assert all(one.name in gpu.table() for one in SLICES)
+
+
+def needs_of(names):
+    """The packages that these need, and what those need, on Linux."""
+    found, waiting = set(), list(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in found:
+            continue
+        found.add(name)
+        with contextlib.suppress(PackageNotFoundError):  # what torch needs on a GPU
+            needs = [Requirement(text) for text in requires(name) or ()]
+            here = {"extra": "", "python_version": "3.12"}
+            waiting += [
+                need.name for need in needs if not need.marker or need.marker.evaluate(here)
+            ]
+    return found
+
+
+def test_wheels_are_all_that_torch_does_not_bring():
+    own = [Requirement(text) for text in requires("d2scale")]
+    wanted = [need.name for need in own if not need.marker or "train" in str(need.marker)]
+    wanted += ["pytest", "pytest-timeout", "hypothesis"]
+    lines = (gpu.REPOSITORY / "benchmarks" / "gpu-wheels.txt").read_text().splitlines()
+    listed = {canonicalize_name(line) for line in lines if not line.startswith("#")}
+    there = needs_of(["torch", "torchvision", "pip"])
+    assert needs_of(wanted) - there - listed == {"fvcore", "iopath"}
 
 
 def test_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):

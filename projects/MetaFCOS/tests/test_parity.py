@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from devices import on_both_devices, tf32
 from meta_fcos.head import FCOSHead
 from meta_fcos.proposals import MetaFCOS
 
@@ -37,13 +38,13 @@ def rebuild_model(case):
     return model
 
 
-def rebuild_inputs(case):
+def rebuild_inputs(case, device):
     random = np.random.RandomState(case["seed"])
     height, width = case["padded"]
     features = [
-        torch.from_numpy(
-            random.standard_normal((len(case["sizes"]), 256, height // s, width // s))
-        ).requires_grad_()
+        torch.from_numpy(random.standard_normal((len(case["sizes"]), 256, height // s, width // s)))
+        .to(device)
+        .requires_grad_()
         for s in STRIDES
     ]
     boxes, classes = [], []
@@ -57,10 +58,11 @@ def rebuild_inputs(case):
     return features, boxes, classes
 
 
+@on_both_devices
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_losses_gradients_and_detections_are_the_published_heads(case):
-    model = rebuild_model(case)
-    features, boxes, classes = rebuild_inputs(case)
+def test_losses_gradients_and_detections_are_the_published_heads(case, device):
+    model = rebuild_model(case).to(device)
+    features, boxes, classes = rebuild_inputs(case, device)
 
     losses = model(features, model.assign(boxes, classes, case["padded"]))
     sum(losses.values()).backward()
@@ -74,9 +76,10 @@ def test_losses_gradients_and_detections_are_the_published_heads(case):
     feature_norms = [feature.grad.norm().item() for feature in features]
     assert feature_norms == pytest.approx(list(case["feature_grad_norm"].values()), rel=1e-4)
 
-    with torch.no_grad():
+    with torch.no_grad(), tf32(False):
         found = model.float()([feature.float() for feature in features])
     for image, expected in zip(found, case["detections"], strict=True):
+        image = {name: value.cpu() for name, value in image.items()}
         shown = len(expected["scores"])
         assert len(image["scores"]) == expected["n"]
         boxes = torch.tensor(expected["boxes"])
