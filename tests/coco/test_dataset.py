@@ -122,6 +122,7 @@ def test_missing_dataset_names_the_folder_and_the_cure(tmp_path, monkeypatch):
         ('{"images": {}, "annotations": [], "categories": []}', "is 'dict'; allowed: a list"),
         ('{"images": [], "annotations": [], "categories": []}', "lists none"),
         ("\x00\x01", "JSON in COCO's format"),
+        ("[" * 10**6, "JSON in COCO's format"),
     ],
 )
 def test_files_in_another_format_are_named(coco, text, told):
@@ -145,7 +146,15 @@ def test_a_folder_for_an_annotation_file(coco):
         ("annotations", "bbox", [1, 2, 3]),
         ("annotations", "bbox", [1, 2, 3, "4"]),
         ("annotations", "bbox", [1, 2, 3, None]),
+        ("annotations", "bbox", [1, 2, 3, 10**400]),
+        ("annotations", "bbox", [1, 2, 3, True]),
         ("annotations", "image_id", "1"),
+        ("annotations", "id", True),
+        ("annotations", "iscrowd", "0"),
+        ("annotations", "area", 10**400),
+        ("images", "height", 2**63),
+        ("images", "id", 10**25),
+        ("images", "file_name", "a\0b"),
         ("categories", "name", ""),
     ],
 )
