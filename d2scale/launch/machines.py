@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -121,11 +122,15 @@ def _exchange(
     machines = []
     for number in range(topology.num_machines):
         key = f"machine{number}"
-        _wait(topology, number, deadline, lambda k=key: None if store.check([k]) else "not there")  # type: ignore[misc]
+        _wait(topology, number, deadline, partial(_missing, store, key))
         machines.append(json.loads(store.get(key)))
     # Machine 0 may know itself by a loopback address only: then by the way to the others.
     let_gloo_reach([host, *(machine["address"] for machine in machines if machine["address"])])
     return [machine["facts"] for machine in machines]
+
+
+def _missing(store: dist.Store, key: str) -> str | None:
+    return None if store.check([key]) else "not there"
 
 
 def _refuse_differences(machines: list[dict[str, Any]]) -> None:
