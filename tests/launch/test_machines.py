@@ -21,10 +21,17 @@ from rank_functions import user_error_on
 # What every machine starts: its number and the URL of machine 0 follow.
 JOB = """
 import sys
+import time
+import torch.distributed as dist
 from d2scale.errors import D2ScaleError
 from d2scale.launch import elastic, machines
 from d2scale.launch.launch import Topology, launch
-from rank_functions import exchange_for_ever
+
+def exchange_for_ever(marker):
+    while True:
+        dist.barrier()
+        open(f"{marker}.{dist.get_rank()}", "w").close()
+        time.sleep(0.1)
 
 machines.SILENT_AFTER_SECONDS = elastic.SILENT_AFTER_SECONDS = 6
 machines.SILENT_AFTER_ERROR_SECONDS = 4
@@ -54,6 +61,7 @@ def wait_for(condition, what):
     end = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < end, what()
+        assert "Traceback" not in what(), what()
         time.sleep(0.05)
 
 
