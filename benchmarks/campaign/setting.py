@@ -78,7 +78,7 @@ class Setting:
             return "COCO images"
         root = self.folder / "shapes"
         size = self.few((480, 640), (64, 96))
-        write_shapes_dataset(root, self.few(256, 12), self.few(64, 2), image_size=size)
+        write_shapes_dataset(root, self.few(256, 40), self.few(64, 2), image_size=size)
         os.environ[ROOT_VARIABLE] = str(root.absolute())
         return "drawn shapes"
 

@@ -105,7 +105,7 @@ class _Torchvision(nn.Module):
 def inference(setting: Setting) -> Iterator[Row]:
     """Detection on single images, beside torchvision's FCOS."""
     options = BenchmarkOptions(images=setting.few(100, 1), warmup=setting.few(20, 0))
-    height, width = setting.few((800, 1333), (64, 96))
+    height, width = setting.few((800, 1333), (32, 32))
     samples = make_samples(8, height, width)
     for name in (_OURS, _THEIRS):
         contestant = build(name, setting.device, narrow=setting.dry)
