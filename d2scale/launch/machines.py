@@ -62,7 +62,7 @@ def machines_met(topology: Topology, device: str) -> Iterator[Watch | None]:
     try:
         yield watch
     except BaseException as error:
-        watch.leave(_ENDED + (f"{error}".partition("\n")[0] or "interrupted"))
+        watch.leave(_ENDED + (f"{error}".partition("\n")[0].rstrip(":") or "interrupted"))
         raise
     watch.leave()
 
