@@ -35,10 +35,11 @@ def test_accumulation_steps_are_honoured_or_refused(recipes):
 
 def test_max_memory_says_what_is_missing(recipes):
     path = recipes / "experiment-1-baseline.yaml"
+    other = ("INPUT.MAX_SIZE_TRAIN", "4000")  # no profile is shipped for it
     with pytest.raises(ConfigError, match=r"--gpu-memory-gib.* and .*--profile"):
-        plan_of(path, 2, "max_memory")
+        plan_of(path, 2, "max_memory", other)
     with pytest.raises(ConfigError, match=r"or a memory profile \(--profile\)"):
-        plan_of(path, 2, "max_memory", budget_gib=16.0)
+        plan_of(path, 2, "max_memory", other, budget_gib=16.0)
 
 
 def test_a_cap_below_the_number_of_gpus_is_refused(recipes):
