@@ -11,7 +11,10 @@ from PIL import Image
 from d2scale.errors import DataError, Fault
 
 _EXIF_ORIENTATION = 0x0112
-_SIXTEEN_BIT = "16 bit, of which values above 255 are read as 255"
+# A file is read as one of these, whatever its name ends in: for some others (EPS) PIL starts a
+# program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+_DEEP = "of more than 8 bits, read as RGB where no value is above 255"
 _SEE_THROUGH = "transparent in parts, read in the colour that is beneath"
 # By PIL's name for how pixels are stored. detectron2 reads all of them in the same way.
 _ODD_MODES = {
@@ -21,9 +24,7 @@ _ODD_MODES = {
     "P": "of a palette, read as RGB",
     "CMYK": "CMYK, read as RGB",
     **dict.fromkeys(("LA", "PA", "RGBA", "La", "RGBa"), _SEE_THROUGH),
-    **dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N"), _SIXTEEN_BIT),
-    "I": "32 bit, of which values above 255 are read as 255",
-    "F": "of fractions, of which values above 255 are read as 255",
+    **dict.fromkeys(("I;16", "I;16B", "I;16L", "I;16N", "I", "F"), _DEEP),
 }
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,11 +41,14 @@ def read_rgb(file_name: str) -> np.ndarray:
     """Return an image, upright by its EXIF orientation: RGB, shape (height, width, 3), uint8.
 
     Raises:
-        DataError: if the file is missing, or is no image, or is cut short; it names the file.
+        DataError: if the file is missing, or is no image, or is cut short, or has values that 8
+            bits cannot hold; it names the file.
     """
     try:
-        with Image.open(file_name) as image:
+        with Image.open(file_name, formats=_FORMATS) as image:
             image = _make_upright(image)
+            if _ODD_MODES.get(image.mode) == _DEEP:
+                return _deep_to_rgb(file_name, np.asarray(image))
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # at once to RGB gives the same, and a warning
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -52,7 +56,20 @@ def read_rgb(file_name: str) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0]
         advice = f"replace it or take it out of the dataset ({type(error).__name__}: {reason})"
-        raise DataError([Fault("image file", file_name, "a readable image", advice)]) from error
+        allowed = f"a readable image ({', '.join(_FORMATS)})"
+        raise DataError([Fault("image file", file_name, allowed, advice)]) from error
+
+
+def _deep_to_rgb(file_name: str, values: np.ndarray) -> np.ndarray:
+    """Return an image of one deep channel as RGB; DataError unless its values are those of bytes.
+
+    PIL would make all that is above 255 white. Which value is to be white, only the user knows.
+    """
+    if not ((values >= 0) & (values <= 255) & (values % 1 == 0)).all():
+        allowed = "an image of whole numbers from 0 to 255"
+        advice = f"it has {values.min():g} to {values.max():g}; bring all images to 8 bits first"
+        raise DataError([Fault("image file", file_name, allowed, advice)])
+    return np.repeat(values.astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _make_upright(image: Image.Image) -> Image.Image:
@@ -85,7 +102,7 @@ def oddities(file_name: str) -> list[str]:
     Empty also for a file that cannot be opened, of which :func:`read_rgb` tells.
     """
     try:
-        with Image.open(file_name) as image:
+        with Image.open(file_name, formats=_FORMATS) as image:
             found = [_ODD_MODES.get(image.mode, f"{image.mode}, read as RGB")]
             if image.mode == "P" and "transparency" in image.info:
                 found = [_ODD_MODES["PA"]]

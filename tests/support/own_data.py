@@ -71,7 +71,7 @@ def odd_images(image: Image.Image) -> dict[str, tuple[Image.Image, dict[str, obj
     """Return an RGB image as people have theirs, by kind, with the options to save it with."""
     turned = Image.Exif()
     turned[0x0112] = 6  # to be shown turned by 90 degrees to the right
-    sixteen_bit = np.asarray(image.convert("L")).astype(np.uint16) * 256
+    sixteen_bit = np.asarray(image.convert("L")).astype(np.uint16)
     return {
         "EXIF": (image.transpose(Image.Transpose.ROTATE_90), {"format": "PNG", "exif": turned}),
         "CMYK": (image.convert("CMYK"), {"format": "JPEG", "quality": 95}),

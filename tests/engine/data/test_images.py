@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageOps
 
 from d2scale.coco.dataset import load_dataset
-from d2scale.coco.images import check_size
+from d2scale.coco.images import check_size, oddities
 from d2scale.coco.sizes import output_size
 from d2scale.engine.data.images import read_image, resize_and_flip
 from d2scale.engine.data.transforms import Augmentation
@@ -68,8 +68,35 @@ def test_unreadable_files_are_named(tmp_path, spoil, kind):
         path.write_bytes({"empty": b"", "text": b"no image", "cut": content[:800]}[spoil])
     with pytest.raises(DataError) as caught:
         read_image(str(path))
-    assert str(caught.value).startswith(f"image file is {str(path)!r}; allowed: a readable image;")
+    assert str(caught.value).startswith(f"image file is {str(path)!r}; allowed: a readable image (")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (np.uint16, [0, 256]),
+        (np.int32, [0, 70000]),
+        (np.int32, [-1, 9]),
+        (np.float32, [0, 0.5]),
+        (np.float32, [0, np.nan]),
+    ],
+)
+def test_deep_images_are_read_as_they_are_or_refused(tmp_path, dtype, values):
+    path = str(tmp_path / "a.tif")
+    Image.fromarray(np.array([[0, 7, 255]], dtype)).save(path)
+    assert read_image(path).tolist() == [[[0, 7, 255]]] * 3
+    Image.fromarray(np.array([values], dtype)).save(path)
+    with pytest.raises(DataError, match="allowed: an image of whole numbers from 0 to 255; it has"):
+        read_image(path)
+
+
+def test_no_program_is_started_for_an_image_of_another_format(tmp_path):
+    path = tmp_path / "a.jpg"
+    smooth_picture().save(path, format="EPS")
+    with pytest.raises(DataError, match="UnidentifiedImageError"):
+        read_image(str(path))
+    assert oddities(str(path)) == []
 
 
 @pytest.mark.parametrize("size", [(64, 96), (20, 31), (32, 48), (40, 30)])
