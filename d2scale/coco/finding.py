@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from d2scale.errors import DataError, Fault
 def find_dataset(path: Path, images: Path | None = None) -> DatasetSpec:
     """Return where the dataset at ``path`` is: its annotation file, or the folder that holds it.
 
-    ``images`` is the folder of its images; None: the one near it that holds the first of them.
-    DataError if nothing is found, or more than one annotation file, or if that cannot be read.
+    ``images`` is the folder of its images; None: the one near it that holds the first of them, of
+    several the one that the annotation file is named after. DataError if nothing is found, or more
+    than one annotation file or folder, or if the file cannot be read.
     """
     json_file = _annotation_file_in(path) if path.is_dir() else path
     folder = _folder_of_images(json_file) if images is None else images
@@ -37,7 +39,7 @@ def _is_of_coco(path: Path) -> bool:
     """Return whether a JSON file has the sections of an annotation file."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"images", "annotations"} <= content.keys()
 
@@ -45,12 +47,15 @@ def _is_of_coco(path: Path) -> bool:
 def _folder_of_images(json_file: Path) -> Path:
     names = read_annotation_file(json_file).file_names
     looked = [*dict.fromkeys(_folders_near(json_file))]
-    for folder in looked if names else ():
-        if (folder / names[0]).is_file():
-            return folder
+    found = [folder for folder in looked if names and os.path.isfile(folder / names[0])]
+    # Images of two sets are often numbered alike: instances_val2017.json means val2017.
+    namesakes = [folder for folder in found if folder.name in json_file.stem]
+    for folders in (found, namesakes):
+        if len(folders) == 1:
+            return folders[0]
     first = names[0] if names else "any image"
-    allowed = f"an annotation file near the folder that holds {first}"
-    advice = "name that folder by --images"
+    allowed = f"an annotation file near the one folder that holds {first}"
+    advice = f"name that folder by --images (found: {', '.join(map(str, found)) or 'none'})"
     raise DataError([Fault("annotation file", str(json_file), allowed, advice)])
 
 

@@ -61,7 +61,7 @@ def inspect_dataset(
     except DataError:
         return Inspection(name, spec, None)
     # That images are missing is a fault of the annotations.
-    there = [n for n, name in enumerate(file.file_names) if (spec.image_root / name).is_file()]
+    there = [n for n, name in enumerate(file.file_names) if os.path.isfile(spec.image_root / name)]
     if most_images is not None and most_images < len(there):
         there = [there[len(there) * part // most_images] for part in range(most_images)]
     inspection = Inspection(name, spec, file, images_read=len(there))

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from d2scale.coco.inspection import inspect_dataset
     from d2scale.report.dataset_text import config_lines, inspection_text
 
-    if faults := [*_option_faults(arguments)]:
+    if faults := [*_option_faults(arguments), *_without_effect(arguments)]:
         raise ConfigError(faults)
     cfg, on_disk = _config(arguments)
     named = dict.fromkeys(cfg.DATASETS.TEST, "DATASETS.TEST")
@@ -89,6 +89,26 @@ def _option_faults(arguments: argparse.Namespace) -> Iterator[Fault]:
         yield Fault("--output", arguments.output, allowed, "correct the name, or make the folder")
 
 
+def _without_effect(arguments: argparse.Namespace) -> Iterator[Fault]:
+    """Yield what is given for another kind of PATH|NAME than this one."""
+    if arguments.opts and not _is_config(arguments.data):
+        yield Fault("KEY VALUE", " ".join(arguments.opts), "none but for a config", "leave it out")
+    if not _is_config(arguments.data) and _is_on_disk(Path(arguments.data)):
+        return
+    for option in ("images", "name"):
+        if (value := getattr(arguments, option)) is not None:
+            allowed = "none but for a folder or a JSON file"
+            yield Fault(f"--{option}", value, allowed, "leave it out")
+
+
+def _is_config(word: str) -> bool:
+    return "://" in word or Path(word).suffix in (".yaml", ".yml")
+
+
+def _is_on_disk(path: Path) -> bool:
+    return path.is_dir() or path.suffix == ".json"
+
+
 def _config(arguments: argparse.Namespace) -> tuple[CfgNode, bool]:
     """Return a config with the datasets that the user means, and whether a path names them."""
     from d2scale.coco.catalog import dataset_names
@@ -97,9 +117,9 @@ def _config(arguments: argparse.Namespace) -> tuple[CfgNode, bool]:
     from d2scale.config.loading import load_recipe
 
     word, path = arguments.data, Path(arguments.data)
-    if "://" in word or path.suffix in (".yaml", ".yml"):
+    if _is_config(word):
         return load_recipe(word, arguments.opts)[0], False
-    cfg, on_disk = get_cfg(), path.is_dir() or path.suffix == ".json"
+    cfg, on_disk = get_cfg(), _is_on_disk(path)
     if on_disk:
         images = None if arguments.images is None else Path(arguments.images)
         own, spec = cfg.D2GO_DATA.DATASETS.COCO_INJECTION, find_dataset(path, images)

@@ -70,6 +70,26 @@ def test_it_finds_the_parts_of_a_dataset(data, tell, monkeypatch, words):
     assert facts(tell(*words)[0])["images"] == str(data.images)
 
 
+def test_of_folders_that_hold_the_first_image_the_namesake_is_taken(data, tell):
+    data.json_file.rename(data.root / "labels_val.json")
+    (data.root / "train").mkdir()
+    name = data.content["images"][0]["file_name"]
+    (data.root / "train" / name).write_bytes(b"another image")
+    (line,) = tell(data.root / "labels_val.json", status=2)[1]
+    assert f"name that folder by --images (found: {data.images}, {data.root / 'train'})" in line
+    data.images.rename(data.root / "val")
+    assert facts(tell(data.root)[0])["images"] == str(data.root / "val")
+
+
+def test_a_name_too_long_for_a_file_is_no_traceback(data, tell):
+    data.content["images"][0]["file_name"] = "x" * 300 + ".jpg"
+    data.write()
+    (line,) = tell(data.root, status=2)[1]
+    assert "name that folder by --images" in line
+    lines = tell(data.root, "--images", data.images, status=2)[1]
+    assert any("x" * 300 in line for line in lines)
+
+
 def test_coco_is_found_in_its_own_layout(coco, tell):
     told = facts(tell("coco_pretrain_train_base")[0])
     assert (told["dataset"], told["faults"]) == ("coco_pretrain_train_base", "none")
@@ -157,6 +177,9 @@ def test_no_boxes_and_classes_that_differ_are_told(data, tell, tmp_path, write_c
         (["nowhere"], "PATH|NAME is 'nowhere'; allowed: a folder, a file .json or .yaml"),
         (["images"], "it has no JSON file"),
         (["labels.json", "--images", "nowhere"], "nowhere not found"),
+        ([".", "DATASETS.TEST", "()"], "KEY VALUE is 'DATASETS.TEST ()'; allowed: none but"),
+        (["coco_2017_val", "--images", "images"], "--images is 'images'; allowed: none but for a"),
+        (["mine.yaml", "--name", "mine"], "--name is 'mine'; allowed: none but for a folder"),
         ([".", "--read", "0"], "--read is 0"),
         ([".", "-o", "sheet.txt"], "--output is 'sheet.txt'; allowed: a file .jpg"),
         (["nowhere.json"], "annotation file is 'nowhere.json'; allowed: a readable file"),
