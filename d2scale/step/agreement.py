@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 # How a part of a step ended on a rank.
 _DONE, _OUT_OF_MEMORY, _FAILED = 0, 1, 2
-_ECHO_SECONDS = 1.0
+# For the rank that failed to end first, on a busy machine too; a launcher then ends the others.
+_ECHO_SECONDS = 30.0
 
 
 class AnotherRankFailedError(RuntimeError):
@@ -66,7 +67,7 @@ def run_together(part: str, work: Callable[[], T], counts: Tensor | None = None)
         results.clear()
         if failure is not None:
             raise failure
-        # The rank that failed shall be the first to end: launchers report the first error.
+        # Launchers report the error of the rank that ends first.
         time.sleep(_ECHO_SECONDS)
         number = outcomes.index(_FAILED)
         raise AnotherRankFailedError(f"{part}: rank {number} failed; its own error says why")

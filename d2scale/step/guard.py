@@ -56,19 +56,19 @@ class MicroBatchSize:
         self._wait = _GROW_AFTER  # steps without a failure before that
         self._tries = 0  # of larger sizes
         # What the running step does: it tries a larger size, or one that failed a moment ago.
-        self._trying = self._repeating = False
+        self.trying = self._repeating = False
 
     def begin_step(self) -> None:
         """Try a larger size in the coming step, where one is due."""
-        self._trying = bool(self._grows and self._larger and self._steps >= self._grow_from)
-        if self._trying:
+        self.trying = bool(self._grows and self._larger and self._steps >= self._grow_from)
+        if self.trying:
             self.now = self._larger.pop()
             self._tries += 1
 
     def end_step(self) -> None:
         """Count a step that has succeeded."""
         self._steps += 1
-        if self._trying:
+        if self.trying:
             logger.info("%d images per GPU at a time fit again, and stay", self.now)
             self._grow_from = self._steps + self._wait
         if self._repeating:
@@ -76,7 +76,7 @@ class MicroBatchSize:
                 "%d images per GPU did fit once unused memory was given back: it was fragmented%s",
                 *(self.now, self._advice()),
             )
-        self._trying = self._repeating = False
+        self.trying = self._repeating = False
 
     def after_failure(self, failure: AgreedOutOfMemoryError, own_largest: int) -> None:
         """Choose the size with which the step is taken again, and log it.
@@ -87,7 +87,7 @@ class MicroBatchSize:
             StepDoesNotFitError: if it was one image.
         """
         largest = int(ranks.largest_over_ranks({"images": own_largest})["images"])
-        if not self._trying and self._steps >= self._repeat_from:
+        if not self.trying and self._steps >= self._repeat_from:
             self._repeat_from = self._steps + _REPEATS_APART
             self._repeating = True
             text = "Out of memory in %s: the step is undone and taken again, after freeing memory"
@@ -105,7 +105,7 @@ class MicroBatchSize:
         # A size that has been tried and fails again is tried later and later.
         self._wait *= 2 if self._tries else 1
         self._grow_from = self._steps + 1 + self._wait
-        self._trying = self._repeating = False
+        self.trying = self._repeating = False
         logger.warning(
             "Out of memory in %s: the step is undone and taken again with %d images per GPU at a "
             "time instead of %d, %s; total batch, learning rate and schedule do not change%s",
@@ -123,7 +123,7 @@ class MicroBatchSize:
         for name in _KEPT:
             setattr(self, f"_{name}", state[name])
         self._larger, self.now = list(self._larger), state["now"]
-        if self.now != self._planned:
+        if self._larger:
             text = "%d images per GPU at a time, as before: %d ran out of memory"
             logger.info(text, self.now, self._larger[-1])
 

@@ -209,7 +209,8 @@ class OptimizerStep:
     ) -> StepLosses:
         self.optimizer.zero_grad(set_to_none=True)
         ims_per_gpu = self.ims_per_gpu
-        if measure and self.is_one_part(rank_batch):
+        # Cut in two, a larger size would not be tried.
+        if measure and self.is_one_part(rank_batch) and not self.size.trying:
             ims_per_gpu = -(-len(rank_batch) // 2)
         parts = self._cut(rank_batch, ims_per_gpu)
         if self._virtual_ranks is not None:

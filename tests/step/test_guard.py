@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from d2scale.launch.launch import RankError, Topology, launch
-from d2scale.step import undo
+from d2scale.step import guard, undo
 from d2scale.step.agreement import AgreedOutOfMemoryError
 from d2scale.step.guard import AllocatorRetries, MicroBatchSize
 from d2scale.step.optimizer_step import OptimizerStep, StepOptions
@@ -19,6 +19,7 @@ from rank_functions import (
     guarded_training,
     one_image_does_not_fit,
     other_error_in_backward_of_the_last_rank,
+    other_error_on_a_slow_rank,
     other_error_on_the_last_rank,
 )
 from standins import StandIn, make_samples
@@ -88,7 +89,7 @@ def test_other_errors_pass_unchanged():
     with pytest.raises(ZeroDivisionError):
         other_error_on_the_last_rank()
     with pytest.raises(RankError, match="ZeroDivisionError: a fault of the program"):
-        launch(other_error_on_the_last_rank, topology=Topology(2))
+        launch(other_error_on_a_slow_rank, topology=Topology(2))
 
 
 def test_another_error_ends_the_step_on_every_rank():
@@ -217,6 +218,38 @@ def test_a_resumed_run_keeps_what_is_known_of_the_size(caplog):
         same.begin_step()
         same.end_step()
     assert same.now == 4
+
+
+def test_a_run_resumes_that_has_grown_back_to_its_largest_part():
+    size = MicroBatchSize(4, torch.device("cpu"))
+    for _ in range(2):  # a step of 3 images
+        size.after_failure(AgreedOutOfMemoryError("forward", [0], ""), 3)
+    for _ in range(502):
+        size.begin_step()
+        size.end_step()
+    resumed = MicroBatchSize(4, torch.device("cpu"))
+    resumed.load_state_dict(size.state_dict())
+    assert (size.now, resumed.now) == (3, 3)
+
+
+def test_a_larger_size_is_tried_whole_where_a_step_is_cut_to_measure_noise(monkeypatch):
+    monkeypatch.setattr(guard, "_GROW_AFTER", 3)
+    seen = []
+
+    class Greedy(StandIn):
+        def forward(self, samples, normalizers=None):
+            seen.append(len(samples))
+            if len(samples) > 2:
+                raise MemoryError
+            return super().forward(samples, normalizers)
+
+    model = Greedy()
+    step = OptimizerStep(model, torch.optim.SGD(model.parameters(), lr=0.1), ims_per_gpu=4)
+    step(make_samples(4))
+    while 4 not in (tried := seen[4:]):
+        assert len(tried) < 20
+        step(make_samples(4), measure=True)
+    assert step.ims_per_gpu == 2
 
 
 @pytest.mark.parametrize(("setting", "advises"), [("", True), ("expandable_segments:True", False)])
