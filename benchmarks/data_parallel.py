@@ -202,8 +202,6 @@ def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
     optimizer.zero_grad()
     model(*batch).mean().backward()
     optimizer.step()
-    if batch[0].is_cuda:
-        torch.cuda.synchronize()
 
 
 def a_process_each(cfg: CfgNode, images: int, steps: int) -> list[Row]:

@@ -250,6 +250,8 @@ def medians(runs: list[Callable[[], Any]], steps: int) -> list[float]:
         for run, mine in zip(runs, seconds, strict=True):
             start = time.perf_counter()
             run()
+            if torch.cuda.is_available():  # a GPU may still be at work when its host is done
+                torch.cuda.synchronize()
             if step >= 2:
                 mine.append(time.perf_counter() - start)
     return [statistics.median(mine) for mine in seconds]

@@ -128,7 +128,10 @@ def _load_cfg(path: str, opts: Sequence[str]) -> CfgNode:
         advice = f"{len(error.faults)} keys are not; {advice}"
         fault = Fault("config file", path, "a config of the default engine", advice)
         raise ConfigError([fault]) from error
-    if faults := judge(cfg, TILE_RULES):
+    faults, key = judge(cfg, TILE_RULES), "D2SCALE.TILES.OVERLAP"
+    if key in opts and not cfg.D2SCALE.TILES.SIZE:
+        faults.append(Fault(key, cfg.D2SCALE.TILES.OVERLAP, "none without tiles", "add --tile"))
+    if faults:
         raise ConfigError(faults)
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

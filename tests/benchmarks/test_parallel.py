@@ -6,7 +6,7 @@ import accumulation
 import data_parallel
 import pytest
 import torch
-from split_steps import new_model, recipe
+from split_steps import medians, new_model, recipe
 
 
 @pytest.fixture
@@ -55,3 +55,11 @@ def test_once_a_step_sends_a_part_of_the_bytes_for_the_same_gradient(monkeypatch
         assert row["MB a step"] == pytest.approx(every["MB a step"] / 3, rel=0.01)
         assert row["all-reduces"] < every["all-reduces"]
         assert row["gradient's distance"] < 1e-4
+
+
+def test_a_step_is_timed_until_the_gpu_is_done(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("GPU is done"))
+    medians([lambda: calls.append("step")], 1)
+    assert calls == ["step", "GPU is done"] * 3

@@ -239,3 +239,13 @@ def test_a_wrong_tile_is_one_line(cfg, tmp_path, capsys, key, value):
     assert len(told) == 2
     assert not out.exists()
     assert not (tmp_path / "run").exists()
+
+
+def test_an_overlap_without_tiles_is_one_line(tmp_path, cfg, capsys):
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    torch.save({"model": new_model(cfg).state_dict()}, tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    words = ["visualize", str(tmp_path), "-o", str(tmp_path / "out"), "--overlap", "0.3"]
+    assert main(words) == 2
+    assert "OVERLAP is 0.3; allowed: none without tiles; add --tile" in capsys.readouterr().err
+    assert main([*words, "--tile", "64"]) == 0
