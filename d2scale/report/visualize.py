@@ -129,7 +129,7 @@ def _load_cfg(path: str, opts: Sequence[str]) -> CfgNode:
         fault = Fault("config file", path, "a config of the default engine", advice)
         raise ConfigError([fault]) from error
     faults, key = judge(cfg, TILE_RULES), "D2SCALE.TILES.OVERLAP"
-    if key in opts and not cfg.D2SCALE.TILES.SIZE:
+    if not faults and key in opts and not cfg.D2SCALE.TILES.SIZE:
         faults.append(Fault(key, cfg.D2SCALE.TILES.OVERLAP, "none without tiles", "add --tile"))
     if faults:
         raise ConfigError(faults)
