@@ -55,6 +55,14 @@ def datasets_root() -> Path:
     return Path(os.environ.get(ROOT_VARIABLE, "datasets")).expanduser()
 
 
+def path_advice(absent: Sequence[Path]) -> str:
+    """Return what to do about files of a dataset that are not there."""
+    root = datasets_root()
+    if all(path.is_relative_to(root) for path in absent):
+        return f"set {ROOT_VARIABLE} to the folder that holds coco/ (now {root.absolute()})"
+    return f"correct the path (relative ones begin at {Path.cwd()})"
+
+
 def dataset_names(cfg: Any = None) -> tuple[str, ...]:
     """Return every registered name, and those of ``cfg``'s own datasets."""
     return tuple(sorted(_known(cfg)))

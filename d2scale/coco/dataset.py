@@ -19,7 +19,7 @@ from d2scale.coco.annotation_faults import (
     usable_boxes,
 )
 from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
-from d2scale.coco.catalog import ROOT_VARIABLE, DatasetSpec, dataset_spec, datasets_root
+from d2scale.coco.catalog import DatasetSpec, dataset_spec, path_advice
 from d2scale.coco.records import CocoDataset, Records, concatenate, starts_from_counts
 from d2scale.errors import DataError, Fault, collecting
 
@@ -60,11 +60,7 @@ def check_files_exist(name: str, spec: DatasetSpec, *, key: str = "DATASETS") ->
     absent = [path for path in (spec.json_file, spec.image_root) if not path.exists()]
     if not absent:
         return
-    root = datasets_root()
-    advice = f"correct the path (relative ones begin at {Path.cwd()})"
-    if all(path.is_relative_to(root) for path in absent):
-        advice = f"set {ROOT_VARIABLE} to the folder that holds coco/ (now {root.absolute()})"
-    advice = f"{' and '.join(map(str, absent))} not found; {advice}"
+    advice = f"{' and '.join(map(str, absent))} not found; {path_advice(absent)}"
     raise DataError([Fault(key, name, "a dataset that is on this machine", advice)])
 
 

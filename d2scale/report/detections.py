@@ -17,7 +17,7 @@ from d2scale.coco.catalog import (
     DatasetSpec,
     dataset_names,
     dataset_spec,
-    datasets_root,
+    path_advice,
 )
 from d2scale.coco.matching import Detections, GroundTruth
 from d2scale.coco.results import CocoResults
@@ -75,8 +75,7 @@ def evaluation_spec(name: str, cfg: Any = None) -> DatasetSpec:
 def read_evaluation_set(name: str, spec: DatasetSpec) -> EvaluationSet:
     """Read a dataset's annotations; a DataError if they are not here or lack classes."""
     if not spec.json_file.is_file():
-        advice = f"set {ROOT_VARIABLE} to the folder that the run used (now {datasets_root()})"
-        advice = f"{spec.json_file} not found; {advice}"
+        advice = f"{spec.json_file} not found; {path_advice([spec.json_file])}"
         raise _fault(name, "a test set that is on this machine", advice)
     file = read_annotation_file(spec.json_file)
     wanted = sorted(spec.category_ids or file.categories)

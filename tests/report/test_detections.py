@@ -3,7 +3,7 @@ import json
 import pytest
 
 from d2scale.errors import DataError
-from d2scale.report.detections import read_detections
+from d2scale.report.detections import evaluation_spec, read_detections, read_evaluation_set
 from d2scale.report.runs import read_run
 from run_folders import detections
 
@@ -76,3 +76,13 @@ def test_missing_detections_or_ground_truth_are_reported(make_run, shapes, monke
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     with pytest.raises(DataError, match="DETECTRON2_DATASETS"):
         read(make_run("elsewhere", found=[]))
+
+
+def test_an_own_test_set_that_is_gone_is_told_with_what_helps(tmp_path, monkeypatch):
+    own = {"NAMES": ["mine"], "IM_DIRS": [str(tmp_path)], "JSON_FILES": [str(tmp_path / "a.json")]}
+    cfg = {"D2GO_DATA": {"DATASETS": {"COCO_INJECTION": own}}}
+    with pytest.raises(DataError, match=r"a.json not found; correct the path"):
+        read_evaluation_set("mine", evaluation_spec("mine", cfg))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    with pytest.raises(DataError, match=r"val2017.json not found; set DETECTRON2_DATASETS"):
+        read_evaluation_set("coco_2017_val", evaluation_spec("coco_2017_val", {}))
