@@ -60,6 +60,9 @@ def write_atomically(path: str | Path, content: Content, error_of: ErrorOf | Non
 
 def reason_of(error: Exception) -> str:
     """Return one line that says what the system had against a file."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        # torch's zip writer says "unexpected pos" about a full disk, after what the system said.
+        error = error.__context__
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 

@@ -105,6 +105,18 @@ def test_a_failure_leaves_the_older_file_alone(tmp_path, error):
     assert names(tmp_path) == ["file"]
 
 
+def test_a_full_disk_is_told_as_the_system_says_it(tmp_path):
+    def fill(file):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            # As torch.save does: its archive is closed although a part could not be written.
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    with pytest.raises(ConfigError, match=r"check it: No space left on device$"):
+        write_atomically(tmp_path / "file", fill)
+
+
 def test_ctrl_c_leaves_nothing(tmp_path):
     def interrupt(file):
         raise KeyboardInterrupt
