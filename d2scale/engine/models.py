@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,18 +50,31 @@ def check_model(cfg: CfgNode) -> None:
     find_builder(cfg.MODEL.META_ARCHITECTURE)
     # A dataset that does not tell its classes is a fault of its own.
     cfg = with_class_count(cfg, unknown=1)
-    # What the builder logs belongs into the run's log, when the ranks build it.
-    logging.disable(logging.WARNING)
     try:
-        with torch.device("meta"):
+        with _quiet(), torch.device("meta"):
             model = new_model(cfg)
     except (NotImplementedError, RuntimeError):
         # Not every model can be built without memory; then the ranks are the first to raise.
         return
-    finally:
-        logging.disable(logging.NOTSET)
     if faults := _class_faults(cfg, model):
         raise ConfigError(faults)
+
+
+def check_weights(cfg: CfgNode) -> None:
+    """Raise the CheckpointError that :func:`load_initial_weights` will raise; nothing is kept."""
+    if cfg.MODEL.WEIGHTS:
+        with _quiet():
+            load_initial_weights(new_model(cfg), cfg.MODEL.WEIGHTS)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Log nothing: what a model logs belongs into the run's log, when the ranks build it."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def model_facts(cfg: CfgNode) -> ModelFacts:

@@ -13,7 +13,7 @@ from d2scale.config.own_datasets import make_paths_absolute
 from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
-from d2scale.engine.models import check_model
+from d2scale.engine.models import check_model, check_weights
 from d2scale.engine.planning import check_plan
 from d2scale.engine.worker import Job, Results, run_rank
 from d2scale.errors import ConfigError, Fault, collecting
@@ -100,7 +100,8 @@ def _check(
     if not eval_only and not under_torchrun():
         with collecting(faults):
             refuse_locked(folder)
-    if not (resume and holds_run(folder)):
+    begins = not (resume and holds_run(folder))
+    if begins:
         with collecting(faults):
             _check_weights(cfg, eval_only)
     with collecting(faults):
@@ -111,6 +112,8 @@ def _check(
             check_plan(cfg, topology.world_size, method)
     if faults:
         raise ConfigError(faults)
+    if begins:
+        check_weights(cfg)
     return images
 
 

@@ -244,6 +244,15 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_unreadable_weights_leave_no_folder(recipe, tmp_path, eval_only):
+    weights = tmp_path / "weights.pth"
+    weights.write_text("no weights")
+    (key,) = faults_of(recipe("run", "MODEL.WEIGHTS", weights), eval_only=eval_only)
+    assert str(weights) in key
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("opts", "options", "key"),
     [
