@@ -13,7 +13,7 @@ import torch.distributed as dist
 from d2scale.errors import ConfigError, Fault
 from d2scale.launch.machines import Watch
 from d2scale.launch.network import let_gloo_reach, own_address
-from d2scale.launch.topology import Topology, under_torchrun
+from d2scale.launch.topology import Topology, number_of_torchrun, under_torchrun
 from d2scale.run_folder.lock import lock_holder
 from d2scale.step import ranks
 
@@ -32,13 +32,13 @@ def may_start_anew() -> bool:
     Its count of restarts does not say whether this is the first start: every machine counts its
     own, and none counts a machine that came.
     """
-    return under_torchrun() and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return under_torchrun() and number_of_torchrun("TORCHELASTIC_MAX_RESTARTS", 0) > 0
 
 
 def machines_of_torchrun() -> Topology:
     """Return the machines of now, and which of them this is."""
-    number, machines = (os.environ.get(name) for name in ("GROUP_RANK", "GROUP_WORLD_SIZE"))
-    return Topology(num_machines=int(machines or "1"), machine_rank=int(number or "0"))
+    machines = number_of_torchrun("GROUP_WORLD_SIZE", 1)
+    return Topology(num_machines=machines, machine_rank=number_of_torchrun("GROUP_RANK", 0))
 
 
 def store_faults() -> list[Fault]:
@@ -68,7 +68,7 @@ def join_machines(store: dist.Store, rank: int, world_size: int) -> Watch | None
     store.set(f"address{rank}", own_address(host) or "")
     addresses = [store.get(f"address{number}").decode() for number in range(world_size)]
     let_gloo_reach([host, *filter(None, addresses)])
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if number_of_torchrun("LOCAL_RANK", 0) != 0:
         return None
     watch = Watch(dist.PrefixStore("machines", store), topology)
     threading.Thread(target=_end_with_a_loss, args=[watch], daemon=True).start()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,13 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError
 from d2scale.launch.elastic import join_machines
 from d2scale.launch.machines import Watch, machines_met
-from d2scale.launch.topology import Topology, address_of, under_torchrun
+from d2scale.launch.topology import (
+    Topology,
+    address_of,
+    number_of_torchrun,
+    torchrun_faults,
+    under_torchrun,
+)
 from d2scale.run_folder.files import write_atomically
 
 # The evaluation of a large dataset keeps the other ranks waiting for the first.
@@ -63,6 +70,8 @@ def launch(
         KeyboardInterrupt: Ctrl-C, after all ranks have ended.
     """
     topology = topology or Topology()
+    if faults := torchrun_faults():
+        raise ConfigError(faults)
     if under_torchrun():
         return _run_rank_of_torchrun(function, args, use_cuda=use_cuda)
     if topology.world_size == 1:
@@ -96,11 +105,13 @@ def _start_and_wait(
     """Run all ranks of this machine; at the first failure, and at Ctrl-C, end the others."""
     # What it warns of, ending the other ranks, is not worth a line.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    with _threads_divided(topology.num_processes):
-        ranks = start_processes(
-            _run_rank, rank_args, topology.num_processes, join=False, start_method="spawn"
-        )
+    processes: Sequence[Any] = ()
     try:
+        with _threads_divided(topology.num_processes), _interrupts_waiting():
+            ranks = start_processes(
+                _run_rank, rank_args, topology.num_processes, join=False, start_method="spawn"
+            )
+            processes = ranks.processes
         while not ranks.join(timeout=_LATER_SECONDS):
             if watch and (loss := watch.loss()):
                 raise loss
@@ -110,9 +121,9 @@ def _start_and_wait(
             error = watch.loss_behind_an_error() or error
         raise error from None
     finally:
-        for process in ranks.processes:
+        for process in processes:
             process.terminate()
-        for process in ranks.processes:
+        for process in processes:
             process.join()
 
 
@@ -149,6 +160,8 @@ def _run_rank(
     """Run a spawned rank; put its result, or its D2ScaleError, into ``folder`` for the parent."""
     # Ctrl-C reaches every process of a terminal: end at once, wherever a collective hangs.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         group = _spawned_group(local_rank, topology, folder, use_cuda)
         result = _run_in_group(function, args, group, use_cuda=use_cuda)
@@ -213,7 +226,7 @@ def _torchruns_group() -> _Group:
     # rank that was killed. Each machine counts its own restarts, so this is for one machine.
     restarts = os.environ.get(RESTARTS) if os.environ.get("GROUP_WORLD_SIZE") == "1" else None
     store = dist.PrefixStore(f"restart{restarts or 0}", store)
-    return _Group(store, int(os.environ.get("LOCAL_RANK", "0")), rank, world_size)
+    return _Group(store, number_of_torchrun("LOCAL_RANK", 0), rank, world_size)
 
 
 def _spawned_group(local_rank: int, topology: Topology, folder: Path, use_cuda: bool) -> _Group:
@@ -226,6 +239,24 @@ def _spawned_group(local_rank: int, topology: Topology, folder: Path, use_cuda: 
         return _Group(file, local_rank, rank, world_size)
     store = dist.TCPStore(*address, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False)
     return _Group(dist.PrefixStore("ranks", store), local_rank, rank, world_size)
+
+
+@contextmanager
+def _interrupts_waiting() -> Iterator[None]:
+    """Within the context Ctrl-C waits; in a process that is started here, until it unblocks it.
+
+    A rank that is still importing torch would answer with a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    # It would unblock Ctrl-C when the first process starts.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

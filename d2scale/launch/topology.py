@@ -9,11 +9,53 @@ from urllib.parse import urlsplit
 from d2scale.errors import Fault
 
 _LONGEST_JOIN_SECONDS = 7 * 24 * 3600
+_LAST_PORT, _MOST = 2**16 - 1, 2**31 - 1
 
 
 def under_torchrun() -> bool:
     """Return whether torchrun has started this process, as one rank of a run."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+
+
+def number_of_torchrun(name: str, otherwise: int) -> int:
+    """Return the number in a variable of torchrun; ``otherwise`` if it is not set or holds none."""
+    try:
+        return int(os.environ.get(name, otherwise))
+    except ValueError:
+        return otherwise
+
+
+def torchrun_faults() -> list[Fault]:
+    """Return what is wrong with the variables by which torchrun tells a rank its place."""
+    if "RANK" not in os.environ:
+        return []
+    # A wrong number of ranks says nothing about the number of this one.
+    world_size, local_ranks = (
+        number if (number := number_of_torchrun(name, _MOST)) > 0 else _MOST
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
+    bounds = {
+        "RANK": (0, world_size - 1),
+        "WORLD_SIZE": (1, _MOST),
+        "MASTER_PORT": (1, _LAST_PORT),
+        "LOCAL_RANK": (0, local_ranks - 1),
+        "LOCAL_WORLD_SIZE": (1, _MOST),
+        "GROUP_RANK": (0, _MOST),
+        "GROUP_WORLD_SIZE": (1, _MOST),
+        "TORCHELASTIC_MAX_RESTARTS": (0, _MOST),
+        "TORCHELASTIC_RESTART_COUNT": (0, _MOST),
+    }
+    needed = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    allowed = {
+        name: f"a number, {least} to {most}"
+        for name, (least, most) in bounds.items()
+        if name in needed or name in os.environ
+        if not least <= number_of_torchrun(name, least - 1) <= most
+    }
+    if not os.environ.get("MASTER_ADDR"):
+        allowed["MASTER_ADDR"] = "the address of rank 0"
+    advice = "let torchrun set it, or unset RANK to train without torchrun"
+    return [Fault(n, os.environ.get(n, "not set"), text, advice) for n, text in allowed.items()]
 
 
 @dataclass(frozen=True)
@@ -30,15 +72,15 @@ class Topology:
     def world_size(self) -> int:
         """Ranks of the whole run."""
         if under_torchrun():
-            return int(os.environ["WORLD_SIZE"])
+            return number_of_torchrun("WORLD_SIZE", 1)
         return self.num_processes * self.num_machines
 
     def faults(self, gpus: int | None = None) -> list[Fault]:
         """Return what makes it impossible to start ranks on ``gpus``; None: they need no GPU."""
         processes = self.num_processes
+        faults = torchrun_faults()
         if under_torchrun():
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        faults = []
+            processes = max(1, number_of_torchrun("LOCAL_WORLD_SIZE", 1))
         for option, value in (("--num-gpus", processes), ("--num-machines", self.num_machines)):
             if value < 1:
                 faults.append(Fault(option, value, "1 or more", "correct it"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from d2scale.errors import ConfigError, D2ScaleError, DataError
+from d2scale.launch.elastic import may_start_anew, store_faults
 from d2scale.launch.launch import RankError, Topology, _own_gpu, launch
 from rank_functions import killed_on, program_error, sleep_for_ever, user_error_on, where_am_i
 
@@ -75,6 +76,35 @@ def test_interrupt_ends_all_ranks_quietly(tmp_path, capfd):
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
     assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_while_ranks_start_is_quiet(tmp_path):
+    """Ctrl-C reaches all processes of a terminal, so also ranks that still import torch."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from d2scale.launch.launch import Topology, launch\n"
+        "if __name__ == '__mp_main__':\n"
+        f"    Path(r'{tmp_path}', f'pid.{{os.getpid()}}').write_text(str(os.getpid()))\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which the launcher ends them\n"
+        "    time.sleep(3)\n"
+        "if __name__ == '__main__':\n"
+        "    try:\n"
+        "        launch(time.sleep, [1000], Topology(2))\n"
+        "    except KeyboardInterrupt:\n"
+        "        sys.exit('interrupted')\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        wait_for(lambda: len(pids_in(tmp_path)) == 2)
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.communicate(timeout=60)[1] == "interrupted\n"
+    finally:
+        parent.kill()
+    assert not any(map(is_running, pids_in(tmp_path)))
 
 
 def test_ranks_end_with_a_parent_that_is_killed(tmp_path):
@@ -141,6 +171,48 @@ def test_under_torchrun_the_ranks_are_used(tmp_path):
         [*command, str(script)], check=True, env={**os.environ, "PYTHONPATH": str(SUPPORT)}
     )
     assert {path.name for path in tmp_path.glob("rank*")} == {"rank0", "rank1"}
+
+
+A_RANK = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "0",
+    "GROUP_WORLD_SIZE": "1",
+    "TORCHELASTIC_MAX_RESTARTS": "3",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+}
+
+
+@pytest.fixture
+def a_rank(monkeypatch):
+    """What torchrun tells a rank."""
+    for name, value in A_RANK.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, "x") for name in A_RANK if name != "MASTER_ADDR"),
+        *((name, "-1") for name in A_RANK if name != "MASTER_ADDR"),
+        *((name, None) for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")),
+        *(("RANK", "2"), ("LOCAL_RANK", "2"), ("RANK", ""), ("WORLD_SIZE", "0")),
+        *(("MASTER_ADDR", ""), ("MASTER_PORT", "0"), ("WORLD_SIZE", "1" + "0" * 5000)),
+    ],
+)
+def test_wrong_variables_of_torchrun_are_told(a_rank, monkeypatch, name, value):
+    assert not Topology().faults()
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^{name} is ") as caught:
+        launch(torch.get_num_threads)
+    assert caught.value.faults == tuple(Topology().faults())
+    # What is asked for before the faults are told.
+    assert may_start_anew() in (True, False)
+    assert not store_faults()
 
 
 @pytest.mark.parametrize(("visible", "gpu"), [(1, 0), (4, 3)])
