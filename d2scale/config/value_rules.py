@@ -95,6 +95,9 @@ def or_none(rule: Rule) -> Rule:
     return replace(rule, allowed=allowed, holds=lambda value: value is None or rule.holds(value))
 
 
+_QUOTES = ", in quotes: without them YAML reads on and off as True and False"
+
+
 def type_of_default(key: str, default: Any) -> Rule:
     """Allow values of the type of the key's default, and anything if that is None."""
     kind = type(default).__name__
@@ -104,7 +107,7 @@ def type_of_default(key: str, default: Any) -> Rule:
         key,
         f"{kind}, such as {default!r}",
         lambda value: default is None or _has_type_of(value, default),
-        "correct the value",
+        "correct the value" + _QUOTES * isinstance(default, str),
     )
 
 

@@ -163,8 +163,9 @@ def _prepare(job: Job, plan: Plan) -> _Training:
     logger.info("seed %d, first iteration %d", position.seed, position.next_iteration)
     if virtual_ranks is not None:
         virtual_ranks.seed = position.seed
-    plan = plan.with_micro_batches_of(step.ims_per_gpu)
-    step.on_new_size = RunRecord(checkpointer, plan, recipe, position.seed).record_size
+    record = RunRecord(checkpointer, plan, recipe, position.seed)
+    plan = record.plan = plan.with_micro_batches_of(step.ims_per_gpu)
+    step.on_new_size = record.record_size
     ranks.broadcast_model(model)
     clock = build_clock(cfg)
     clock.resume(position.iterations, position.recipe_images, position.clock)

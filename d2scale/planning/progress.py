@@ -40,6 +40,8 @@ _PLAN_FACTS = {
     "accumulation_steps": "accumulation steps",
     "ims_per_batch": "total batch",
     "lr_rule": "learning-rate rule",
+    "virtual_ranks": "virtual ranks",
+    "sync_bn": "synchronised batch norm",
 }
 
 Changes = dict[str, tuple[Any, Any]]
@@ -147,7 +149,9 @@ def plan_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
 
     Keys are the words of the plan's table, then config keys.
     """
-    facts = ({name: plan.get(key) for key, name in _PLAN_FACTS.items()} for plan in (old, new))
+    facts = (
+        {name: plan[key] for key, name in _PLAN_FACTS.items() if key in plan} for plan in (old, new)
+    )
     before, after = old.get("changes", {}), new.get("changes", {})
     recipe = {key: value for key, (value, _) in sorted({**after, **before}.items())}
     keys = (

@@ -25,7 +25,9 @@ def moves_fake_tensors():
     return True
 
 
-@pytest.mark.skipif(not moves_fake_tensors(), reason="a newer torch needs no driver for it")
+@pytest.mark.skipif(
+    not moves_fake_tensors(), reason="this torch asks for a driver to move a fake tensor to a GPU"
+)
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_the_host_waits_once_a_step_and_works_little_for_an_image_more(precision):
     few, many = (step_operations.count(precision, images, NARROW) for images in (2, 6))

@@ -126,3 +126,8 @@ def test_values_of_the_wrong_type_end_every_command_in_one_line(
 def test_a_fault_names_the_type_of_the_entries():
     (fault,) = type_of_default("SOLVER.STEPS", (30000,)).faults(("a", 5))
     assert fault.allowed == "a list of int, such as (30000,)"
+
+
+def test_on_without_quotes_is_told_what_yaml_makes_of_it(write_config):
+    with pytest.raises(ConfigError, match="is True; .*in quotes: without them YAML reads on"):
+        load_cfg(write_config("D2SCALE: {SYNC_BN: on}"))

@@ -91,6 +91,21 @@ def test_run_goes_on_with_fewer_images_per_gpu(recipe, tmp_path, out_of_memory):
     assert_same_weights(weights(folder), weights(tmp_path / "undisturbed"))
 
 
+def test_a_resumed_run_has_the_size_that_fits_and_an_unchanged_plan(
+    recipe, tmp_path, out_of_memory
+):
+    out_of_memory(lambda calls, images: images > 2)
+    folder, cfg = tmp_path / "run", recipe("run", "SOLVER.CHECKPOINT_PERIOD", 2)
+    train(cfg)
+    (folder / "model_final.pth").unlink()
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    train(cfg, resume=True)
+    assert json.loads((folder / "plan.json").read_text())["ims_per_gpu"] == 2
+    log = (folder / "log.txt").read_text()
+    assert "2 images per GPU at a time, as before: 4 ran out of memory" in log
+    assert "the plan has changed" not in log
+
+
 def test_run_that_does_not_fit_leaves_the_last_good_step(recipe, tmp_path, out_of_memory):
     train(recipe("undisturbed"))
     out_of_memory(lambda calls, images: calls > 2)

@@ -133,6 +133,10 @@ def test_plans_are_compared_with_the_values_of_the_recipe():
     back = plan_changes(new.to_json(), old.to_json())
     assert back == {key: (after, before) for key, (before, after) in changes.items()}
     assert plan_changes(old.to_json(), old.to_json()) == {}
+    synchronised = {**old.to_json(), "sync_bn": True}
+    assert plan_changes(old.to_json(), synchronised) == {"synchronised batch norm": (False, True)}
+    before_it_was_known = {k: v for k, v in old.to_json().items() if k != "sync_bn"}
+    assert plan_changes(before_it_was_known, synchronised) == {}
 
 
 def test_a_schedule_stands_at_the_same_fraction():

@@ -116,17 +116,17 @@ def _progress_in(path: Path, content: Mapping[str, Any], recipe: Mapping[str, An
 
 
 class RunRecord:
-    """Keeps in every checkpoint how its run was planned; called when micro-batches change.
+    """Keeps in every checkpoint how its run was planned, and in the folder what became of it.
 
-    It keeps the checkpointer's ``facts`` up to date. ``recipe`` is ``recipe_of`` the config before
-    planning; ``seed`` is that of order and augmentation.
+    ``recipe`` is ``recipe_of`` the config before planning; ``seed`` is that of order and
+    augmentation.
     """
 
     def __init__(
         self, checkpointer: RunCheckpointer, plan: Plan, recipe: Mapping[str, Any], seed: int
     ) -> None:
         self._checkpointer = checkpointer
-        self._plan = plan
+        self.plan = plan  # with the images per GPU of now
         checkpointer.facts = {
             "version": __version__,
             "engine": "default",
@@ -136,8 +136,11 @@ class RunRecord:
         }
 
     def record_size(self, ims_per_gpu: int) -> None:
-        """Write the plan with other images per GPU into the folder and all later checkpoints."""
-        self._plan = self._plan.with_micro_batches_of(ims_per_gpu)
-        self._checkpointer.facts["plan"] = self._plan.to_json()
+        """Write the plan with other images per GPU into the folder.
+
+        A checkpoint has them in its ``micro_batches``, and a run that resumes has them too: its
+        plan has not changed.
+        """
+        self.plan = self.plan.with_micro_batches_of(ims_per_gpu)
         if rank() == 0:
-            write_plan(self._checkpointer.folder, self._plan)
+            write_plan(self._checkpointer.folder, self.plan)
