@@ -129,5 +129,5 @@ def test_a_fault_names_the_type_of_the_entries():
 
 
 def test_on_without_quotes_is_told_what_yaml_makes_of_it(write_config):
-    with pytest.raises(ConfigError, match="is True; .*in quotes: without them YAML reads on"):
+    with pytest.raises(ConfigError, match=r"is True; .*in quotes: without them YAML reads on"):
         load_cfg(write_config("D2SCALE: {SYNC_BN: on}"))
