@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -17,13 +19,14 @@ import torch
 from campaign.checks import assumed_context_bytes, outside_bytes
 from campaign.setting import PUBLISHED, Row, Setting
 from d2scale import cli
-from d2scale.engine.checkpoint.files import last_whole_checkpoint
 from d2scale.engine.memory import measure_on_ranks
 from d2scale.planning.memory_profile import GIB
-from d2scale.run_folder.files import METRICS_FILE, PLAN_FILE
+from d2scale.run_folder.contents import last_checkpoint
+from d2scale.run_folder.files import FINAL_CHECKPOINT, METRICS_FILE, PLAN_FILE
 
 _BUDGET_GIB = 16.0
 _LEFT_GIB = 8.0
+_POLL_SECONDS = 0.02
 
 
 def predicted(setting: Setting, *, depth: int, names: tuple[str, ...]) -> Iterator[Row]:
@@ -84,29 +87,47 @@ def _or_too_small(rows: Iterator[Row], setting: Setting, budget_gib: float) -> I
 
 
 def budget(setting: Setting) -> Iterator[Row]:
-    """Training that fills 16 GiB, with AMP, an evaluation, and --resume after half of it."""
+    """Training that fills 16 GiB, with AMP, killed after a checkpoint, --resume, an evaluation."""
     data = setting.use_datasets()
     folder = setting.folder / "budget"
     shutil.rmtree(folder, ignore_errors=True)
-    iterations = setting.few(20, 4)
     gib = setting.few(_BUDGET_GIB, 0.8)  # a prediction's context is that of a GPU
     opts = setting.opts("SOLVER.AMP.ENABLED", True, "D2SCALE.MEMORY.BUDGET_GIB", gib, trains=True)
     # Iterations of the recipe, which the plan divides by the batch ratio.
     opts += ["SOLVER.REFERENCE_WORLD_SIZE", "1", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()"]
-    opts += ["SOLVER.MAX_ITER", str(setting.few(400, iterations)), "SOLVER.WARMUP_ITERS", "0"]
+    opts += ["SOLVER.MAX_ITER", str(setting.few(400, 16)), "SOLVER.WARMUP_ITERS", "0"]
     opts += ["SOLVER.CHECKPOINT_PERIOD", str(setting.few(200, 2)), "WRITER_PERIOD", "1"]
     # From random weights, at ten times the batch and the rate.
     opts += ["OUTPUT_DIR", str(folder), "D2SCALE.LR_RULE", "linear", "SOLVER.BASE_LR", "0.0002"]
     opts += ["D2SCALE.MAX_IMS_PER_BATCH", str(setting.few(0, 4))]
     command = ["train", "--config-file", PUBLISHED, "--method", "max_memory"]
-    yield {"key": "whole", "data": data, **_trained(command, opts, folder)}
-    _back_to_the_first_checkpoint(folder)
-    yield {"key": "resumed", "data": data, **_trained([*command, "--resume"], opts, folder)}
+    _train_and_kill([*command, *opts], folder)
+    yield {"key": "killed", "data": data, **_trained(folder)}
+    if status := cli.main([*command, "--resume", *opts]):
+        raise RuntimeError(f"d2scale train --resume ended with status {status}")
+    yield {"key": "resumed", "data": data, **_trained(folder)}
 
 
-def _trained(command: list[str], opts: list[str], folder: Path) -> Row:
-    if status := cli.main([*command, *opts]):
-        raise RuntimeError(f"d2scale {command[0]} ended with status {status}")
+def _train_and_kill(arguments: list[str], folder: Path) -> None:
+    """Run ``d2scale``, and kill it once it has saved a checkpoint and logged a step."""
+    command = [sys.executable, "-m", "d2scale.cli", *arguments]
+    with subprocess.Popen(command) as process:  # noqa: S603
+        try:
+            while process.poll() is None and not (last_checkpoint(folder) and _has_logged(folder)):
+                time.sleep(_POLL_SECONDS)
+        finally:
+            process.kill()
+    if process.returncode != -signal.SIGKILL or (folder / FINAL_CHECKPOINT).exists():
+        raise RuntimeError(f"d2scale train was not killed: it ended with {process.returncode}")
+
+
+def _has_logged(folder: Path) -> bool:
+    metrics = folder / METRICS_FILE
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
+def _trained(folder: Path) -> Row:
+    """Return what a run's folder says, and the memory that this process has reserved."""
     metrics = [*map(json.loads, (folder / METRICS_FILE).read_text().splitlines())]
     plan = json.loads((folder / PLAN_FILE).read_text())
     losses = [line["total_loss"] for line in metrics if "total_loss" in line]
@@ -119,16 +140,6 @@ def _trained(command: list[str], opts: list[str], folder: Path) -> Row:
         "AP": next((line["bbox/AP"] for line in metrics[::-1] if "bbox/AP" in line), None),
         "reserved GiB": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_cuda else None,
     }
-
-
-def _back_to_the_first_checkpoint(folder: Path) -> None:
-    """Leave the folder as a run that was stopped after its first checkpoint."""
-    first = min(folder.glob("model_0*.pth"))
-    for checkpoint in folder.glob("model_*.pth"):
-        if checkpoint != first:
-            checkpoint.unlink()
-    (folder / "last_checkpoint").write_text(first.name)
-    assert last_whole_checkpoint(folder)
 
 
 def neighbour(setting: Setting) -> Iterator[Row]:
