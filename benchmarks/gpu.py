@@ -30,6 +30,9 @@ from campaign.setting import REPOSITORY, Row, Setting, Slice
 from campaign.slices import SLICES
 from tabulate import tabulate
 
+from d2scale.errors import Fault
+from d2scale.run_folder.files import folder_faults
+
 LIMIT_MINUTES = 10.0
 FOLDER = REPOSITORY / "output" / "gpu"
 DONE = "done"
@@ -71,15 +74,22 @@ def run_all(chosen: Sequence[Slice], minutes: float | None, card_gib: float | No
         print(f"{one.name}: {one.text} ({log})", flush=True)
         status = _in_process(one, card_gib, seconds, log)
         failed += status != 0
-        ended = statuses().get(one.name, {})
-        print(f"  {ended.get('status')}, {ended.get('rows')} rows, {ended.get('seconds')} s")
-        if status != 0:
-            print("  " + "\n  ".join(log.read_text(errors="replace").splitlines()[-12:]))
+        if status == 0:
+            ended = statuses()[one.name]
+            print(f"  {ended['status']}, {ended['rows']} rows, {ended['seconds']} s", flush=True)
+            continue
+        # Killed or not even begun, it has not kept how it ended.
+        end = f"stopped after {seconds:.0f} s" if status is None else f"failed, status {status}"
+        lines = log.read_text(errors="replace").splitlines()[-12:]
+        print("\n    ".join([f"  {end}; its last words:", *lines]), flush=True)
     return failed
 
 
-def _in_process(one: Slice, card_gib: float | None, seconds: float, log: Path) -> int:
-    """Run a slice as a process that ends, with all that it started, after ``seconds``."""
+def _in_process(one: Slice, card_gib: float | None, seconds: float, log: Path) -> int | None:
+    """Return the exit status of a slice run as a process; None if it was ended after ``seconds``.
+
+    All that it started ends with it.
+    """
     command = [sys.executable, __file__, "--here", "--only", one.name]
     command += ["--small-card", str(card_gib)] if card_gib else []
     environment = {**os.environ, **dict(one.environment)}
@@ -95,7 +105,7 @@ def _in_process(one: Slice, card_gib: float | None, seconds: float, log: Path) -
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return 1
+            return None
         finally:
             _end_group(process)
 
@@ -174,6 +184,12 @@ def _folder() -> Path:
     return FOLDER
 
 
+def unwritable() -> list[Fault]:
+    """Return which folders of results and logs cannot be written: asked before hours of work."""
+    folders = {"results": machine.RESULTS, "logs": FOLDER}
+    return [fault for key, path in folders.items() for fault in folder_faults(path, key=key)]
+
+
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -189,8 +205,15 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run what the command line asks for; the status is 1 if a slice failed."""
-    options = parse()
+    """Run what the command line asks for; the status is 1 if a slice failed, 130 after Ctrl-C."""
+    try:
+        return _run(parse())
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(options: argparse.Namespace) -> int:
     chosen = [one for one in SLICES if not options.only or one.name in options.only]
     if options.list:
         print(table())
@@ -208,7 +231,14 @@ def main() -> int:
         if not gpus:
             print("CUDA is not available here; --dry-run tries the code without", file=sys.stderr)
             return 2
+        if faults := unwritable():
+            print(*faults, sep="\n", file=sys.stderr)
+            return 2
+        # Ended by another program, it ends the slice as well.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         chosen = chosen if options.only else open_slices(gpus)
+        if not chosen:
+            print("all slices are done on this GPU; --only runs some of them again")
         return 1 if run_all(chosen, options.minutes, options.small_card) else 0
     return 0
 

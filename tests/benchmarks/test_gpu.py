@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
 
 import gpu
 import machine
@@ -109,6 +115,102 @@ def test_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
     assert len(gpu.open_slices(["another"])) == 3
     assert gpu.run_all(slices, 0.5, None) == 0
     assert "good: not begun, for it takes 1 minutes" in capsys.readouterr().out
+
+
+_HANGS = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+print("hanging")
+open(__file__ + ".pid", "w").write(str(child.pid))
+time.sleep(1000)
+"""
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not (value := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value
+
+
+def is_gone(pid):
+    """Whether a process has ended; one that waits for its parent to notice is a zombie."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+@pytest.mark.parametrize(
+    ("code", "end", "words"),
+    [
+        (_HANGS, "stopped after 5 s", ""),
+        ("import sys; sys.exit('a mistake')", "failed", "a mistake"),
+    ],
+)
+def test_a_slice_that_hangs_or_breaks_is_told(monkeypatch, tmp_path, capsys, code, end, words):
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    one = gpu.Slice("one", 0.01, lambda setting: iter(()))
+    gpu._keep_status(one, "done", 7, time.monotonic())  # from an earlier time
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "FOLDER", tmp_path)
+    monkeypatch.setattr(gpu, "LIMIT_MINUTES", 5 / 60)
+    assert gpu.run_all([one], None, None) == 1
+    told = capsys.readouterr().out
+    assert end in told
+    assert words in told
+    assert "done" not in told
+    if code == _HANGS:
+        wait_for(lambda: is_gone(int((tmp_path / "script.py.pid").read_text())))
+
+
+_CAMPAIGN = """
+import sys
+from pathlib import Path
+import gpu, machine
+gpu.gpus_here = lambda: ["a GPU"]
+gpu.FOLDER = machine.RESULTS = Path(sys.argv.pop(1))
+gpu.__file__ = sys.argv.pop(1)
+sys.exit(gpu.main())
+"""
+
+
+def start_campaign(folder, code):
+    script = folder / "script.py"
+    script.write_text(code)
+    command = [sys.executable, "-c", _CAMPAIGN, str(folder / "kept"), str(script)]
+    path = str(gpu.REPOSITORY / "benchmarks")
+    return subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        (signal.SIGINT, 130, "interrupted; the same command goes on\n"),
+        (signal.SIGTERM, 143, ""),
+    ],
+)
+def test_ending_the_campaign_ends_its_slice(tmp_path, number, status, words):
+    campaign = start_campaign(tmp_path, _HANGS)
+    pid = wait_for((tmp_path / "script.py.pid").exists) and wait_for(
+        (tmp_path / "script.py.pid").read_text
+    )
+    campaign.send_signal(number)
+    assert campaign.communicate(timeout=60)[1] == words
+    assert campaign.returncode == status
+    wait_for(lambda: is_gone(int(pid)))
+
+
+def test_results_that_cannot_be_kept_are_told_before_anything_runs(tmp_path):
+    (tmp_path / "kept").write_text("no folder")
+    campaign = start_campaign(tmp_path, _HANGS)
+    told = campaign.communicate(timeout=60)[1].splitlines()
+    assert campaign.returncode == 2
+    assert [line.partition(" is ")[0] for line in told] == ["results", "logs"]
+    assert not (tmp_path / "script.py.pid").exists()
 
 
 def test_reads_what_pytest_has_written():
