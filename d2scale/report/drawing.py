@@ -22,6 +22,7 @@ _GOLDEN_RATIO = 0.618033988749895
 _SATURATIONS = (0.8, 0.45, 0.95, 0.6)
 _BRIGHTNESSES = (0.95, 1.0, 0.7, 0.8)
 _PADDING = 2
+_LONGEST_EDGE = 65500  # pixels, of a JPEG file
 
 
 def class_colour(number: int) -> Colour:
@@ -70,9 +71,13 @@ def draw_boxes(
 
 
 def to_jpeg(image: np.ndarray, quality: int) -> bytes:
-    """Return a file's content: ``image`` is RGB, shape (height, width, 3), uint8."""
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, format="jpeg", quality=quality)
+    """Return a file's content: ``image`` is RGB, shape (height, width, 3), uint8.
+
+    A picture that is too large for the format is made smaller.
+    """
+    content, picture = io.BytesIO(), Image.fromarray(image)
+    picture.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
+    picture.save(content, format="jpeg", quality=quality)
     return content.getvalue()
 
 

@@ -1,7 +1,10 @@
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from d2scale.report.drawing import class_colour, draw_boxes
+from d2scale.report.drawing import class_colour, draw_boxes, to_jpeg
 
 GREY = np.full((100, 120, 3), 90, dtype=np.uint8)
 
@@ -98,3 +101,9 @@ def test_neighbouring_classes_differ_much():
 def test_arrays_of_another_form_are_refused(image, boxes, classes):
     with pytest.raises(ValueError, match="need"):
         draw_boxes(image, np.array(boxes), classes, ["a"])
+
+
+def test_a_picture_too_large_for_jpeg_is_made_smaller():
+    for width, expected in ((70_000, (65_500, 19)), (65_500, (65_500, 20))):
+        content = to_jpeg(np.zeros((20, width, 3), np.uint8), 80)
+        assert Image.open(io.BytesIO(content)).size == expected
