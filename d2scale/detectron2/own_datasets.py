@@ -61,8 +61,8 @@ def _is_at(name: str, spec: DatasetSpec) -> bool:
 def _evaluation_faults(spec: DatasetSpec) -> Iterator[Fault]:
     try:
         annotations = json.loads(spec.json_file.read_bytes())["annotations"]
-        lacking = [name for name in _FOR_EVALUATION if any(name not in a for a in annotations)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lacking = [name for name in _FOR_EVALUATION if None in {a.get(name) for a in annotations}]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         reason = f"check the file ({type(error).__name__}: {error})"
         yield Fault(JSON_FILES, str(spec.json_file), "annotations in COCO's format", reason)
         return

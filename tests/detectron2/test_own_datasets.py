@@ -53,6 +53,11 @@ def _without_areas(data):
     data.write()
 
 
+def _with_an_area_that_is_null(data):
+    data.content["annotations"][0]["area"] = None
+    data.write()
+
+
 @pytest.mark.parametrize(
     ("spoil", "words", "told"),
     [
@@ -63,6 +68,8 @@ def _without_areas(data):
         ),
         (lambda data: data.json_file.unlink(), [], "labels.json not found; correct the path"),
         (lambda data: data.json_file.write_text("{"), [], "allowed: annotations in COCO's format"),
+        (lambda data: data.json_file.write_text("[" * 99_999), [], "annotations in COCO's format"),
+        (_with_an_area_that_is_null, [], "add area, or leave the dataset out of DATASETS.TEST"),
         (_without_areas, [], "add area and iscrowd, or leave the dataset out of DATASETS.TEST"),
         (lambda data: None, ["DATASETS.TEST", "('yours',)"], "DATASETS.TEST is 'yours'"),
     ],
