@@ -25,13 +25,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
-from campaign.setting import REPOSITORY, Row, Setting, Slice
-from campaign.slices import SLICES
-from tabulate import tabulate
+try:
+    import machine
+    from campaign.setting import REPOSITORY, Row, Setting, Slice
+    from campaign.slices import SLICES
+    from tabulate import tabulate
 
-from d2scale.errors import Fault
-from d2scale.run_folder.files import folder_faults
+    from d2scale.errors import Fault
+    from d2scale.run_folder.files import folder_faults
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is not installed; see 'On a GPU' in benchmarks/README.md, or: make gpu")
 
 LIMIT_MINUTES = 10.0
 FOLDER = REPOSITORY / "output" / "gpu"

@@ -204,6 +204,16 @@ def test_ending_the_campaign_ends_its_slice(tmp_path, number, status, words):
     wait_for(lambda: is_gone(int(pid)))
 
 
+def test_a_bare_machine_is_told_what_is_missing():
+    script = gpu.REPOSITORY / "benchmarks" / "gpu.py"
+    # Without site-packages.
+    command = [sys.executable, "-S", str(script), "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("torch is not installed; see ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_results_that_cannot_be_kept_are_told_before_anything_runs(tmp_path):
     (tmp_path / "kept").write_text("no folder")
     campaign = start_campaign(tmp_path, _HANGS)
