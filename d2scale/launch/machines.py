@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _TOLD_AFTER_SECONDS, _TOLD_AGAIN_AFTER_SECONDS = 3.0, 30.0
 _POLL_SECONDS = 0.2
+# Somebody answers there, or this machine is to: it cannot take longer.
+_CONNECT_SECONDS = 30.0
 _BEAT_SECONDS = 1.0
 # A machine is given up when it was not heard for so long; sooner if connections to it broke.
 SILENT_AFTER_SECONDS = 30.0
@@ -75,8 +77,10 @@ def _open_store(topology: Topology, deadline: float) -> dist.Store:
     if not is_first:
         _wait(topology, 0, deadline, lambda: _reason_against(address))
     try:
-        timeout = timedelta(seconds=topology.join_timeout)
-        return dist.TCPStore(*address, is_master=is_first, timeout=timeout, wait_for_workers=False)
+        timeout = timedelta(seconds=min(_CONNECT_SECONDS, topology.join_timeout))
+        store = dist.TCPStore(*address, is_master=is_first, timeout=timeout, wait_for_workers=False)
+        store.set_timeout(timedelta(seconds=topology.join_timeout))
+        return store
     except RuntimeError as error:  # newer versions of torch raise a DistNetworkError
         reason = str(error).partition("\n")[0]
         raise ConfigError([url_fault(topology.dist_url, reason)]) from error

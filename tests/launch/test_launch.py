@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from d2scale.errors import ConfigError, D2ScaleError, DataError
+from d2scale.launch import machines
 from d2scale.launch.elastic import may_start_anew, store_faults
 from d2scale.launch.launch import RankError, Topology, _own_gpu, launch
 from rank_functions import killed_on, program_error, sleep_for_ever, user_error_on, where_am_i
@@ -155,6 +156,14 @@ def test_a_port_that_another_program_uses_is_told_in_one_line():
         with pytest.raises(ConfigError, match=r"--dist-url .*in use") as caught:
             launch(torch.get_num_threads, topology=Topology(1, 2, 0, url))
     assert "\n" not in str(caught.value)
+
+
+def test_machine_0_at_the_address_of_another_is_told_soon(monkeypatch):
+    monkeypatch.setattr(machines, "_CONNECT_SECONDS", 2.0)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"^--dist-url is 'tcp://192"):
+        launch(torch.get_num_threads, topology=Topology(1, 2, 0, "tcp://192.0.2.1:29500"))
+    assert time.monotonic() - started < 60
 
 
 def test_under_torchrun_the_ranks_are_used(tmp_path):
