@@ -38,8 +38,8 @@ TILE_RULES = (
 )
 # In one forward. The memory of a huge image is that of so many tiles.
 _TILES_AT_ONCE = 4
-# Overlap (IoU) above which the weaker of two boxes of a class is dropped: as MetaFCOS has it, so
-# that no box is lost that a tile alone would have shown.
+# Overlap (IoU) above which the weaker of two boxes of a class is dropped: high, so that no box is
+# lost that a tile alone would have shown.
 _NMS_IOU = 0.6
 # A box that ends within this share of a tile's edge from it is taken to be cut there.
 _CUT_WITHIN = 0.02

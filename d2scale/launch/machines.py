@@ -31,6 +31,8 @@ SILENT_AFTER_SECONDS = 30.0
 SILENT_AFTER_ERROR_SECONDS = 10.0
 # Machine 0 holds the store, in which the others still have to read how it ends.
 _LINGER_SECONDS = 3 * _BEAT_SECONDS
+# A mistake that ends one machine ends the others too, in their own words, which say more.
+_OWN_END_SECONDS = 5.0
 _DONE, _ENDED = "done", "ended: "
 
 
@@ -196,7 +198,7 @@ class Watch:
         for number, heard in self._heard.items():
             name = f"machine {number} of {self._topology.num_machines}"
             word = self._words.get(number, "")
-            if word.startswith(_ENDED):
+            if word.startswith(_ENDED) and time.monotonic() - heard > _OWN_END_SECONDS:
                 return D2ScaleError(f"{name} has {word}")
             if word != _DONE and time.monotonic() - heard > silent_after:
                 return D2ScaleError(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from d2scale.errors import ConfigError, D2ScaleError
+from d2scale.launch import machines
 from d2scale.launch.launch import Topology, launch
 from d2scale.launch.network import interface_towards, let_gloo_reach
 from machines import cluster
@@ -172,3 +173,15 @@ def route_table(tmp_path, monkeypatch):
     table = tmp_path / "route"
     table.write_text("\n".join(["Iface ...", *("\t".join(row) for row in rows)]))
     monkeypatch.setattr("d2scale.launch.network._ROUTES", table)
+
+
+def test_what_ended_a_machine_ends_this_one_only_after_a_while(monkeypatch):
+    store = torch.distributed.HashStore()
+    watch = machines.Watch(store, Topology(num_machines=2))
+    store.set("alive1", "ended: --method on rank 1 is 'per_gpu'")
+    time.sleep(2.5)
+    # Its own ranks may have met the same mistake, and have more to say.
+    assert watch.loss() is None
+    monkeypatch.setattr(machines, "_OWN_END_SECONDS", 0.5)
+    assert str(watch.loss()) == "machine 1 of 2 has ended: --method on rank 1 is 'per_gpu'"
+    watch.leave()
