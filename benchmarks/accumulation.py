@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 from contestants import make_samples
 from fvcore.common.config import CfgNode
-from machine import keep
+from machine import keep, table_of
 from split_steps import Tensors, gradients_of, medians, new_model, new_step, on_ranks, recipe
 from split_steps import relative_error as error_of
-from tabulate import tabulate
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -164,9 +163,7 @@ def main() -> None:
     rows = run(models, options.ranks, options.micro_batches, options.steps)
     if not options.discard:
         rows = keep("accumulation", rows, "key")
-    hidden = ("key", "machine")
-    shown = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
-    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+    print(table_of(rows))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from contestants import make_samples
 from fvcore.common.config import CfgNode
-from machine import keep
+from machine import keep, table_of
 from split_steps import medians, new_model, new_step, recipe
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -266,9 +265,7 @@ def main() -> None:
     rows = run(options.devices, options.images, options.steps)
     if not options.discard:
         rows = keep("data_parallel", rows, "key")
-    hidden = ("key", "machine")
-    shown = [{key: value for key, value in r.items() if key not in hidden} for r in rows]
-    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+    print(table_of(rows))
 
 
 if __name__ == "__main__":

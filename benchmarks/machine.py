@@ -6,11 +6,13 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 from d2scale.engine.telemetry.machine import cpu_name
 from d2scale.run_folder.files import write_atomically
@@ -38,6 +40,12 @@ def describe() -> dict[str, Any]:
         },
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def table_of(rows: list[dict[str, Any]], hidden: Sequence[str] = ("key", "machine")) -> str:
+    """Return ``rows`` as a table, without the columns ``hidden``; empty without rows."""
+    shown = [{name: value for name, value in r.items() if name not in hidden} for r in rows]
+    return tabulate(shown, headers="keys", tablefmt="pipe")
 
 
 def keep(name: str, rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:

@@ -12,9 +12,8 @@ import logging
 import warnings
 from typing import Any
 
-from machine import keep
+from machine import keep, table_of
 from simulated import COCO_LIKE, Bench, d2scale_probe
-from tabulate import tabulate
 
 # Settings, how many times as long the sides of the images are, and about how many images the
 # budgets shall hold. With few small images the optimizer's step is the peak, whatever their number.
@@ -58,8 +57,7 @@ def main() -> None:
         bench = Bench(COCO_LIKE, opts, scale)
         for images in held:
             kept = keep("memory_choice", rows(bench, choice, images), "key")
-    shown = [{k: v for k, v in row.items() if k not in ("key", "machine")} for row in kept]
-    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+    print(table_of(kept))
 
 
 if __name__ == "__main__":

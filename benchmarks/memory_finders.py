@@ -26,9 +26,8 @@ from unittest import mock
 
 import torch
 from contestants import exact_losses
-from machine import keep
+from machine import keep, table_of
 from simulated import BOXES, COCO_LIKE, EQUAL, IMAGES, Bench, Choice, d2scale_probe
-from tabulate import tabulate
 from torch import nn
 
 from d2scale.memory.devices import SimulatedDevice
@@ -193,8 +192,7 @@ def main() -> None:
     for kind, images in product(arguments.kind, arguments.images):
         for row in rows(Bench(KINDS[kind]), kind, images):
             kept = keep("memory_finders", [row], "key")
-    shown = [{k: v for k, v in row.items() if k not in ("key", "machine")} for row in kept]
-    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+    print(table_of(kept))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from itertools import islice, product
 from typing import Any
 
 import torch
-from machine import RESULTS, keep
-from tabulate import tabulate
+from machine import RESULTS, keep, table_of
 
 from d2scale.coco.dataset import load_training_dataset
 from d2scale.config import load_cfg
@@ -229,8 +228,7 @@ def show(comparison: str, rows: list[Row]) -> None:
     if not rows:
         print(f"memory_gpu.py {comparison}: open, for it has not been run on a GPU")
         return
-    shown = [{k: v for k, v in row.items() if k not in ("key", "machine")} for row in rows]
-    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+    print(table_of(rows))
 
 
 def main() -> None:

@@ -24,8 +24,7 @@ from unittest.mock import MagicMock, patch
 
 import torch
 from fvcore.common.param_scheduler import ConstantParamScheduler
-from machine import keep
-from tabulate import tabulate
+from machine import keep, table_of
 
 from d2scale.config import load_cfg
 from d2scale.engine.models import new_model
@@ -163,8 +162,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     rows = [count(precision, images) for precision in PRECISIONS for images in arguments.images]
-    shown = [{k: v for k, v in row.items() if k not in ("key", "machine")} for row in rows]
-    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+    print(table_of(rows))
     keep("step_operations", rows, "key")
 
 

@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from machine import keep
+from machine import keep, table_of
 from PIL import Image
-from tabulate import tabulate
 from torch import nn
 
 from d2scale.coco.catalog import register_coco_dataset
@@ -253,8 +252,7 @@ def main() -> None:
         rows = run(Path(folder), options.pictures, options.images_seen, options.draw)
     if not options.discard:
         rows = keep("tiled_inference", rows, "way")
-    shown = [{key: value for key, value in row.items() if key != "machine"} for row in rows]
-    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+    print(table_of(rows, hidden=("machine",)))
 
 
 if __name__ == "__main__":

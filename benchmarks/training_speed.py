@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 from contestants import BUILDERS, Contestant, Sample, build, make_samples, step
-from machine import keep
-from tabulate import tabulate
+from machine import keep, table_of
 
 from d2scale.memory.tracker import StorageTracker
 
@@ -194,11 +193,9 @@ def main() -> None:
         if not options.no_memory:
             made += list(memory_rows(options, precision))
     rows = made if options.discard or options.narrow else keep("training_speed", made, "key")
-    hidden = ("key", "what", "machine")
     for what in ("training step", "peak memory"):
-        shown = [{k: v for k, v in r.items() if k not in hidden} for r in rows if r["what"] == what]
-        if shown:
-            print(f"\n{what}\n" + tabulate(shown, headers="keys", tablefmt="pipe"))
+        if shown := [row for row in rows if row["what"] == what]:
+            print(f"\n{what}\n" + table_of(shown, hidden=("key", "what", "machine")))
 
 
 if __name__ == "__main__":

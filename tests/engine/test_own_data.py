@@ -14,17 +14,8 @@ from d2scale.errors import ConfigError
 from d2scale.launch.launch import Topology
 from d2scale.report.comparison import evaluate_runs
 from d2scale.report.runs import read_run
-from own_data import OwnData, injection
+from own_data import RECIPE, OwnData, injection
 
-RECIPE = """
-_BASE_: d2scale://MetaFCOS/small-cpu.yaml
-MODEL:
-  RESNETS: {STEM_OUT_CHANNELS: 32, RES2_OUT_CHANNELS: 32}
-  FPN: {OUT_CHANNELS: 32}
-DATASETS: {TRAIN: [mine], TEST: [mine]}
-INPUT: {MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 64, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 64}
-SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 1, STEPS: [], WARMUP_ITERS: 0, CHECKPOINT_PERIOD: 1}
-"""
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

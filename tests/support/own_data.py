@@ -11,6 +11,17 @@ from PIL import Image
 
 from d2scale.coco.shapes import write_shapes_dataset
 
+# One step of a narrow model on the dataset "mine", which :func:`injection` adds.
+RECIPE = """
+_BASE_: d2scale://MetaFCOS/small-cpu.yaml
+MODEL:
+  RESNETS: {STEM_OUT_CHANNELS: 32, RES2_OUT_CHANNELS: 32}
+  FPN: {OUT_CHANNELS: 32}
+DATASETS: {TRAIN: [mine], TEST: [mine]}
+INPUT: {MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 64, MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 64}
+SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 1, STEPS: [], WARMUP_ITERS: 0, CHECKPOINT_PERIOD: 1}
+"""
+
 
 class OwnData:
     """Drawn shapes in ``root/images`` and ``root/labels.json``; edit ``content``, then ``write``.

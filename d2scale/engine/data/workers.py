@@ -45,33 +45,33 @@ def patiently(chunks: Iterator[T], timeout_seconds: float) -> Iterator[T]:
     ``chunks`` is an iterator of torch's loader whose own timeout is ``TOLD_AFTER_SECONDS``. Raises
     D2ScaleError at the end of the patience, and for a worker that has ended.
     """
+    waited = 0
     while True:
-        waited = 0
-        while True:
-            try:
-                chunk = next(chunks)
-                break
-            except StopIteration:
-                return
-            except (ConnectionError, EOFError) as error:
-                # Pixels are in shared memory that only a living worker hands over. Why it has ended
-                # comes by a signal, whose handler raises: best here.
-                time.sleep(1.0)
-                raise _lost(f"a worker of the loader has ended ({error})") from error
-            except RuntimeError as error:
-                if "DataLoader timed out" not in str(error):
-                    raise
+        try:
+            yield next(chunks)
+            waited = 0
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            # Pixels are in shared memory that only a living worker hands over. Why it has ended
+            # comes by a signal, whose handler raises: best here.
+            time.sleep(1.0)
+            raise _lost(f"a worker of the loader has ended ({error})") from error
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
             waited += TOLD_AFTER_SECONDS
-            if waited >= timeout_seconds:
-                raise D2ScaleError(
-                    f"the loader's workers made no image for {waited} s; look at the disk that "
-                    "holds the images and at free memory, set DATALOADER.NUM_WORKERS 0 to see "
-                    f"what an image does, or raise {LOADER_TIMEOUT.key}, {_ADVICE}"
-                ) from None
-            logger.warning(
-                "Waiting for the loader's workers for %d s, until %g s", waited, timeout_seconds
-            )
-        yield chunk
+            _tell_or_give_up(waited, timeout_seconds)
+
+
+def _tell_or_give_up(waited: float, timeout_seconds: float) -> None:
+    if waited >= timeout_seconds:
+        raise D2ScaleError(
+            f"the loader's workers made no image for {waited} s; look at the disk that "
+            "holds the images and at free memory, set DATALOADER.NUM_WORKERS 0 to see "
+            f"what an image does, or raise {LOADER_TIMEOUT.key}, {_ADVICE}"
+        ) from None
+    logger.warning("Waiting for the loader's workers for %d s, until %g s", waited, timeout_seconds)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import pickle
@@ -21,6 +20,7 @@ from d2scale.step.clock import StepClock
 from plans import plan_of
 from standins import StandIn
 from training_processes import RECIPE
+from wrong_values import changed, places_in
 
 WRONG = (None, True, -1, math.nan, 10**30, "x", [[]], {"x": 1}, torch.ones(2))
 # A changed recipe or plan is refused key by key, which other tests show.
@@ -61,26 +61,6 @@ def checkpoint(tmp_path, cfg, recipe):
     return tmp_path / "model_0000000.pth"
 
 
-def places_in(content, above=()):
-    """Yield the keys that lead to each value, the tensors of the model last."""
-    pairs = content.items() if isinstance(content, dict) else enumerate(content)
-    for key, value in pairs:
-        yield (*above, key)
-        if isinstance(value, dict | list) and value:
-            yield from places_in(value, (*above, key))
-
-
-def with_value(content, place, value):
-    """Return a copy with another value at ``place``; its tensors are shared."""
-    *above, last = place
-    changed = copy.deepcopy(content, {id(t): t for t in content["model"].values()})
-    node = changed
-    for key in above:
-        node = node[key]
-    node[last] = value
-    return changed
-
-
 def resume(folder, cfg, plan):
     checkpointer = new_checkpointer(folder, cfg, plan)
     position = resume_training(checkpointer, cfg, plan, recipe_of(cfg), seed=7)
@@ -98,7 +78,7 @@ def test_any_value_of_any_kind_anywhere_is_refused_in_one_line_or_does_no_harm(
     resume(checkpoint.parent, cfg, plan)
     errors, places = [], [place for place in places_in(whole) if place[:2] not in LEFT_OUT]
     for place, value in itertools.product(places, WRONG):
-        torch.save(with_value(whole, place, value), checkpoint)
+        torch.save(changed(whole, place, value), checkpoint)
         try:
             resume(checkpoint.parent, cfg, plan)
         except CheckpointError as error:
