@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from d2scale import __version__
 from d2scale.commands import all_commands
-from d2scale.errors import EXIT_STATUS_USER_ERROR, D2ScaleError, MissingPackageError
+from d2scale.errors import (
+    EXIT_STATUS_USER_ERROR,
+    ConfigError,
+    D2ScaleError,
+    Fault,
+    MissingPackageError,
+)
 
 # What the extra "train" brings: planning works without.
 TRAINING_PACKAGES = (
@@ -28,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, or 2 for a user's mistake."""
     arguments = _parse(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what has no character
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _refuse_empty(arguments)
         return command(arguments)
     except D2ScaleError as error:
         for line in str(error).splitlines():
@@ -64,6 +75,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     arguments.opts = rest
     return arguments
+
+
+def _refuse_empty(arguments: argparse.Namespace) -> None:
+    """Raise a ConfigError for words that a variable of the shell has left empty."""
+    values = {name: value for name, value in vars(arguments).items() if name != "opts"}
+    empty = [
+        name
+        for name, value in values.items()
+        if value == "" or (isinstance(value, list) and "" in value)
+    ]
+    if empty:
+        advice = "leave it out, or give it a value"
+        raise ConfigError(
+            [Fault(f"argument {name}", "", "no empty word", advice) for name in empty]
+        )
 
 
 if __name__ == "__main__":

@@ -8,11 +8,35 @@ from dataclasses import dataclass
 from typing import Any
 
 EXIT_STATUS_USER_ERROR = 2
-_LONGEST_VALUE = 500  # characters of a value in a message
+_LONGEST_VALUE = 500  # characters of a value or key in a message
+_LONGEST_ADVICE = 3000
+_MOST_FAULTS = 100
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return a text whose characters a terminal shows and none of which it obeys.
+
+    Line feeds, escape sequences and broken characters, but for those in ``keep``, are written as
+    Python writes them in strings.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of what an exception says, or its type if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class D2ScaleError(Exception):
     """A mistake that the user can mend. The command line prints it and exits with status 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n")
 
 
 @dataclass(frozen=True)
@@ -25,18 +49,23 @@ class Fault:
     advice: str  # what to do about it
 
     def __str__(self) -> str:
-        # A line feed in a key would look like two faults, and a terminal obeys escape sequences.
-        key = self.key if self.key.isprintable() else ascii(self.key)
-        return f"{key} is {_shown(self.value)}; allowed: {self.allowed}; {self.advice}"
+        # A line feed in a name would look like two faults, and a terminal obeys escape sequences.
+        key = _cut(self.key, _LONGEST_VALUE) or "''"
+        allowed, advice = (_cut(text, _LONGEST_ADVICE) for text in (self.allowed, self.advice))
+        return printable(f"{key} is {_shown(self.value)}; allowed: {allowed}; {advice}")
 
 
 def _shown(value: Any) -> str:
-    """Return a value as Python writes it, the middle left out where it is long."""
+    """Return a value as Python writes it, the end left out where it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # thousands of digits, thousands of brackets
         return f"({type(value).__name__}, too large to show)"
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]} ..."
+    return _cut(text, _LONGEST_VALUE)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
 class ConfigError(D2ScaleError):
@@ -45,7 +74,9 @@ class ConfigError(D2ScaleError):
     def __init__(self, faults: Sequence[Fault]) -> None:
         # Several checks may find the same fault.
         self.faults = tuple({str(fault): fault for fault in faults}.values())
-        super().__init__("\n".join(str(fault) for fault in self.faults))
+        lines = [str(fault) for fault in self.faults[:_MOST_FAULTS]]
+        more = len(self.faults) - len(lines)
+        super().__init__("\n".join([*lines, *[f"and {more} more faults"] * (more > 0)]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The launcher hands a worker's error to its parent by pickle.

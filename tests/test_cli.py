@@ -96,3 +96,11 @@ def test_planning_needs_no_engine_and_answers_within_a_second(recipes):
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
         seconds.append(time.monotonic() - started)
     assert min(seconds) < 1
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", ""], ["plan", "x.yaml", "--lr-rule", ""], ["report", "run", ""]]
+)
+def test_an_empty_word_is_refused(words, capsys):
+    assert main(words) == 2
+    assert "is ''; allowed: no empty word" in capsys.readouterr().err

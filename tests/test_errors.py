@@ -6,7 +6,14 @@ import pytest
 
 import d2scale
 from d2scale.cli import main
-from d2scale.errors import ConfigError, DataError, Fault, MissingPackageError, collecting
+from d2scale.errors import (
+    ConfigError,
+    D2ScaleError,
+    DataError,
+    Fault,
+    MissingPackageError,
+    collecting,
+)
 
 FAULT = Fault("SOLVER.MAX_ITER", 0, "1 or more", "set it")
 
@@ -27,6 +34,7 @@ def test_a_fault_that_two_checks_find_is_one_line():
 
 def test_a_long_value_is_cut_and_one_that_cannot_be_written_is_named():
     assert len(str(Fault("KEY", "x" * 10**6, "less", "cut it"))) < 600
+    assert len(str(Fault(*["x" * 10**6] * 4))) < 8000
     assert "int, too large to show" in str(Fault("KEY", 10**5000, "less", "cut it"))
 
 
@@ -35,8 +43,15 @@ def test_a_fault_says_what_is_allowed_and_what_to_do():
 
 
 def test_a_key_that_a_terminal_would_obey_is_shown_in_one_line():
-    text = str(Fault("A\n\x1b[31mB", 0, "1 or more", "set it"))
-    assert text.startswith(r"'A\n\x1b[31mB' is 0")
+    hostile = "A\n\x1b[31mB\udcff"
+    for fault in (Fault(hostile, 0, "1", "set it"), Fault("K", hostile, hostile, hostile)):
+        assert str(fault).isprintable()
+    assert str(D2ScaleError(f"one\ntwo {hostile[2:]}")) == "one\n" r"two \x1b[31mB\udcff"
+
+
+def test_many_faults_are_counted_not_shown():
+    faults = [Fault(f"KEY{number}", 0, "1", "set it") for number in range(10_000)]
+    assert str(ConfigError(faults)).splitlines()[-1] == "and 9900 more faults"
 
 
 def test_faults_of_several_checks_are_collected_once_each():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -157,7 +158,7 @@ def _has_fields(entry: Any, fields: Sequence[str], optional: Sequence[str]) -> b
 
 def _is_valid(field: str, value: Any) -> bool:
     if field in ("file_name", "name"):
-        return isinstance(value, str) and value != "" and "\0" not in value
+        return isinstance(value, str) and value != "" and "\0" not in value and _is_text(value)
     if field == "bbox":
         return isinstance(value, list) and len(value) == 4 and all(map(_is_coordinate, value))
     if field == "area":
@@ -166,6 +167,15 @@ def _is_valid(field: str, value: Any) -> bool:
         return isinstance(value, int) and value in (0, 1)
     least = 1 if field in ("height", "width") else -_LARGEST
     return is_whole(value) and least <= value <= _LARGEST
+
+
+def _is_text(value: str) -> bool:
+    # Half of a pair, "\ud800", is no character, and no name of a file holds it.
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_coordinate(value: Any) -> bool:

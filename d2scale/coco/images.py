@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from d2scale.errors import DataError, Fault
+from d2scale.errors import DataError, Fault, one_line
 
 _EXIF_ORIENTATION = 0x0112
 # A file is read as one of these, whatever its name ends in: for some others (EPS) PIL starts a
@@ -52,10 +52,11 @@ def read_rgb(file_name: str) -> np.ndarray:
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # at once to RGB gives the same, and a warning
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    # PIL reports broken files by each of these.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0]
-        advice = f"replace it or take it out of the dataset ({type(error).__name__}: {reason})"
+    except DataError:
+        raise
+    except Exception as error:  # broken files raise nearly any type in PIL
+        advice = f"replace it or take it out of the dataset ({type(error).__name__}: "
+        advice += f"{one_line(error)})"
         allowed = f"a readable image ({', '.join(_FORMATS)})"
         raise DataError([Fault("image file", file_name, allowed, advice)]) from error
 
@@ -110,6 +111,6 @@ def oddities(file_name: str) -> list[str]:
                 found.append("turned by their EXIF orientation, read upright")
             if getattr(image, "n_frames", 1) > 1:
                 found.append("of several frames, of which the first is read")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Exception:
         return []
     return [text for text in found if text]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from d2scale.commands.common import Commands, add_command
+from d2scale.errors import printable
 
 _EPILOG = """\
 example:
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders = [Path(folder) for folder in arguments.runs]
     files = write_report(folders, Path(arguments.output), published=arguments.published)
     for note in files.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     print(files.html)
     print(files.markdown)
     if files.pictures:

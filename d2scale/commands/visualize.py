@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from d2scale.commands.common import Commands, add_command
+from d2scale.errors import printable
 
 _EPILOG = """\
 examples, a few test images with the ground truth on the left, and images of one's own:
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         score_threshold=arguments.score_threshold,
     )
     for note in drawn.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     for path in drawn.files:
         print(path)
     return 0

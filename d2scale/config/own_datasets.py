@@ -66,6 +66,10 @@ def _list_faults(columns: Mapping[str, Any]) -> Iterator[Fault]:
     if faulty:
         return
     names = columns[NAMES]
+    if wrong := [name for name in names if not _names_a_folder(name)]:
+        # A folder of the run's results has it.
+        allowed = "names without slashes and control characters, as a folder can have"
+        yield Fault(NAMES, wrong, allowed, "rename the dataset")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         advice = "give each dataset a name of its own"
         yield Fault(NAMES, list(names), "names that differ", f"{', '.join(repeated)}: {advice}")
@@ -75,6 +79,10 @@ def _list_faults(columns: Mapping[str, Any]) -> Iterator[Fault]:
             yield Fault(
                 key, list(columns[key]), allowed, "give each dataset one, in the same order"
             )
+
+
+def _names_a_folder(name: str) -> bool:
+    return name == Path(name).name != ".." and name.isprintable()
 
 
 def make_paths_absolute(cfg: Any) -> None:

@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from d2scale.config.keys import as_json
 from d2scale.config.upstream import is_plain_detectron2
+from d2scale.errors import printable
 from d2scale.planning.advice import Advice, Row
 from d2scale.planning.memory_profile import GIB, MemoryProfile
 from d2scale.planning.plan import Plan
@@ -31,7 +32,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return printable(text)
 
 
 def plan_table(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from d2scale.coco.catalog import DatasetSpec
 from d2scale.coco.inspection import Inspection
 from d2scale.coco.matching import AREAS
 from d2scale.config.own_datasets import SECTION
+from d2scale.errors import printable
 from d2scale.planning.formats import table
 
 _SIZES = ("small (below 32 x 32 pixels)", "medium", "large (from 96 x 96)")
@@ -36,7 +37,7 @@ def inspection_text(inspection: Inspection) -> str:
     ]
     if file is not None:
         facts.append(("images read", f"{inspection.images_read} of {len(file.image_ids)}"))
-    lines = "\n".join(f"{name and name + ':':13}{value}" for name, value in facts)
+    lines = "\n".join(f"{name and name + ':':13}{printable(value)}" for name, value in facts)
     return "\n\n".join([lines, *parts])
 
 

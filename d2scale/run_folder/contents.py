@@ -56,8 +56,9 @@ def last_checkpoint(folder: Path) -> Path | None:
         name = (folder / files.LAST_CHECKPOINT).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    is_name = 0 < len(name.encode()) <= _LONGEST_NAME and name.isprintable()
-    return folder / name if is_name else None
+    # What lies elsewhere is no checkpoint of this run.
+    is_name = name == Path(name).name and len(name.encode()) <= _LONGEST_NAME
+    return folder / name if is_name and name.isprintable() else None
 
 
 def holds_run(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from d2scale.config.own_datasets import (
     own_datasets,
 )
 from d2scale.config.upstream import engine_of
-from d2scale.errors import ConfigError
+from d2scale.errors import ConfigError, DataError
 from d2scale.planning.progress import recipe_of
 
 COLUMNS = {NAMES: ["mine", "other"], IM_DIRS: ["a", "/b"], JSON_FILES: ["a.json", "/b.json"]}
@@ -84,3 +84,10 @@ def test_a_recipe_is_another_if_the_annotations_change_and_not_if_they_move(tmp_
     assert annotation_digests(tested) == {}
     assert list(annotation_digests(tested, tested=True)) == ["annotations of mine (digest)"]
     assert recipe("one.json", "{} ") != first
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "a/b", "..", ".", "a\nb", "a\0b"])
+def test_a_name_that_is_no_name_of_a_folder_is_refused(name):
+    section = {NAMES: [name], IM_DIRS: ["images"], JSON_FILES: ["a.json"]}
+    with pytest.raises(DataError, match="rename the dataset"):
+        own_datasets(section)

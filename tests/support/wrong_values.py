@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import signal
+from contextlib import contextmanager
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 # A run of the tests takes the same few cases always; "make fuzz" draws others every round.
 FUZZES = "D2SCALE_FUZZ" in os.environ
+# A case takes less than a second of it, whatever else the machine does.
+_MOST_CPU_SECONDS = 30
+tried = 0  # cases so far
 
 
 def cases(count: int):
-    """Return hypothesis settings for ``count`` cases, none of which has a deadline."""
-    return settings(
+    """Return a decorator of a hypothesis test: ``count`` cases, each of which fails if it hangs."""
+    options = settings(
         max_examples=4 * count if FUZZES else count,
         derandomize=not FUZZES,
         database=None,
@@ -23,6 +30,37 @@ def cases(count: int):
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
+
+    def decorate(test):
+        case = test.hypothesis.inner_test
+
+        @functools.wraps(case)
+        def bounded(*arguments, **keywords):
+            global tried
+            tried += 1
+            with _hanging_fails():
+                return case(*arguments, **keywords)
+
+        test.hypothesis.inner_test = bounded
+        return options(test)
+
+    return decorate
+
+
+@contextmanager
+def _hanging_fails():
+    """Within the context, fail after so much time of the processor; again where that is caught."""
+
+    def fail(*_):
+        pytest.fail(f"{_MOST_CPU_SECONDS} seconds of the processor and no end")
+
+    before = signal.signal(signal.SIGPROF, fail)
+    signal.setitimer(signal.ITIMER_PROF, _MOST_CPU_SECONDS, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 NUMBERS = st.one_of(
@@ -37,6 +75,7 @@ SCALARS = st.one_of(
     NUMBERS,
     st.text(max_size=20),
     st.sampled_from(["auto", "cpu", "None", "(", "1e400", "\x1b[31m", "a\nb", "x" * 3000]),
+    st.sampled_from(["", "\0", "\ud800", "\udcff", "../..", "/", ".", "~", "://", "<b>|`", " "]),
 )
 VALUES = st.recursive(
     SCALARS,
@@ -79,3 +118,24 @@ def _apply(content, pairs):
     for place in sorted(pairs, key=lambda keys: [str(key) for key in keys], reverse=True):
         content = changed(content, place, pairs[place])
     return content
+
+
+def wrong_bytes(content: bytes):
+    """Draw copies of a file's content that are cut short, changed or mixed in a few places."""
+    place = st.integers(0, max(len(content) - 1, 0))
+    byte = st.integers(0, 255)
+    piece = st.binary(min_size=1, max_size=8) | st.sampled_from([b"\xff" * 4, b"\0" * 4])
+    change = st.one_of(
+        st.builds(lambda at: lambda data: data[:at], place),
+        st.builds(lambda at, new: lambda data: _put(data, at, bytes([new])), place, byte),
+        st.builds(lambda at, new: lambda data: _put(data, at, new), place, piece),
+        st.builds(lambda at, new: lambda data: data[:at] + new + data[at:], place, piece),
+        st.builds(lambda a, b: lambda data: data[:a] + data[b:], place, place),
+    )
+    return st.lists(change, min_size=1, max_size=3).map(
+        lambda changes: functools.reduce(lambda data, change: change(data), changes, content)
+    )
+
+
+def _put(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]

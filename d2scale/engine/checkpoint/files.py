@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from d2scale.errors import CheckpointError, Fault
+from d2scale.errors import CheckpointError, Fault, one_line
 from d2scale.planning.progress import RECORD
 from d2scale.run_folder.contents import last_checkpoint
 from d2scale.run_folder.files import CHECKPOINTS, LAST_CHECKPOINT
@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         advice = f"restore it, or write the name of another one into {LAST_CHECKPOINT}"
         raise _unreadable(path, "not there", advice) from error
     except Exception as error:  # torch.load raises many types for broken files
-        advice = f"it is truncated or foreign; use another one ({_reason_of(error)})"
+        advice = f"it is truncated or foreign; use another one ({why_unreadable(error)})"
         raise _unreadable(path, "unreadable", advice) from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise _unreadable(path, "without a model", "use a checkpoint of a training")
@@ -92,7 +92,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _reason_of(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
     """Return one line about a file that torch does not load, without advice to trust it."""
     text = str(error).strip()
     if isinstance(error, UnpicklingError) or "weights_only" in text:
@@ -100,7 +100,7 @@ def _reason_of(error: Exception) -> str:
         asked = re.search(r"GLOBAL (\S+) was not|Unsupported (?:class|operand|type) (\S+)", text)
         name = asked and (asked[1] or asked[2])
         return f"it asks for {name}, which is not run" if name else "it holds no plain tensors"
-    return text.partition("\n")[0] or type(error).__name__
+    return one_line(error)
 
 
 def _damaged_part(path: Path) -> str | None:
@@ -141,12 +141,12 @@ def mismatches(path: Path, weights: Mapping[str, Any], expected: Mapping[str, An
         "values that are no weights": [
             key
             for key, value in expected.items()
-            if key in weights and not _fits(weights[key], value)
+            if key in weights and not fits(weights[key], value)
         ],
         "shapes that differ": [
             f"{key} {tuple(weights[key].shape)} for {tuple(value.shape)}"
             for key, value in expected.items()
-            if key in weights and _fits(weights[key], value) and weights[key].shape != value.shape
+            if key in weights and fits(weights[key], value) and weights[key].shape != value.shape
         ],
     }
     allowed, advice = "the weights of this model", "use the config that it was trained with"
@@ -159,7 +159,7 @@ def mismatches(path: Path, weights: Mapping[str, Any], expected: Mapping[str, An
     return faults
 
 
-def _fits(value: Any, expected: torch.Tensor) -> bool:
+def fits(value: Any, expected: torch.Tensor) -> bool:
     """Return whether a value is a dense tensor that is loaded without changing its kind."""
     if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != torch.strided:
         return False

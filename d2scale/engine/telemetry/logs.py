@@ -11,11 +11,21 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from d2scale.config.projects import entry_points
+from d2scale.errors import printable
 from d2scale.run_folder.files import LOG_FILE
 
 # Lines of this logger repeat what a progress bar shows.
 METRICS_LOGGER = "d2scale.metrics"
-_FORMAT = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
+
+
+class _Formatter(logging.Formatter):
+    """Writes what names of files and classes hold so that no terminal obeys it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
+
+
+_FORMAT = _Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
 
 
 def on_terminal() -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from d2scale.errors import CheckpointError, Fault
+from d2scale.errors import CheckpointError, Fault, one_line
 
 _PLAIN = (
     "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set",
@@ -65,11 +65,11 @@ def load_pickle(path: Path) -> Any:
             return _Unpickler(file, encoding="latin1").load()
     except Exception as error:  # a broken pickle raises nearly any type
         allowed = "a whole pickle of numpy arrays, OrderedDict and builtin containers"
-        raise unreadable(path, str(error) or type(error).__name__, allowed) from error
+        raise unreadable(path, one_line(error), allowed) from error
 
 
 def unreadable(path: Path, reason: str, allowed: str) -> CheckpointError:
     """Return the error of a file of weights that cannot be read."""
-    value = f"unreadable ({reason.strip().splitlines()[0]})"
+    value = f"unreadable ({reason})"
     advice = "it is truncated or holds other objects; use another one"
     return CheckpointError([Fault(str(path), value, allowed, advice)])

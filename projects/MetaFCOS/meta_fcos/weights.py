@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from d2scale.engine.checkpoint.files import fits, why_unreadable
 from d2scale.errors import CheckpointError, Fault
 from meta_fcos.pickles import load_pickle, unreadable
 
@@ -96,7 +97,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _tensor(path: Path, name: str, value: np.ndarray | Tensor) -> Tensor:
     if isinstance(value, Tensor):
-        return value
+        if not value.is_meta and value.layout == torch.strided:
+            return value
+        held = "without values" if value.is_meta else str(value.layout)
+        raise CheckpointError([Fault(f"{name} in {path}", held, "dense numbers", "check the file")])
     try:
         return torch.from_numpy(np.array(value))
     except (TypeError, ValueError) as error:
@@ -108,10 +112,8 @@ def _load_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for broken files
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        # The line that names the class of a hostile file, without torch's advice to load it.
-        reason = next((line for line in lines if "Unsupported" in line), lines[0])
-        raise unreadable(path, reason, "a whole file of tensors and plain values") from error
+        allowed = "a whole file of tensors and plain values"
+        raise unreadable(path, why_unreadable(error), allowed) from error
 
 
 _BRANCHES = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
@@ -200,6 +202,9 @@ def _faults(
         shape, expected = tuple(value.shape), tuple(state[name].shape)
         if shape != expected:
             yield Fault(f"{name} in {path}", shape, f"{expected}, the model's shape", advice)
+        elif not fits(value, state[name]):
+            allowed = f"{state[name].dtype} or similar"
+            yield Fault(f"{name} in {path}", str(value.dtype), allowed, advice)
     if statistics := [name for name in unexpected if name.endswith("norm.running_mean")]:
         held = f"with statistics of batch norms ({_some(statistics)})"
         allowed = "weights of the norm that MODEL.RESNETS.NORM names"

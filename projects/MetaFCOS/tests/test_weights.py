@@ -200,8 +200,9 @@ def test_harmful_files_are_refused_unread(model, tmp_path, capsys, suffix):
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content))
-    with pytest.raises(CheckpointError, match="print"):
+    with pytest.raises(CheckpointError, match="print") as raised:
         load_weights(model, path)
+    assert "allowlist" not in str(raised.value)  # torch's advice
     assert capsys.readouterr().out == ""
 
 
@@ -217,3 +218,16 @@ def test_arrays_of_objects_are_refused(model, tmp_path):
     (tmp_path / "objects.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(CheckpointError, match=r"conv1_w in .*objects\.pkl"):
         load_weights(model, tmp_path / "objects.pkl")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.to_sparse, lambda weight: weight.to("meta"), torch.Tensor.int]
+)
+def test_tensors_that_hold_no_weights_are_named(model, tmp_path, change):
+    state = model.state_dict()
+    name = next(iter(state))
+    torch.save({"model": {**state, name: change(state[name])}}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=f"{name} in .*odd") as raised:
+        load_weights(model, tmp_path / "odd.pth")
+    assert len(raised.value.faults) == 1
