@@ -1,11 +1,11 @@
 """Does a training that was stopped, killed or moved end where the undisturbed one ends?
 
-    python benchmarks/resume.py [--only moved killed] [--kills 30]
+    python benchmarks/resume.py [--only moved killed] [--kills 30] [--ranks 1 2]
 
 Trains a small MetaFCOS (ResNet-18, GN) on drawn shapes, on CPUs, with D2SCALE.EXACT. "moved": 10
-of 20 steps, then the rest on other ranks or micro-batches. "killed": SIGKILL at random moments,
-every second one while a checkpoint is being written. Prints a table and keeps it, with the
-machine that it was made on, in results/resume.json.
+of 20 steps, then the rest on other ranks or micro-batches. "killed": the command is killed at
+random moments, as many times on each number of ranks (``kills.py``). Prints a table and keeps it,
+with the machine that it was made on, in results/resume.json.
 """
 
 from __future__ import annotations
@@ -13,23 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import keep
-from tabulate import tabulate
+from kills import distance, killed, load
+from machine import keep, table_of
 
 from d2scale.coco.shapes import write_shapes_dataset
-from d2scale.config import load_cfg
 from d2scale.engine.data.loader import TrainLoader
-from d2scale.engine.run import train
 from d2scale.engine.trainer import Trainer
 from d2scale.step.ranks import rank
 
@@ -63,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=("moved", "killed"))
     parser.add_argument("--kills", type=int, default=30, metavar="N")
+    parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2), metavar="N")
     arguments = parser.parse_args()
     wanted = arguments.only or ("moved", "killed")
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -76,11 +73,8 @@ def main() -> None:
         if "moved" in wanted:
             rows += moved(root)
         if "killed" in wanted:
-            rows += killed(root, arguments.kills)
-    shown = [
-        {k: v for k, v in row.items() if k != "machine"} for row in keep("resume", rows, "what")
-    ]
-    print(tabulate(shown, headers="keys", tablefmt="pipe"))
+            rows += [killed(root, arguments.kills, ranks) for ranks in arguments.ranks]
+    print(table_of(keep("resume", rows, "what")))
 
 
 def moved(root: Path) -> list[Row]:
@@ -154,22 +148,6 @@ def run(
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
 
 
-def load(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(folder / "model_final.pth", weights_only=True)
-    return content
-
-
-def distance(folder: Path, expected: Path) -> float:
-    """Norm of all differences between two final models, relative to that of all weights."""
-    found, weights = load(folder)["model"], load(expected)["model"]
-    norms = [
-        ((found[name].double() - value.double()).norm(), value.double().norm())
-        for name, value in weights.items()
-    ]
-    different, all_weights = (torch.stack(each).norm() for each in zip(*norms, strict=True))
-    return float(different / all_weights)
-
-
 def images(folder: Path, *ranks: int) -> list[list[int]]:
     """Image ids of every step, as the ranks before and after the stop have noted them."""
     steps = []
@@ -180,64 +158,6 @@ def images(folder: Path, *ranks: int) -> list[list[int]]:
         # A rank may have loaded a step that the killed one never took.
         steps += [[i for share in step for i in share] for step in list(zip(*notes))[:limit]]  # noqa: B905
     return steps
-
-
-def killed(root: Path, kills: int) -> list[Row]:
-    """Kill a run ``kills`` times in as many folders; resume each and compare the weights."""
-    chance = random.Random(0)  # noqa: S311  no secret
-    whole = root / "undisturbed"
-    began = time.monotonic()
-    os.waitpid(forked(root, whole), 0)
-    seconds = time.monotonic() - began
-    equal, writing, resumed = 0, 0, 0
-    for number in range(kills):
-        folder = root / f"killed-{number}"
-        child = forked(root, folder)
-        if number % 2:
-            wait_for_write(folder, chance.randrange(STEPS // 2), seconds)
-            time.sleep(chance.uniform(0, 0.02))
-        else:
-            time.sleep(chance.uniform(0, seconds))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        writing += any(folder.glob(".*.partial"))
-        _, status = os.waitpid(forked(root, folder, resume=True), 0)
-        resumed += status == 0
-        equal += status == 0 and distance(folder, whole) == 0
-    return [
-        {
-            "what": f"SIGKILL at {kills} random moments, {writing} of them inside a checkpoint",
-            "compared": "weights",
-            "largest error": "0" if equal == kills else f"{kills - equal} runs differ",
-            "allowed": 0,
-            "same images": True,
-            "passed": equal == resumed == kills,
-        }
-    ]
-
-
-def wait_for_write(folder: Path, writes: int, seconds: float) -> None:
-    """Return when the checkpoint after ``writes`` others has begun to be written."""
-    deadline = time.monotonic() + 2 * seconds
-    while time.monotonic() < deadline:
-        if len(list(folder.glob("model_*.pth"))) >= writes and any(folder.glob(".model*.partial")):
-            return
-        time.sleep(0.0005)
-
-
-def forked(root: Path, folder: Path, *, resume: bool = False) -> int:
-    """Train in a fork of this process, which has torch imported already; return its id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        train(load_cfg(str(root / "recipe.yaml"), ["OUTPUT_DIR", str(folder)]), resume=resume)
-        status = 0
-    finally:
-        os._exit(status)
 
 
 def prepare_rank() -> None:

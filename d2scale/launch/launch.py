@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -158,6 +159,10 @@ def _run_rank(
     use_cuda: bool,
 ) -> None:
     """Run a spawned rank; put its result, or its D2ScaleError, into ``folder`` for the parent."""
+    # torch lets a rank end with its parent, but for one that died while the rank imported torch.
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        sys.exit(1)
     # Ctrl-C reaches every process of a terminal: end at once, wherever a collective hangs.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):

@@ -127,6 +127,30 @@ def test_ranks_end_with_a_parent_that_is_killed(tmp_path):
     wait_for(lambda: not any(map(is_running, ranks)))
 
 
+def test_ranks_end_with_a_parent_that_was_killed_before_they_had_imported_torch(tmp_path):
+    """torch tells a rank of its parent's death only if that comes later."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "if __name__ == '__mp_main__':\n"
+        "    parent = os.getppid()\n"
+        f"    Path(r'{tmp_path}', f'pid.{{os.getpid()}}').write_text(str(os.getpid()))\n"
+        "    while os.getppid() == parent:\n"
+        "        time.sleep(0.05)\n"
+        "if __name__ == '__main__':\n"
+        "    from d2scale.launch.launch import Topology, launch\n"
+        "    launch(time.sleep, [1000], Topology(2))\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)])
+    try:
+        ranks = wait_for(lambda: pids_in(tmp_path) if len(pids_in(tmp_path)) == 2 else None)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(map(is_running, ranks)))
+
+
 def wait_for(condition, seconds=100):
     end = time.monotonic() + seconds
     while not (value := condition()):
