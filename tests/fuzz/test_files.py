@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 
 import pytest
 import yaml
@@ -13,13 +12,12 @@ from hypothesis import strategies as st
 from coco_folder import CocoFolder
 from d2scale.coco.dataset import check_datasets, load_training_dataset
 from d2scale.config import load_cfg
-from d2scale.errors import D2ScaleError
 from d2scale.planning.memory_profile import MemoryProfile, Phase, Point, load_profiles
 from d2scale.report import curves
 from d2scale.report.page import to_markdown
 from d2scale.report.write import make_document, read_runs
 from run_folders import step_lines
-from wrong_values import VALUES, cases, wrong_in
+from wrong_values import VALUES, cases, may_be_refused, wrong_in
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def _annotations():
 @given(content=wrong_in(_annotations()) | VALUES)
 def test_any_annotation_file_is_read_or_refused(content, folder, datasets):
     folder.json_file.write_text(json.dumps(content))
-    with suppress(D2ScaleError):
+    with may_be_refused():
         check_datasets(datasets, eval_only=False)
         load_training_dataset(datasets)
 
@@ -64,7 +62,7 @@ PROFILE = MemoryProfile(
 @given(content=wrong_in(PROFILE) | VALUES, images=st.integers(0, 100))
 def test_any_profile_is_read_or_refused(content, images, tmp_path):
     (tmp_path / "profile.json").write_text(json.dumps(content))
-    with suppress(D2ScaleError):
+    with may_be_refused():
         for profile in load_profiles(str(tmp_path / "profile.json")):
             profile.peak_bytes(images, world_size=2, accumulates=True)
             profile.largest_ims_per_gpu(2**34)
@@ -110,6 +108,6 @@ def test_any_run_folder_is_reported_or_refused(content, log, place, run_folder):
         (run_folder / name).write_text(text, encoding="utf-8")
     text = LOG[:place] + log + LOG[place:]
     (run_folder / "log.txt").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with suppress(D2ScaleError):
+    with may_be_refused():
         runs, notes = read_runs([run_folder])
         to_markdown(make_document(runs, (), notes), "pictures")

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from d2scale.coco.images import oddities, read_rgb
-from d2scale.errors import DataError
-from wrong_values import cases, wrong_bytes
+from wrong_values import cases, may_be_refused, wrong_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PIL warns of much that is broken
 _MODES = {
@@ -65,12 +64,7 @@ def test_any_image_is_read_or_refused(content, tmp_path):
     path = tmp_path / "image.jpg"
     path.write_bytes(content)
     assert all(isinstance(text, str) for text in oddities(str(path)))
-    try:
+    image = np.zeros((1, 1, 3), np.uint8)
+    with may_be_refused():
         image = read_rgb(str(path))
-    except DataError as error:
-        assert str(path) in str(error)
-        assert len(str(error).splitlines()) == 1
-    else:
-        assert image.dtype == np.uint8
-        assert image.ndim == 3
-        assert image.shape[2] == 3
+    assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)

@@ -12,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
+from d2scale.errors import D2ScaleError
+
 # A run of the tests takes the same few cases always; "make fuzz" draws others every round.
 FUZZES = "D2SCALE_FUZZ" in os.environ
 # A case takes less than a second of it, whatever else the machine does.
@@ -61,6 +63,18 @@ def _hanging_fails():
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+
+
+@contextmanager
+def may_be_refused():
+    """Within the context a D2ScaleError may be raised, of printable lines and no great length."""
+    message = ""
+    try:
+        yield
+    except D2ScaleError as error:
+        message = str(error)
+    assert all(line.isprintable() for line in message.split("\n"))
+    assert len(message) < 20_000
 
 
 NUMBERS = st.one_of(
