@@ -28,13 +28,19 @@ from d2scale.d2go.scaling_methods import (
 )
 from d2scale.d2go.start import prepare_parent
 from d2scale.detectron2.data.loader import with_even_batch
+from d2scale.detectron2.data.readable import ReadableMapper
 from d2scale.detectron2.datasets import register_datasets
 from d2scale.detectron2.own_datasets import own_dataset_faults, registered_by_d2go
 from d2scale.detectron2.private_upstream import SteadyIterationTimer, bare_model
 from d2scale.detectron2.progress import ProgressRecord, resume_by_images
 from d2scale.detectron2.scaling import applied_plan, defrosted, facts_of_model, warn_without_effect
 from d2scale.detectron2.step_state import STEP_STATE, StateHook, StepState, build_step_state
-from d2scale.detectron2.user_errors import exit_on_user_error, exit_together_on_user_error
+from d2scale.detectron2.user_errors import (
+    exit_alone_on_user_error,
+    exit_on_user_error,
+    exit_together_on_user_error,
+    faults_of_building,
+)
 from d2scale.errors import ConfigError
 from d2scale.planning.progress import RECORD, recipe_of
 from d2scale.planning.schedule import follows_gain
@@ -118,16 +124,28 @@ class Runner(GeneralizedRCNNRunner):
 
     def build_model(self, cfg: Any, eval_only: bool = False) -> torch.nn.Module:
         """Build the model that the config names; a config it cannot have is a user's mistake."""
-        with exit_on_user_error():
+        key = "MODEL.META_ARCHITECTURE"
+        with exit_on_user_error(), faults_of_building(key, cfg.MODEL.META_ARCHITECTURE):
             return super().build_model(cfg, eval_only)
 
     @classmethod
-    def build_detection_train_loader(cls, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    def build_detection_train_loader(
+        cls, cfg: Any, *args: Any, mapper: Any = None, **kwargs: Any
+    ) -> Any:
         """Build d2go's loader; that of virtual ranks is made of it, whatever its batch size."""
+        mapper = ReadableMapper(mapper or cls.get_mapper(cfg, True))
         plan = applied_plan(cfg)
         if plan is not None and plan.virtual_ranks:
             cfg = with_even_batch(cfg, ranks.world_size())
-        return super().build_detection_train_loader(cfg, *args, **kwargs)
+        return super().build_detection_train_loader(cfg, *args, mapper=mapper, **kwargs)
+
+    @classmethod
+    def build_detection_test_loader(
+        cls, cfg: Any, dataset_name: Any, mapper: Any = None, **kwargs: Any
+    ) -> Any:
+        """Build d2go's loader, which tells of images that cannot be read."""
+        mapper = ReadableMapper(mapper or cls.get_mapper(cfg, False))
+        return super().build_detection_test_loader(cfg, dataset_name, mapper=mapper, **kwargs)
 
     def _get_trainer_hooks(
         self,
@@ -167,9 +185,15 @@ class Runner(GeneralizedRCNNRunner):
             if plan is not None and ranks.rank() == 0:
                 write_plan(Path(cfg.OUTPUT_DIR), plan)
         warn_without_effect(cfg, _WITHOUT_EFFECT, ENGINE)
-        trained = super().do_train(cfg, model, resume)
+        with exit_alone_on_user_error():
+            trained = super().do_train(cfg, model, resume)
         theirs, ours = GeneralizedRCNNRunner.get_default_cfg(), self.get_default_cfg()
         return {name: for_d2go_alone(config, theirs, ours) for name, config in trained.items()}
+
+    def do_test(self, cfg: Any, model: torch.nn.Module, train_iter: int | None = None) -> Any:
+        """Evaluate as d2go does."""
+        with exit_alone_on_user_error():
+            return super().do_test(cfg, model, train_iter=train_iter)
 
 
 def _prepare_datasets(cfg: Any) -> None:

@@ -80,7 +80,11 @@ def load_lazy_config(path: str, overrides: Sequence[str] = ()) -> Any:
     resolved = resolve_config_path(path)
     with _faults_of_code("config file", path, "a LazyConfig that detectron2 can load"):
         cfg = LazyConfig.load(resolved)
+    from d2scale.detectron2.lazy_nodes import override_faults
+
     with _faults_of_code("overrides", " ".join(overrides), "key=value, as detectron2 has them"):
+        if faults := override_faults(cfg, overrides):
+            raise ConfigError(faults)
         return LazyConfig.apply_overrides(cfg, list(overrides))
 
 

@@ -36,12 +36,13 @@ from d2scale.detectron2.lazy_config import (
     load_lazy_config,
     read_lazy_recipe,
 )
+from d2scale.detectron2.lazy_nodes import node_faults
 from d2scale.detectron2.lazy_training import build_model, evaluate_lazy, train_lazy
 from d2scale.detectron2.private_upstream import join_local_group
 from d2scale.detectron2.scaling import warn_without_effect
 from d2scale.detectron2.trainer import RecipeTrainer
 from d2scale.detectron2.training import Scaling
-from d2scale.detectron2.user_errors import exit_together_on_user_error
+from d2scale.detectron2.user_errors import exit_together_on_user_error, faults_of_building
 from d2scale.errors import ConfigError, Fault, collecting
 from d2scale.launch.elastic import may_start_anew, refuse_separate_folders, store_faults
 from d2scale.launch.launch import launch
@@ -133,7 +134,7 @@ def _check(job: Job, topology: Topology) -> None:
         with collecting(faults):
             refuse_locked(folder)
     if job.is_lazy:
-        faults += lazy_dataset_faults(cfg, eval_only=job.eval_only)
+        faults += [*node_faults(cfg), *lazy_dataset_faults(cfg, eval_only=job.eval_only)]
     else:
         faults += dataset_faults(cfg, eval_only=job.eval_only)
     faults += _model_faults(job, recipe, settings, topology.world_size)
@@ -186,7 +187,8 @@ def run_rank(job: Job) -> Results:
             return train_lazy(scaling, resume=job.resume)
         with exit_together_on_user_error():
             register_datasets(scaling.cfg)
-        trainer = RecipeTrainer(scaling)
+        with faults_of_building("config file", job.config_file):
+            trainer = RecipeTrainer(scaling)
         trainer.resume_or_load(resume=job.resume)
         trainer.train()
         return getattr(trainer, "_last_eval_results", None) or {}
@@ -197,7 +199,8 @@ def _evaluate(job: Job, cfg: Any, folder: Path) -> Results:
     if not job.is_lazy:
         with exit_together_on_user_error():
             register_datasets(cfg)
-    model = build(cfg)
+    with faults_of_building("config file", job.config_file):
+        model = build(cfg)
     with _writing_to(folder, locks=False):
         weights = cfg.train.get("init_checkpoint") if job.is_lazy else cfg.MODEL.WEIGHTS
         DetectionCheckpointer(model, str(folder)).resume_or_load(weights, resume=job.resume)

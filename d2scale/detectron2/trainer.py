@@ -28,6 +28,7 @@ from detectron2.evaluation import (
 )
 
 from d2scale.detectron2.data.loader import with_even_batch
+from d2scale.detectron2.data.readable import tell_unreadable_images
 from d2scale.detectron2.private_upstream import without_wrapper
 from d2scale.detectron2.training import Scaling
 from d2scale.errors import ConfigError, Fault
@@ -63,6 +64,11 @@ class RecipeTrainer(ScaledTrainer, DefaultTrainer):
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> DatasetEvaluator:
         """Return what evaluates a dataset, by detectron2's name for its kind."""
         return build_evaluator(dataset_name, str(Path(cfg.OUTPUT_DIR, INFERENCE_FOLDER)))
+
+    @classmethod
+    def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
+        """Return detectron2's loader of a dataset, which tells of images that cannot be read."""
+        return tell_unreadable_images(super().build_test_loader(cfg, dataset_name))
 
 
 def build_evaluator(name: str, folder: str) -> DatasetEvaluator:

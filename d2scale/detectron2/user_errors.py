@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
 from torch.multiprocessing import ProcessExitedException
 
-from d2scale.errors import EXIT_STATUS_USER_ERROR, D2ScaleError
+from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fault
 from d2scale.step import ranks
 
 _LATER_SECONDS = 2.0
@@ -61,6 +62,24 @@ def exit_together_on_user_error() -> Iterator[None]:
     # The launcher ends all ranks as soon as one has ended: not before rank 0 has printed.
     ranks.gather_objects(None)
     raise SystemExit(EXIT_STATUS_USER_ERROR) from raised
+
+
+@contextmanager
+def faults_of_building(key: str, value: str) -> Iterator[None]:
+    """Within the context, whatever is raised becomes one line with the place that raised it.
+
+    detectron2, and what it is extended with, judge values while they build of them: what is raised
+    there is most often a mistake in the recipe, and may be of any kind.
+    """
+    try:
+        yield
+    except D2ScaleError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        advice = f"correct its values ({reason}, in {place.filename}:{place.lineno})"
+        raise ConfigError([Fault(key, value, "what can be built", advice)]) from error
 
 
 def end_with_status_of_ranks() -> None:

@@ -1,5 +1,7 @@
 """The same data on any number of processes, from the loader that d2go builds."""
 
+import pickle
+from dataclasses import replace
 from itertools import chain, islice
 
 import pytest
@@ -57,6 +59,32 @@ def test_virtual_ranks_get_what_d2go_gives_its_processes(build, caplog):
             boxes, others = (s["instances"].gt_boxes.tensor for s in (sample, other))
             assert torch.equal(boxes, others)
     assert "read as it comes" not in caplog.text
+
+
+def test_workers_that_are_spawned_get_what_they_need(build):
+    """d2go's launcher spawns its processes, and they in turn their workers."""
+    from d2scale.detectron2.data.batches import one_group
+    from d2scale.detectron2.data.from_upstream import take_apart
+    from d2scale.detectron2.data.mapping import Request, SeededMapping
+
+    parts = take_apart(build(0, 1))
+    mapping = SeededMapping(replace(parts, entries=[parts.entries[0]]), 4, one_group)
+    request = Request(0, 0, [0])
+    (sample,), (other,) = mapping[request], pickle.loads(pickle.dumps(mapping))[request]
+    assert torch.equal(sample["image"], other["image"])
+
+
+def test_an_image_that_d2go_leaves_out_is_named(build, datasets, caplog):
+    image = datasets / "coco/train2017/000000000003.jpg"
+    content = image.read_bytes()
+    image.write_bytes(content[:300])
+    try:
+        batches = list(islice(build(0, 1), 4))
+    finally:
+        image.write_bytes(content)
+    assert {"000000000003.jpg"}.isdisjoint(s["file_name"][-16:] for b in batches for s in b)
+    (line,) = {r.message for r in caplog.records if "left out" in r.message}
+    assert str(image) in line
 
 
 def test_what_d2go_draws_are_the_samples_of_a_step(build, monkeypatch):

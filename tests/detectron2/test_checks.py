@@ -1,9 +1,12 @@
 """``d2scale train`` tells what is wrong with a recipe before it writes or builds anything."""
 
+import re
+
 import pytest
 
 from d2scale import cli
 from d2scale.coco.shapes import write_shapes_dataset
+from d2scale.errors import ConfigError
 from detectron2_commands import LAZY, RETINANET
 
 NO_FILE = "/nowhere/model.pth"
@@ -79,12 +82,46 @@ def test_memory_is_not_measured_of_an_unknown_model(faults_of):
         # By the names of a LazyConfig, in what is told of the plan as well.
         (["lr_multiplier.scheduler.milestones=[0,0,6]"], "lr_multiplier is (0, 0)"),
         (["optimizer.lr=-1"], "optimizer.lr is -1"),
+        (["model._target_=nope"], "model._target_ is 'nope'; allowed: a name that can be imported"),
+        (["optimizer.lrr=1"], "arguments of SGD; did you mean optimizer.lr?"),
+        (["dataloader.train.mapper.use_kp=1"], "arguments of DatasetMapper; did you mean"),
+        (["train.max_itre=3"], "did you mean train.max_iter? +train.max_itre=... adds a key"),
+        (["trian.max_iter=3"], "did you mean train.max_iter?"),
     ],
 )
 def test_a_lazy_config(faults_of, words, expected):
     (line,) = faults_of(LAZY, *words)
     assert expected in line
     assert not any(section in line for section in ("SOLVER", "MODEL", "DATASETS"))
+
+
+@pytest.mark.parametrize("override", ["+train.max_itre=3", "mine.own=1", "train.ddp.static=True"])
+def test_an_override_may_add_a_key(write_config, override):
+    from d2scale.detectron2.lazy_config import load_lazy_config
+    from d2scale.detectron2.lazy_nodes import node_faults
+
+    cfg = load_lazy_config(write_config(LAZY, "recipe.py"), [override])
+    assert node_faults(cfg) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model.num_classes=none"], "model"),
+        (["model.backbone.bottom_up.stages.depht=18"], "model"),
+        (["optimizer.weight_decay=none"], "optimizer"),
+    ],
+)
+def test_what_a_lazy_config_cannot_build_is_one_line(write_config, overrides, key):
+    from d2scale.detectron2.lazy_config import load_lazy_config
+    from d2scale.detectron2.lazy_training import build_model, build_optimizer
+
+    cfg = load_lazy_config(write_config(LAZY, "recipe.py"), overrides)
+    with pytest.raises(ConfigError) as raised:
+        build_optimizer(cfg, build_model(cfg))
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith(f"{key} is ")
+    assert re.search(r"Error: .*, in /.*\.py:\d+\)$", line)
 
 
 def test_a_script_of_ones_own_blames_the_lazy_config(write_config, capsys):

@@ -21,7 +21,7 @@ from d2scale.detectron2.data.batches import (
 from d2scale.detectron2.data.from_upstream import ForeignLoaderError, LoaderParts, take_apart
 from d2scale.detectron2.data.mapping import Request, SeededMapping
 from d2scale.detectron2.data.private_upstream import drawn_by, seed_of, shared_stream, with_drawn
-from d2scale.errors import CheckpointError, ConfigError, DataError, Fault
+from d2scale.errors import CheckpointError, ConfigError, D2ScaleError, Fault
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +48,14 @@ class TrainLoader(Iterator[list[Any]]):
         self._layout = (virtual_ranks, ims_per_virtual_rank)
         self._history: list[StepsTaken] = []
         self._steps = 0  # handed out since the history
-        self._batches: Iterator[list[Any] | DataError] | None = None
+        self._batches: Iterator[list[Any] | D2ScaleError] | None = None
 
     def __next__(self) -> list[Any]:
         if self._batches is None:
             self._batches = self._start_workers()
         try:
             samples = [sample for _ in self._own for sample in self._one_batch()]
-        except ConfigError:
+        except D2ScaleError:
             self.close()
             raise
         self._steps += 1
@@ -111,13 +111,13 @@ class TrainLoader(Iterator[list[Any]]):
         # No name for the iterator: a traceback would keep it, and its workers, alive.
         assert self._batches is not None
         batch = next(self._batches)
-        if isinstance(batch, DataError):
+        if isinstance(batch, D2ScaleError):
             raise batch
         if not isinstance(batch, list) or len(batch) != self._layout[1]:
             raise _cannot_be_cut(batch)
         return batch
 
-    def _start_workers(self) -> Iterator[list[Any] | DataError]:
+    def _start_workers(self) -> Iterator[list[Any] | D2ScaleError]:
         group_of = AspectRatioGroups(self._parts.entries) if self._parts.grouped else one_group
         mapping = SeededMapping(self._parts, seed_of(self._sampler), group_of)
         stream = shared_stream(self._sampler)

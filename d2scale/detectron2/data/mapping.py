@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from d2scale.detectron2.data.from_upstream import LoaderParts
-from d2scale.errors import DataError, Fault
+from d2scale.detectron2.data.readable import ReadableMapper
+from d2scale.errors import D2ScaleError, DataError, Fault
 from d2scale.step.random_stream import random_stream
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,10 @@ class SeededMapping:
     """
 
     def __init__(self, parts: LoaderParts, seed: int, group_of: Callable[[int], int]) -> None:
-        self._parts = parts
+        # Not all parts: where workers are spawned, as below d2go's launcher, this is pickled.
+        self._entries = parts.entries
+        self._mapper = ReadableMapper(parts.mapper)
+        self._collate = parts.collate
         self._seed = seed
         self._group_of = group_of
 
@@ -42,20 +46,20 @@ class SeededMapping:
         """Return the samples, collated if the loader collates, or the error of the dataset."""
         try:
             samples = [self._sample(request, place) for place in range(len(request.images))]
-        except DataError as error:
+        except D2ScaleError as error:
             # Raised, torch's loader would put its whole traceback into the message.
             return error
-        if self._parts.collate is None:
+        if self._collate is None:
             return samples
         with random_stream(self._seed, request.step, request.virtual_rank, on_device=False):
-            return self._parts.collate(samples)
+            return self._collate(samples)
 
     def _sample(self, request: Request, place: int) -> Any:
         key = (request.step, request.virtual_rank, place)
         image = request.images[place]
         with random_stream(self._seed, *key, on_device=False):
             for tries, number in enumerate(chain([image], self._others(image, key)), start=1):
-                sample = self._parts.mapper(self._parts.entries[number])
+                sample = self._mapper(self._entries[number])
                 if tries == _TRIES_BEFORE_WARNING and sample is None:
                     logger.warning("the mapper returned None for %d images in a row", tries)
                 if sample is not None:
@@ -66,6 +70,6 @@ class SeededMapping:
     def _others(self, image: int, key: tuple[int, ...]) -> Iterator[int]:
         """Yield the other images of the group in an order of their own, for :meth:`_sample`."""
         sequence = np.random.SeedSequence(self._seed % 2**64, spawn_key=(*key, 1))
-        order = np.random.Generator(np.random.PCG64(sequence)).permutation(len(self._parts.entries))
+        order = np.random.Generator(np.random.PCG64(sequence)).permutation(len(self._entries))
         group = self._group_of(image)
         yield from (n for n in map(int, order) if n != image and self._group_of(n) == group)

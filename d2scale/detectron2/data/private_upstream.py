@@ -24,6 +24,14 @@ def unmapped(dataset: Any) -> tuple[Any, Callable[[Any], Any] | None]:
     return dataset, None
 
 
+def replace_function(
+    dataset: Any, replacement: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]
+) -> None:
+    """Replace the function of a MapDataset by what ``replacement`` makes of it, in place."""
+    if isinstance(dataset, MapDataset):
+        dataset._map_func = replacement(dataset._map_func)
+
+
 def shared_stream(sampler: Any) -> Iterator[int]:
     """Return the endless stream that the samplers of all processes share.
 
