@@ -17,6 +17,7 @@ from d2scale.errors import (
     Fault,
     MissingPackageError,
 )
+from d2scale.run_folder.shortages import telling_of_shortages
 
 # What the extra "train" brings: planning works without.
 TRAINING_PACKAGES = (
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         _refuse_empty(arguments)
-        return command(arguments)
+        with telling_of_shortages():
+            return command(arguments)
     except D2ScaleError as error:
         for line in str(error).splitlines():
             print(f"d2scale: error: {line}", file=sys.stderr)

@@ -42,6 +42,7 @@ from d2scale.planning.progress import recipe_of
 from d2scale.run_folder.contents import write_config, write_machine, write_plan
 from d2scale.run_folder.files import make_folder
 from d2scale.run_folder.lock import run_lock
+from d2scale.run_folder.shortages import telling_of_shortages
 from d2scale.step import ranks
 from d2scale.step.clock import StepClock, build_clock
 from d2scale.step.guard import StepDoesNotFitError
@@ -94,15 +95,19 @@ def run_rank(job: Job) -> Results:
     folder = Path(job.cfg.OUTPUT_DIR)
     make_folder(folder)
     locks = plan is not None and ranks.rank() == 0
-    with run_lock(folder) if locks else nullcontext(), logging_to(folder, ranks.rank()):
+    with (
+        telling_of_shortages(folder),
+        run_lock(folder) if locks else nullcontext(),
+        logging_to(folder, ranks.rank()),
+        telling_of_lost_workers(),
+    ):
         logger.info(
             "d2scale %s, torch %s, processes: %d, device: %s",
             *(__version__, torch.__version__, ranks.world_size(), job.cfg.MODEL.DEVICE),
         )
         for note in job.notes:
             logger.info(note)
-        with telling_of_lost_workers():
-            return _evaluate_only(job) if plan is None else _train(job, plan)
+        return _evaluate_only(job) if plan is None else _train(job, plan)
 
 
 def _evaluate_only(job: Job) -> Results:

@@ -32,6 +32,7 @@ from d2scale.launch.topology import (
     under_torchrun,
 )
 from d2scale.run_folder.files import write_atomically
+from d2scale.run_folder.shortages import telling_of_shortages
 
 # The evaluation of a large dataset keeps the other ranks waiting for the first.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -168,17 +169,27 @@ def _run_rank(
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
-        group = _spawned_group(local_rank, topology, folder, use_cuda)
-        result = _run_in_group(function, args, group, use_cuda=use_cuda)
+        with telling_of_shortages():
+            group = _spawned_group(local_rank, topology, folder, use_cuda)
+            result = _run_in_group(function, args, group, use_cuda=use_cuda)
+            if local_rank == 0:
+                (folder / "result").write_bytes(pickle.dumps(result))
     except D2ScaleError as error:
-        write_atomically(folder / f"{local_rank}.error", pickle.dumps(error))
-        sys.exit(1)
+        _hand_over(error, folder / f"{local_rank}.error")
     except Exception:
         # Perhaps only because another rank was killed: the parent shall see that one first.
         time.sleep(_LATER_SECONDS)
         raise
-    if local_rank == 0:
-        (folder / "result").write_bytes(pickle.dumps(result))
+
+
+def _hand_over(error: D2ScaleError, path: Path) -> None:
+    """End this rank with its error in a file for the parent, or told here if that is refused."""
+    try:
+        write_atomically(path, pickle.dumps(error))
+    except ConfigError:  # there is no room for temporary files
+        sys.stderr.writelines(f"d2scale: error: {line}\n" for line in str(error).splitlines())
+        sys.exit(EXIT_STATUS_USER_ERROR)
+    sys.exit(1)
 
 
 class _Group(NamedTuple):

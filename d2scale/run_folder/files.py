@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from d2scale.errors import ConfigError, Fault
+from d2scale.run_folder.shortages import free_space
 
 CONFIG_FILE = "config.yaml"
 PLAN_FILE = "plan.json"
@@ -52,6 +54,8 @@ def write_atomically(path: str | Path, content: Content, error_of: ErrorOf | Non
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.
         reason = reason_of(error)
+        if reason == os.strerror(errno.ENOSPC):
+            reason += free_space(path)
         if error_of is not None:
             raise error_of(reason) from error
         fault = Fault("file", str(path), "a file that can be written", f"check it: {reason}")

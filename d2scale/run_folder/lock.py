@@ -13,6 +13,7 @@ from typing import IO
 
 from d2scale.errors import ConfigError, Fault
 from d2scale.run_folder.files import LOCK_FILE, folder_fault, reason_of, remove_partial_checkpoints
+from d2scale.run_folder.shortages import free_space
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +37,24 @@ def run_lock(folder: Path, *, key: str = "OUTPUT_DIR") -> Iterator[None]:
         identity = _identity(path)
         _HELD.add(identity)
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        _write_holder(file, key)
         remove_partial_checkpoints(folder)
         yield
     finally:
         with _HELD_GUARD:
             _HELD.discard(identity)
             file.close()
+
+
+def _write_holder(file: IO[str], key: str) -> None:
+    try:
+        file.truncate(0)
+        # Past Python's buffer: what a full disk refuses would be written again by close().
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError as error:
+        folder = Path(file.name).parent
+        reason = f"{reason_of(error)}{free_space(file.name)}"
+        raise ConfigError([folder_fault(folder, reason, key=key)]) from error
 
 
 def refuse_locked(folder: Path, *, key: str = "OUTPUT_DIR") -> None:

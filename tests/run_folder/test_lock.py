@@ -68,3 +68,13 @@ def test_parts_of_checkpoints_that_a_kill_left_are_removed(tmp_path):
         ".mine.partial",
         "model_0000001.pth",
     }
+
+
+def test_a_full_disk_is_a_folder_that_cannot_be_used(tmp_path, monkeypatch):
+    def write(descriptor, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("d2scale.run_folder.lock.os.write", write)
+    told = pytest.raises(ConfigError, match=r"OUTPUT_DIR is .*No space left on device, .* free")
+    with told, run_lock(tmp_path):
+        pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -13,6 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from d2scale.config.projects import entry_points
 from d2scale.errors import printable
 from d2scale.run_folder.files import LOG_FILE
+from d2scale.run_folder.shortages import log_calmly
 
 # Lines of this logger repeat what a progress bar shows.
 METRICS_LOGGER = "d2scale.metrics"
@@ -43,7 +44,7 @@ def logging_to(folder: Path, rank: int) -> Iterator[None]:
     file_name = LOG_FILE if rank == 0 else f"{LOG_FILE}.rank{rank}"
     file = logging.FileHandler(folder / file_name, encoding="utf-8")
     with ExitStack() as stack:
-        stack.callback(file.close)
+        stack.callback(_close, file)
         _add_handler(stack, logging.getLogger(), file)
         for name in _chatty_packages():
             package = logging.getLogger(name)
@@ -61,9 +62,15 @@ def logging_to(folder: Path, rank: int) -> Iterator[None]:
         yield
 
 
+def _close(file: logging.FileHandler) -> None:
+    # What a full disk has refused is tried once more here, and has been told.
+    with suppress(OSError):
+        file.close()
+
+
 def _add_handler(stack: ExitStack, logger: logging.Logger, handler: logging.Handler) -> None:
     handler.setFormatter(_FORMAT)
-    logger.addHandler(handler)
+    logger.addHandler(log_calmly(handler))
     stack.callback(logger.removeHandler, handler)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -38,6 +39,8 @@ class Reporter:
         self._max_iter = max_iter
         self._history = MetricHistory(period, max_iter)
         self._logger = logging.getLogger(METRICS_LOGGER)
+        # tqdm's own lock is for processes that share a bar: a rank that is ended would leak it.
+        tqdm.set_lock(threading.RLock())
         self._bar = tqdm(
             total=max_iter,
             initial=start_iteration,
