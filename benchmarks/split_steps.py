@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -151,37 +152,31 @@ def trained_weights(
 ) -> list[Tensors]:
     """Weights after some steps of ``total`` images, for each case.
 
-    The images of a rank come in another "order" where a case says so, one of ``ORDERS``.
+    All cases are shown the same images; a rank has its own in the case's "order", of ``ORDERS``.
     """
+    batches: dict[str, list[Any]] = {}
     found = []
     for case in cases:
         with default_dtype(case["dtype"]):
+            if case["dtype"] not in batches:
+                drawn = loader(cfg, total, ranks=world_size(), this=rank())
+                batches[case["dtype"]] = list(islice(drawn, steps))
             model = new_model(cfg)
-            trainer = new_trainer(
-                cfg,
-                model,
-                case["images per GPU"],
-                guard=case["guard"],
-                total=total,
-                order=case.get("order", "drawn"),
-            )
-            trainer.train(steps, ())
-            found.append({name: value.detach() for name, value in model.named_parameters()})
+            step = new_step(cfg, model, case["images per GPU"], guard=case["guard"])
+            data = map(ORDERS[case.get("order", "drawn")], batches[case["dtype"]])
+            schedule = build_lr_schedule(cfg, step.optimizer)
+            Trainer(step, data, schedule, seed=SEED).train(steps, ())
+            found.append(weights_of(model))
     return found
 
 
-def new_trainer(
-    cfg: CfgNode,
-    model: nn.Module,
-    ims_per_gpu: int,
-    *,
-    guard: bool,
-    exact: bool = True,
-    total: int = 16,
-    order: str = "drawn",
-) -> Trainer:
-    step = new_step(cfg, model, ims_per_gpu, guard=guard)
-    data = map(ORDERS[order], loader(cfg, total, ranks=world_size(), this=rank(), exact=exact))
+def weights_of(model: nn.Module) -> Tensors:
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def new_trainer(cfg: CfgNode, model: nn.Module, ims_per_gpu: int, *, exact: bool) -> Trainer:
+    step = new_step(cfg, model, ims_per_gpu, guard=False)
+    data = loader(cfg, 16, ranks=world_size(), this=rank(), exact=exact)
     return Trainer(step, data, build_lr_schedule(cfg, step.optimizer), seed=SEED)
 
 
@@ -237,9 +232,7 @@ def noise_seconds(ims_per_gpu: int, cfg: CfgNode, steps: int) -> list[float]:
 
 def exact_seconds(cfg: CfgNode, steps: int) -> list[float]:
     """A step with its data, EXACT off and on."""
-    trainers = [
-        new_trainer(cfg, new_model(cfg), 16, guard=False, exact=exact) for exact in (False, True)
-    ]
+    trainers = [new_trainer(cfg, new_model(cfg), 16, exact=exact) for exact in (False, True)]
     return medians([trainer.take_step for trainer in trainers], steps)
 
 

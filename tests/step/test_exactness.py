@@ -51,16 +51,16 @@ def test_gradient_is_that_of_the_big_batch(cfg):
         assert error < TOLERANCE[each["dtype"]], each
 
 
-def test_weights_after_20_steps_are_those_of_one_rank(cfg):
+def test_weights_after_10_steps_are_those_of_one_rank(cfg):
     cases = [
         case("float64", guard=True, **{"images per GPU": 2}),
         case("float32", guard=False, **{"images per GPU": 3}),
     ]
     whole = [case(each["dtype"], guard=False, **{"images per GPU": 5}) for each in cases]
     start = trained_weights(cfg, whole, 0, 5)
-    expected = trained_weights(cfg, whole, 20, 5)
-    found = on_ranks(2, trained_weights, cfg, cases, 20, 5)
-    for allowed, *weights in zip((1e-10, 1e-2), found, expected, start, strict=True):
+    expected = trained_weights(cfg, whole, 10, 5)
+    found = on_ranks(2, trained_weights, cfg, cases, 10, 5)
+    for allowed, *weights in zip((1e-10, 1e-3), found, expected, start, strict=True):
         assert distance(*weights) < allowed
 
 
