@@ -261,6 +261,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--discard", action="store_true", help="do not keep the rows")
     options = parser.parse_args()
+    if options.devices < 2 or options.images < 1 or options.images % options.devices:
+        parser.error(
+            f"--devices is {options.devices} and --images {options.images}; allowed: 2 devices or "
+            "more, and a multiple of them as images, of which each device takes as many"
+        )
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}; allowed: 1 or more")
     torch.set_num_threads(1)
     rows = run(options.devices, options.images, options.steps)
     if not options.discard:

@@ -31,7 +31,7 @@ try:
     from campaign.slices import SLICES
     from tabulate import tabulate
 
-    from d2scale.errors import Fault
+    from d2scale.errors import ConfigError, Fault
     from d2scale.run_folder.files import folder_faults
 except ModuleNotFoundError as error:
     sys.exit(f"{error.name} is not installed; see 'On a GPU' in benchmarks/README.md, or: make gpu")
@@ -44,18 +44,24 @@ DONE = "done"
 def run_here(chosen: Slice, card_gib: float | None) -> None:
     """Run a slice in this process; keep its rows and how it ends."""
     started = time.monotonic()
-    _keep_status(chosen, "begun", 0, started)
-    rows = 0
+    name, rows = label(chosen.name, card_gib), 0
+    _keep_status(name, "begun", 0, started)
     try:
         for row in chosen.run(Setting.on_gpu(_folder(), card_gib)):
+            row = {**row, "key": label(row["key"], card_gib)}
             machine.keep(_results_name(chosen), [row], "key")
             rows += 1
             print(json.dumps(row), flush=True)
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
-        _keep_status(chosen, f"failed: {type(error).__name__}: {first_line[:200]}", rows, started)
+        _keep_status(name, f"failed: {type(error).__name__}: {first_line[:200]}", rows, started)
         raise
-    _keep_status(chosen, DONE, rows, started)
+    _keep_status(name, DONE, rows, started)
+
+
+def label(name: str, card_gib: float | None) -> str:
+    """Return the name of what a slice keeps: other rows on a part of the card than on all of it."""
+    return f"{name}, {card_gib:g} GiB" if card_gib else name
 
 
 def dry_run(chosen: Slice) -> list[Row]:
@@ -78,7 +84,7 @@ def run_all(chosen: Sequence[Slice], minutes: float | None, card_gib: float | No
         status = _in_process(one, card_gib, seconds, log)
         failed += status != 0
         if status == 0:
-            ended = statuses()[one.name]
+            ended = statuses()[label(one.name, card_gib)]
             print(f"  {ended['status']}, {ended['rows']} rows, {ended['seconds']} s", flush=True)
             continue
         # Killed or not even begun, it has not kept how it ended.
@@ -123,17 +129,16 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def statuses() -> dict[str, Row]:
-    """Return how the slices ended, by name."""
-    path = machine.RESULTS / "gpu.json"
-    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
-    return {row["slice"]: row for row in rows}
+    """Return how the slices ended, by their label."""
+    return {row["slice"]: row for row in machine.kept("gpu", "slice")}
 
 
-def open_slices(gpus: Any) -> list[Slice]:
+def open_slices(gpus: Any, card_gib: float | None = None) -> list[Slice]:
     """Return the slices that are not done on these GPUs; those that have begun before, last."""
     known = {name: row for name, row in statuses().items() if row["machine"]["gpus"] == gpus}
-    waiting = [one for one in SLICES if one.name not in known]
-    broken = [s for s in SLICES if s.name in known and known[s.name]["status"] != DONE]
+    ended = [known.get(label(one.name, card_gib), {}).get("status") for one in SLICES]
+    waiting = [one for one, status in zip(SLICES, ended, strict=True) if status is None]
+    broken = [one for one, status in zip(SLICES, ended, strict=True) if status not in (None, DONE)]
     return waiting + broken
 
 
@@ -156,25 +161,27 @@ def table() -> str:
     known = statuses()
     rows = []
     for one in SLICES:
-        ended = known.get(one.name, {})
-        gpus = ended.get("machine", {}).get("gpus", [])
-        rows.append(
-            {
-                "slice": one.name,
-                "minutes": one.minutes,
-                "status": ended.get("status", "open"),
-                "rows": ended.get("rows"),
-                "GPU": ", ".join(gpus),
-                "what": one.text,
-            }
-        )
+        on_parts = [name for name in known if name.startswith(f"{one.name}, ")]
+        for name in (one.name, *on_parts):
+            ended = known.get(name, {})
+            gpus = ended.get("machine", {}).get("gpus", [])
+            rows.append(
+                {
+                    "slice": name,
+                    "minutes": one.minutes,
+                    "status": ended.get("status", "open"),
+                    "rows": ended.get("rows"),
+                    "GPU": ", ".join(gpus),
+                    "what": one.text,
+                }
+            )
     return tabulate(rows, headers="keys", tablefmt="pipe")
 
 
-def _keep_status(one: Slice, status: str, rows: int, started: float) -> None:
+def _keep_status(name: str, status: str, rows: int, started: float) -> None:
     seconds = round(time.monotonic() - started, 1)
     machine.keep(
-        "gpu", [{"slice": one.name, "status": status, "rows": rows, "seconds": seconds}], "slice"
+        "gpu", [{"slice": name, "status": status, "rows": rows, "seconds": seconds}], "slice"
     )
 
 
@@ -214,12 +221,19 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of a pipe has left; Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ConfigError as error:
+        print(f"gpu.py: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _run(options: argparse.Namespace) -> int:
     chosen = [one for one in SLICES if not options.only or one.name in options.only]
     if options.list:
-        print(table())
+        print(table(), flush=True)
     elif options.dry_run:
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
@@ -234,12 +248,13 @@ def _run(options: argparse.Namespace) -> int:
         if not gpus:
             print("CUDA is not available here; --dry-run tries the code without", file=sys.stderr)
             return 2
+        statuses()  # damaged, it is told before hours of work
         if faults := unwritable():
             print(*faults, sep="\n", file=sys.stderr)
             return 2
         # Ended by another program, it ends the slice as well.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        chosen = chosen if options.only else open_slices(gpus)
+        chosen = chosen if options.only else open_slices(gpus, options.small_card)
         if not chosen:
             print("all slices are done on this GPU; --only runs some of them again")
         return 1 if run_all(chosen, options.minutes, options.small_card) else 0

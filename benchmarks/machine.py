@@ -15,6 +15,7 @@ import torch
 from tabulate import tabulate
 
 from d2scale.engine.telemetry.machine import cpu_name
+from d2scale.errors import ConfigError, Fault
 from d2scale.run_folder.files import write_atomically
 from d2scale.step.precision import tf32_use
 
@@ -48,6 +49,21 @@ def table_of(rows: list[dict[str, Any]], hidden: Sequence[str] = ("key", "machin
     return tabulate(shown, headers="keys", tablefmt="pipe")
 
 
+def kept(name: str, key: str) -> list[dict[str, Any]]:
+    """Return the rows of ``results/NAME.json``, none without it; ConfigError if it is damaged."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+        if not all(key in row and "gpus" in row["machine"] for row in rows):
+            raise ValueError("a row without what every row has")
+    except (ValueError, TypeError, KeyError) as error:
+        advice = f"mend it or remove it: {error}"
+        raise ConfigError([Fault("results", str(path), "rows as they were kept", advice)]) from None
+    return list(rows)
+
+
 def keep(name: str, rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     """Put ``rows`` into ``results/NAME.json``, in place of those with the same ``key``.
 
@@ -57,11 +73,11 @@ def keep(name: str, rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]
         All rows of the file.
     """
     path = RESULTS / f"{name}.json"
-    known = json.loads(path.read_text()) if path.exists() else []
+    known = kept(name, key)
     made = {row[key] for row in rows}
     machine = describe()
-    kept = [row for row in known if row[key] not in made]
-    merged = kept + [{**row, "machine": machine} for row in rows]
+    others = [row for row in known if row[key] not in made]
+    merged = others + [{**row, "machine": machine} for row in rows]
     RESULTS.mkdir(exist_ok=True)
     # A benchmark may be stopped at any moment.
     write_atomically(path, json.dumps(merged, indent=1) + "\n")

@@ -117,6 +117,44 @@ def test_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
     assert "good: not begun, for it takes 1 minutes" in capsys.readouterr().out
 
 
+def test_a_part_of_the_card_keeps_rows_beside_those_of_all_of_it(monkeypatch, tmp_path):
+    one = gpu.Slice("one", 1.0, lambda setting: iter([{"key": "a"}]))
+    monkeypatch.setattr(gpu, "SLICES", [one])
+    monkeypatch.setattr(Setting, "on_gpu", lambda folder, gib: Setting.dry_run(folder))
+    monkeypatch.setattr(gpu, "FOLDER", tmp_path)
+    gpu.run_here(one, None)
+    assert gpu.open_slices([], 16.0) == [one]
+    gpu.run_here(one, 16.0)
+    assert [row["key"] for row in machine.kept("gpu_one", "key")] == ["a", "a, 16 GiB"]
+    assert gpu.open_slices([], 16.0) == gpu.open_slices([]) == []
+    assert [line.split("|")[1].strip() for line in gpu.table().splitlines()[2:]] == [
+        "one",
+        "one, 16 GiB",
+    ]
+
+
+@pytest.mark.parametrize("text", ["[{", "[1]", '[{"slice": "doctor"}]', "7"])
+def test_damaged_results_are_told_in_one_line(monkeypatch, results, capsys, text):
+    results.mkdir()
+    (results / "gpu.json").write_text(text)
+    monkeypatch.setattr(gpu, "gpus_here", lambda: ["a GPU"])
+    for arguments in (["--list"], ["--only", "doctor"]):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+        assert gpu.main() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"gpu.py: error: results is '{results / 'gpu.json'}'")
+
+
+def test_a_reader_that_leaves_ends_the_list_quietly(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--list"])
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert gpu.main() == 1
+    assert capsys.readouterr().err == ""
+
+
 _HANGS = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
@@ -152,7 +190,7 @@ def test_a_slice_that_hangs_or_breaks_is_told(monkeypatch, tmp_path, capsys, cod
     script = tmp_path / "script.py"
     script.write_text(code)
     one = gpu.Slice("one", 0.01, lambda setting: iter(()))
-    gpu._keep_status(one, "done", 7, time.monotonic())  # from an earlier time
+    gpu._keep_status(one.name, "done", 7, time.monotonic())  # from an earlier time
     monkeypatch.setattr(gpu, "__file__", str(script))
     monkeypatch.setattr(gpu, "FOLDER", tmp_path)
     monkeypatch.setattr(gpu, "LIMIT_MINUTES", 5 / 60)
