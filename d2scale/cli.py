@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from d2scale import __version__
 from d2scale.commands import all_commands
@@ -31,6 +35,9 @@ TRAINING_PACKAGES = (
     "jinja2",
 )
 
+_INTERRUPTED = "d2scale: interrupted"
+_STATUS_INTERRUPTED = 130  # as a shell has it
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, or 2 for a user's mistake."""
@@ -41,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         _refuse_empty(arguments)
-        with telling_of_shortages():
+        with _interrupts_ending_imports(), telling_of_shortages():
             return command(arguments)
     except D2ScaleError as error:
         for line in str(error).splitlines():
@@ -54,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"d2scale: error: {missing}", file=sys.stderr)
         return EXIT_STATUS_USER_ERROR
     except KeyboardInterrupt:
-        print("d2scale: interrupted", file=sys.stderr)
-        return 130
+        print(_INTERRUPTED, file=sys.stderr)
+        return _STATUS_INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe has left; Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,6 +84,38 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     arguments.opts = rest
     return arguments
+
+
+@contextmanager
+def _interrupts_ending_imports() -> Iterator[None]:
+    """Within the context, Ctrl-C in the midst of an import ends the process at once.
+
+    torch's and numpy's imports catch whatever is raised in parts of them: Ctrl-C would be lost, or
+    leave half a package.
+    """
+
+    def end_or_raise(number: int, frame: FrameType | None) -> None:
+        below = frame
+        while below is not None:
+            if below.f_code.co_filename == "<frozen importlib._bootstrap>":
+                os.write(2, f"{_INTERRUPTED}\n".encode())
+                os._exit(_STATUS_INTERRUPTED)
+            below = below.f_back
+        signal.default_int_handler(number, frame)
+
+    # Whoever starts a program in the background may have it ignore Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, end_or_raise)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _refuse_empty(arguments: argparse.Namespace) -> None:

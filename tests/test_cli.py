@@ -104,3 +104,33 @@ def test_planning_needs_no_engine_and_answers_within_a_second(recipes):
 def test_an_empty_word_is_refused(words, capsys):
     assert main(words) == 2
     assert "is ''; allowed: no empty word" in capsys.readouterr().err
+
+
+SWALLOWS = """\
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+except BaseException:
+    pass
+"""
+COMMAND = """\
+import sys
+from d2scale import cli
+def run(arguments):
+    import swallows
+    print("went on")
+class Command:
+    def add_parser(commands):
+        commands.add_parser("run").set_defaults(command=run, takes_opts=False)
+cli.all_commands = lambda: [Command]
+sys.exit(cli.main(["run"]))
+"""
+
+
+def test_ctrl_c_is_not_lost_in_an_import_that_catches_everything(tmp_path):
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "d2scale: interrupted\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from d2scale.config.value_rules import is_whole
 from d2scale.errors import D2ScaleError
 from d2scale.step import ranks
 from d2scale.step.agreement import AgreedOutOfMemoryError
@@ -117,9 +118,18 @@ class MicroBatchSize:
         return {name: getattr(self, f"_{name}") for name in _KEPT} | {"now": self.now}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as a checkpoint says, if its run was planned with as many images per GPU."""
+        """Go on as a checkpoint says, if its run was planned with as many images per GPU.
+
+        ValueError, TypeError or LookupError for a state that is none.
+        """
+        counts = [state[name] for name in _KEPT if name != "larger"]
+        sizes = [*state["larger"], state["now"]]
+        if not all(is_whole(count) and count >= 0 for count in (*counts, *sizes)):
+            raise ValueError("a count of micro-batches is no whole number")
         if state["planned"] != self._planned:
             return
+        if not 1 <= sizes[-1] <= self._planned or sizes != sorted({*sizes}, reverse=True):
+            raise ValueError(f"images per GPU {sizes} do not fit into {self._planned}")
         for name in _KEPT:
             setattr(self, f"_{name}", state[name])
         self._larger, self.now = list(self._larger), state["now"]

@@ -16,7 +16,9 @@ from d2scale.engine.checkpoint.resume import RunRecord, resume_training
 from d2scale.engine.data.sampling import StepSampler
 from d2scale.errors import CheckpointError
 from d2scale.planning.progress import recipe_of
+from d2scale.step.agreement import AgreedOutOfMemoryError
 from d2scale.step.clock import StepClock
+from d2scale.step.guard import MicroBatchSize
 from plans import plan_of
 from standins import StandIn
 from training_processes import RECIPE
@@ -44,7 +46,8 @@ def new_checkpointer(folder, cfg, plan):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
-    checkpointer = RunCheckpointer(model, folder, optimizer=optimizer)
+    size = MicroBatchSize(4, torch.device("cpu"))
+    checkpointer = RunCheckpointer(model, folder, optimizer=optimizer, micro_batches=size)
     RunRecord(checkpointer, plan, recipe_of(cfg), 7)
     return checkpointer
 
@@ -57,6 +60,10 @@ def checkpoint(tmp_path, cfg, recipe):
     clock.steps = 1
     progress = {"iteration": 0, "images_seen": 4, "sampler": sampler.state_dict()}
     checkpointer = new_checkpointer(tmp_path, cfg, plan_of(recipe, 1))
+    size = checkpointer.checkpointables["micro_batches"]
+    failure = AgreedOutOfMemoryError("forward", [0], "")
+    for _ in range(2):  # once it is taken again as it was
+        size.after_failure(failure, 4)
     checkpointer.save("model_0000000", **progress, clock=clock.state_dict())
     return tmp_path / "model_0000000.pth"
 
@@ -65,6 +72,9 @@ def resume(folder, cfg, plan):
     checkpointer = new_checkpointer(folder, cfg, plan)
     position = resume_training(checkpointer, cfg, plan, recipe_of(cfg), seed=7)
     checkpointer.checkpointables["optimizer"].step()
+    size = checkpointer.checkpointables["micro_batches"]
+    size.begin_step()
+    size.end_step()
     sampler = StepSampler(20, 4, 7)
     if position.sampler is not None:
         sampler.load_state_dict(position.sampler)
