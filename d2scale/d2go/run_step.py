@@ -37,8 +37,11 @@ class D2GoRunStep(RunStep):
         set_ema_decay(self.inner, self._cfg.MODEL_EMA.DECAY**gain)
 
 
-def can_take_steps(cfg: Any, model: torch.nn.Module) -> bool:
-    """Return whether :class:`D2GoRunStep` can take the steps of d2go's own trainer of ``model``."""
+def can_take_steps(cfg: Any, model: torch.nn.Module | None = None) -> bool:
+    """Return whether :class:`D2GoRunStep` can take the steps of d2go's own trainer of ``model``.
+
+    None: of one that is not built yet, and not taken for sharded.
+    """
     amp_without_cuda = cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available()
     watched = cfg.ABNORMAL_CHECKER.ENABLED
     return not (amp_without_cuda or watched or isinstance(model, FULLY_SHARDED))

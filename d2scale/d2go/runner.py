@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from d2scale.config.defaults import add_d2scale_config, add_project_configs
 from d2scale.config.keys import set_key
 from d2scale.config.own_datasets import make_paths_absolute
 from d2scale.config.projects import entry_points
+from d2scale.d2go.checks import MODELS, check_names, check_recipe, register_models
+from d2scale.d2go.command_line import this_command
 from d2scale.d2go.config import CfgNode, for_d2go_alone
 from d2scale.d2go.environment import refuse_missing_quantization
 from d2scale.d2go.memory import ENGINE, D2GoMemory
 from d2scale.d2go.run_step import D2GoRunStep, can_take_steps
 from d2scale.d2go.scaling_methods import (
-    check_recipe,
     leave_scaling_to_training,
     names_own_method,
     scale_for_training,
@@ -48,9 +48,6 @@ from d2scale.run_folder.contents import write_plan
 from d2scale.step import ranks
 from d2scale.step.norms import synchronise_norms
 from d2scale.step.precision import bfloat16_faults
-
-# Functions that register a project's models with detectron2.
-ENTRY_POINTS = "d2scale.detectron2"
 
 _WITHOUT_EFFECT = {
     "D2SCALE.EXACT": "the samples of a step depend on the number of processes",
@@ -90,8 +87,12 @@ class Runner(GeneralizedRCNNRunner):
             if cfg.QUANTIZATION.PT2E:
                 refuse_missing_quantization()
             _prepare_datasets(cfg)
-            if names_own_method(cfg) and not _evaluates_or_exports():
-                check_recipe(cfg)
+            command = this_command()
+            # A runner of one's own may register more, on the ranks.
+            if cls.register is Runner.register:
+                check_names(cfg, command)
+            if names_own_method(cfg) and command.trains:
+                check_recipe(cfg, command.world_size)
 
     def register(self, cfg: Any) -> None:
         """Register what a config may name: datasets and the projects' models."""
@@ -106,8 +107,7 @@ class Runner(GeneralizedRCNNRunner):
         leave_scaling_to_training(cfg)
         with exit_together_on_user_error():
             register_datasets(cfg)
-        for entry in entry_points(group=ENTRY_POINTS):
-            entry.load()()
+        register_models()
 
     def build_checkpointer(self, cfg: Any, model: Any, save_dir: str, **kwargs: Any) -> Any:
         """Return d2go's checkpointer; in training it also keeps, and resumes by, a record."""
@@ -125,7 +125,8 @@ class Runner(GeneralizedRCNNRunner):
     def build_model(self, cfg: Any, eval_only: bool = False) -> torch.nn.Module:
         """Build the model that the config names; a config it cannot have is a user's mistake."""
         key = "MODEL.META_ARCHITECTURE"
-        with exit_on_user_error(), faults_of_building(key, cfg.MODEL.META_ARCHITECTURE):
+        building = faults_of_building(key, cfg.MODEL.META_ARCHITECTURE)
+        with exit_together_on_user_error(), building:
             return super().build_model(cfg, eval_only)
 
     @classmethod
@@ -208,18 +209,9 @@ def _prepare_datasets(cfg: Any) -> None:
 
 def _log_to_folder(folder: str) -> None:
     """Write the log lines of d2scale and its projects to ``log.txt``, beside those of d2go."""
-    projects = {entry.module.partition(".")[0] for entry in entry_points(group=ENTRY_POINTS)}
+    projects = {entry.module.partition(".")[0] for entry in entry_points(group=MODELS)}
     for package in {"d2scale", *projects}:
         # d2go prints the lines of all packages already.
         setup_logger(
             folder, ranks.rank(), name=package, enable_propagation=True, configure_stdout=False
         )
-
-
-def _evaluates_or_exports() -> bool:
-    """Return whether this command does not train; d2go gives a runner only the config."""
-    program, *words = sys.argv
-    if Path(program).name.startswith(("d2go.exporter", "exporter", "evaluator")):
-        return True
-    # argparse takes the beginning of an option for the option.
-    return any(len(word) > 2 and "--eval-only".startswith(word) for word in words)

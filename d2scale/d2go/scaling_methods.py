@@ -14,15 +14,15 @@ from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 from d2scale.config.keys import OWN_OF_A_MACHINE
 from d2scale.config.loading import flatten
 from d2scale.config.own_datasets import annotation_digests
-from d2scale.d2go.memory import ENGINE, D2GoMemory
-from d2scale.detectron2.memory import TrainingMemory, check_memory
+from d2scale.d2go.memory import D2GoMemory
+from d2scale.detectron2.memory import TrainingMemory
 from d2scale.detectron2.scaling import applied_plan, defrosted, scale_in_place
 from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.learning_rate import choose_rule
-from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_faults, method_of
+from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_of
 from d2scale.planning.rules import LR_RULE
-from d2scale.planning.schedule import Schedule, follows_gain, schedule_faults
+from d2scale.planning.schedule import Schedule, follows_gain
 from d2scale.planning.virtual_ranks import ModelFacts
 from d2scale.step import ranks
 
@@ -33,18 +33,6 @@ _REFERENCE = "_d2scale_reference_world_size"
 def names_own_method(cfg: Any) -> bool:
     """Return whether ``SOLVER.AUTO_SCALING_METHODS`` names a method of d2scale."""
     return any(name.startswith(METHOD_PREFIX) for name in cfg.SOLVER.AUTO_SCALING_METHODS)
-
-
-def check_recipe(cfg: Any) -> None:
-    """Refuse a recipe that no number of ranks could be planned with.
-
-    Raises:
-        ConfigError: with all faults.
-    """
-    methods = cfg.SOLVER.AUTO_SCALING_METHODS
-    if faults := [*method_faults(methods), *schedule_faults(cfg)]:
-        raise ConfigError(faults)
-    check_memory(cfg, ENGINE)
 
 
 def leave_scaling_to_training(cfg: Any) -> None:

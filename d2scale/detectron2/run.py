@@ -39,7 +39,7 @@ from d2scale.detectron2.lazy_config import (
 from d2scale.detectron2.lazy_nodes import node_faults
 from d2scale.detectron2.lazy_training import build_model, evaluate_lazy, train_lazy
 from d2scale.detectron2.private_upstream import join_local_group
-from d2scale.detectron2.scaling import warn_without_effect
+from d2scale.detectron2.scaling import refuse_unplannable, warn_without_effect
 from d2scale.detectron2.trainer import RecipeTrainer
 from d2scale.detectron2.training import Scaling
 from d2scale.detectron2.user_errors import exit_together_on_user_error, faults_of_building
@@ -47,8 +47,6 @@ from d2scale.errors import ConfigError, Fault, collecting
 from d2scale.launch.elastic import may_start_anew, refuse_separate_folders, store_faults
 from d2scale.launch.launch import launch
 from d2scale.launch.topology import Topology, under_torchrun
-from d2scale.planning.hardware import Hardware
-from d2scale.planning.plan import make_plan, refuse_uneven_split
 from d2scale.planning.virtual_ranks import ModelFacts
 from d2scale.run_folder.contents import holds_run
 from d2scale.run_folder.files import folder_faults, make_folder
@@ -140,17 +138,8 @@ def _check(job: Job, topology: Topology) -> None:
     faults += _model_faults(job, recipe, settings, topology.world_size)
     if not job.eval_only and not wrong_processes:
         with collecting(faults):
-            hardware = Hardware.for_training(
-                recipe,
-                topology.world_size,
-                method=job.method,
-                device_gib=None,
-                engine="detectron2",
-                make_profile=None,
-            )
             facts = ModelFacts.of_recipe(recipe, settings)
-            plan = make_plan(recipe, hardware, method=job.method, model=facts)
-            refuse_uneven_split(plan, recipe)
+            refuse_unplannable(recipe, topology.world_size, job.method, "detectron2", facts)
     if faults:
         raise ConfigError(faults)
 

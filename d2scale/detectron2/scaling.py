@@ -66,6 +66,27 @@ def scale_in_place(
     return plan
 
 
+def refuse_unplannable(
+    cfg: Any,
+    world_size: int,
+    method: str | None,
+    engine: str,
+    model: ModelFacts,
+    *,
+    takes_steps: bool = True,
+) -> None:
+    """Refuse what can be known of a plan before ranks are started, without its memory.
+
+    Raises:
+        ConfigError: as :func:`scale_in_place`.
+    """
+    hardware = Hardware.for_training(
+        cfg, world_size, method=method, device_gib=None, engine=engine, make_profile=None
+    )
+    plan = make_plan(cfg, hardware, method=method, takes_steps=takes_steps, model=model)
+    refuse_uneven_split(plan, cfg)
+
+
 def facts_of_model(model: nn.Module) -> ModelFacts:
     """Return what decides how the steps of a built model can be split."""
     bare = bare_model(model)

@@ -140,7 +140,8 @@ def test_a_mistake_is_one_line(start, tmp_path, options, message):
 
 
 def test_a_mistake_that_the_ranks_find_is_one_line(start):
-    output = start(PLAIN, "SOLVER.IMS_PER_BATCH", "8", processes=3, status=2)
+    output = start(PLAIN, "MODEL.RESNETS.DEPTH", "19", processes=2, status=2)
     (line,) = errors(output)
-    assert "allowed: a multiple of 3 processes" in line
+    assert "MODEL.META_ARCHITECTURE is 'RetinaNet'; allowed: what can be built" in line
+    assert "KeyError: 19, in " in line
     assert "Traceback" not in output
