@@ -20,6 +20,7 @@ from d2scale.coco.annotation_faults import (
 )
 from d2scale.coco.annotation_file import AnnotationFile, read_annotation_file
 from d2scale.coco.catalog import DatasetSpec, dataset_spec, path_advice
+from d2scale.coco.digests import DataFacts, data_facts
 from d2scale.coco.records import CocoDataset, Records, concatenate, starts_from_counts
 from d2scale.errors import DataError, Fault, collecting
 
@@ -133,16 +134,16 @@ def _class_fault(key: str, dataset: CocoDataset, trained: CocoDataset) -> Fault:
     )
 
 
-def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> int:
+def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> DataFacts:
     """Read every dataset that a run will use, before any rank starts.
 
-    Returns the number of training images; 0 with ``eval_only``, which needs ``DATASETS.TEST`` only.
+    With ``eval_only`` that is ``DATASETS.TEST`` only.
 
     Raises:
         DataError: every fault of every dataset.
     """
     faults: list[Fault] = []
-    trained = None
+    trained, tested = None, []
     if not eval_only:
         with collecting(faults):
             trained = load_training_dataset(cfg)
@@ -151,10 +152,10 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> int:
         faults.append(Fault("DATASETS.TEST", (), "at least one dataset", advice))
     for name in cfg.DATASETS.TEST:
         with collecting(faults):
-            tested = load_dataset(name, key="DATASETS.TEST", cfg=cfg)
-            if trained and tested.class_names != trained.class_names:
-                faults.append(_class_fault("DATASETS.TEST", tested, trained))
+            tested.append(load_dataset(name, key="DATASETS.TEST", cfg=cfg))
+            if trained and tested[-1].class_names != trained.class_names:
+                faults.append(_class_fault("DATASETS.TEST", tested[-1], trained))
     if faults:
         # Two splits of one file share its faults.
         raise DataError(list({str(fault): fault for fault in faults}.values()))
-    return len(trained) if trained else 0
+    return data_facts(trained, tested)

@@ -11,14 +11,14 @@ from typing import Any
 
 from d2go.config.config import CONFIG_SCALING_METHOD_REGISTRY
 
-from d2scale.config.keys import OWN_OF_A_MACHINE
 from d2scale.config.loading import flatten
-from d2scale.config.own_datasets import annotation_digests
 from d2scale.d2go.memory import D2GoMemory
+from d2scale.detectron2.datasets import annotation_digests
 from d2scale.detectron2.memory import TrainingMemory
 from d2scale.detectron2.scaling import applied_plan, defrosted, scale_in_place
 from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
+from d2scale.launch.comparison import refuse_different_ranks
 from d2scale.planning.learning_rate import choose_rule
 from d2scale.planning.methods import METHOD_PREFIX, METHODS, method_of
 from d2scale.planning.rules import LR_RULE
@@ -57,10 +57,7 @@ def scale_for_training(
         ConfigError: on every rank, if the ranks were given different recipes; and what
             :func:`scale_in_place` raises.
     """
-    settings = {key: value for key, value in flatten(cfg) if key not in OWN_OF_A_MACHINE}
-    advice = "start all machines with the same config and arguments"
-    settings |= {**annotation_digests(cfg, tested=True), "--resume": resume}
-    ranks.refuse_differences(settings, advice)
+    refuse_different_ranks(dict(flatten(cfg)), annotation_digests(cfg), {"--resume": resume})
     if applied_plan(cfg) is None and names_own_method(cfg):
         reference = cfg.__dict__.pop(_REFERENCE, cfg.SOLVER.REFERENCE_WORLD_SIZE)
         with defrosted(cfg):

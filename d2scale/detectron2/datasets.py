@@ -7,10 +7,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from omegaconf import OmegaConf
 
 from d2scale.coco.catalog import ROOT_VARIABLE, DatasetSpec, dataset_names, dataset_spec
+from d2scale.config.own_datasets import file_digests
 from d2scale.detectron2.own_datasets import register_own_datasets
 from d2scale.errors import DataError, Fault
 from d2scale.run_folder.files import write_atomically
@@ -34,6 +36,31 @@ def register_datasets(cfg: Any) -> None:
         target = Path(cfg.OUTPUT_DIR, "datasets", f"{name}.json")
         write_class_split(name, spec, target)
         register_coco_instances(name, {}, str(target), str(spec.image_root))
+
+
+def annotation_digests(cfg: Any) -> dict[str, str]:
+    """Return digests of the annotation files of a config's or LazyConfig's datasets.
+
+    Of those that their registration does not name nothing is known.
+    """
+    own, files = dataset_names(cfg), {}
+    for name in _names_in(cfg):
+        if name in DatasetCatalog.list():
+            if json_file := MetadataCatalog.get(name).get("json_file"):
+                files[name] = Path(json_file)
+        elif name in own:
+            files[name] = dataset_spec(name, cfg=cfg).json_file
+    return file_digests(files)
+
+
+def _names_in(cfg: Any) -> set[str]:
+    if "DATASETS" in cfg:
+        return {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}
+    named = [
+        OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") or ()
+        for part in ("train", "test")
+    ]
+    return {name for names in named for name in ((names,) if isinstance(names, str) else names)}
 
 
 def write_class_split(name: str, spec: DatasetSpec, target: Path) -> None:

@@ -28,7 +28,7 @@ from d2scale.detectron2.checks import (
     weights_faults,
 )
 from d2scale.detectron2.config import load_cfg
-from d2scale.detectron2.datasets import register_datasets
+from d2scale.detectron2.datasets import annotation_digests, register_datasets
 from d2scale.detectron2.lazy_config import (
     FOR_EVALUATION,
     FOR_TRAINING,
@@ -44,6 +44,7 @@ from d2scale.detectron2.trainer import RecipeTrainer
 from d2scale.detectron2.training import Scaling
 from d2scale.detectron2.user_errors import exit_together_on_user_error, faults_of_building
 from d2scale.errors import ConfigError, Fault, collecting
+from d2scale.launch.comparison import refuse_different_ranks
 from d2scale.launch.elastic import may_start_anew, refuse_separate_folders, store_faults
 from d2scale.launch.launch import launch
 from d2scale.launch.topology import Topology, under_torchrun
@@ -159,7 +160,10 @@ def run_rank(job: Job) -> Results:
     """Train and evaluate, or only evaluate, on this rank; return the last metrics."""
     join_local_group(job.local_ranks)
     cfg = job.load()
-    recipe = read_lazy_recipe(cfg)[0] if job.is_lazy else cfg
+    recipe, settings = read_lazy_recipe(cfg) if job.is_lazy else (cfg, dict(flatten(cfg)))
+    options = {"--method": job.method, "--resume": job.resume, "--eval-only": job.eval_only}
+    with exit_together_on_user_error():
+        refuse_different_ranks(settings, annotation_digests(cfg), options)
     _log_to(None)
     if not torch.cuda.is_available():
         logger.info("CUDA is not available: running on the CPU, in float32")

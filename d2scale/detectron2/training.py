@@ -21,10 +21,9 @@ from detectron2.engine import HookBase, TrainerBase
 from detectron2.engine.hooks import IterationTimer
 from fvcore.common.config import CfgNode
 
-from d2scale.config.keys import OWN_OF_A_MACHINE
 from d2scale.config.loading import flatten
-from d2scale.config.own_datasets import annotation_digests
 from d2scale.detectron2.config import with_d2scale_keys, without_default_keys
+from d2scale.detectron2.datasets import annotation_digests
 from d2scale.detectron2.lazy_config import apply_plan, lazy_names, read_lazy_recipe
 from d2scale.detectron2.memory import TrainingMemory
 from d2scale.detectron2.plain_memory import LazyMemory, PlainMemory
@@ -42,6 +41,7 @@ from d2scale.detectron2.scaling import scale_in_place, warn_without_effect
 from d2scale.detectron2.step_state import STEP_STATE, StateHook, build_step_state
 from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
+from d2scale.launch.comparison import refuse_different_ranks
 from d2scale.planning.methods import method_of
 from d2scale.planning.progress import RECORD, recipe_of
 from d2scale.planning.schedule import follows_gain
@@ -85,7 +85,8 @@ class Scaling:
                 planned = with_d2scale_keys(cfg)
                 settings = dict(flatten(planned))
             self.recipe = self._recipe(planned, settings)
-            self._refuse_other_recipes({**settings, **annotation_digests(planned, tested=True)})
+            data = annotation_digests(cfg)
+            refuse_different_ranks(settings, data, {"method": method})
             memory: TrainingMemory = PlainMemory(planned)
             if self.is_lazy:
                 memory = LazyMemory(cfg, (planned, settings))
@@ -105,10 +106,6 @@ class Scaling:
     def _recipe(self, cfg: Any, settings: dict[str, Any]) -> dict[str, Any]:
         lazy = {k: v for k, v in settings.items() if k.startswith(("model.", "dataloader."))}
         return {**recipe_of(cfg), **(lazy if self.is_lazy else {})}
-
-    def _refuse_other_recipes(self, settings: dict[str, Any]) -> None:
-        own = {key: value for key, value in settings.items() if key not in OWN_OF_A_MACHINE}
-        ranks.refuse_differences(own, "start all ranks with the same config and arguments")
 
     def take_steps(self, trainer: TrainerBase, checkpointer: Any) -> None:
         """Let d2scale take the steps of ``trainer`` and keep its progress in its checkpoints.

@@ -9,6 +9,7 @@ from fvcore.common.config import CfgNode
 
 from d2scale.coco.class_count import with_class_count
 from d2scale.coco.dataset import check_datasets
+from d2scale.coco.digests import DataFacts
 from d2scale.config.own_datasets import make_paths_absolute
 from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.engine.data.transforms import input_faults
@@ -60,8 +61,8 @@ def train(
     topology = topology or Topology()
     resume = resume or (may_start_anew() and not eval_only)
     cfg, notes = for_this_machine(cfg)
-    images = _check(cfg, topology, resume=resume, eval_only=eval_only, method=method)
-    job = Job(cfg, method, resume, eval_only, images, notes)
+    data = _check(cfg, topology, resume=resume, eval_only=eval_only, method=method)
+    job = Job(cfg, method, resume, eval_only, data, notes)
     results: Results = launch(run_rank, [job], topology, use_cuda=cfg.MODEL.DEVICE == "cuda")
     return results
 
@@ -85,13 +86,13 @@ def for_this_machine(cfg: CfgNode) -> tuple[CfgNode, tuple[str, ...]]:
 
 def _check(
     cfg: CfgNode, topology: Topology, *, resume: bool, eval_only: bool, method: str | None
-) -> int:
-    """Return the number of training images, or raise every fault there is. Writes nothing."""
+) -> DataFacts:
+    """Return what is known of the datasets, or raise every fault there is. Writes nothing."""
     gpus = torch.cuda.device_count() if cfg.MODEL.DEVICE == "cuda" else None
     wrong_processes = [*topology.faults(gpus), *store_faults()]
     faults = [*value_faults(cfg), *input_faults(cfg), *wrong_processes, *bfloat16_faults(cfg)]
     folder = Path(cfg.OUTPUT_DIR)
-    images = 0
+    data = DataFacts()
     with collecting(faults):
         check_model(cfg)
     with collecting(faults):
@@ -105,7 +106,7 @@ def _check(
         with collecting(faults):
             _check_weights(cfg, eval_only)
     with collecting(faults):
-        images = check_datasets(cfg, eval_only=eval_only)
+        data = check_datasets(cfg, eval_only=eval_only)
     # A broken number of processes would only lead to more faults.
     if not eval_only and not wrong_processes:
         with collecting(faults):
@@ -114,7 +115,7 @@ def _check(
         raise ConfigError(faults)
     if begins:
         check_weights(cfg)
-    return images
+    return data
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool) -> None:

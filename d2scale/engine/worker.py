@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from fvcore.common.config import CfgNode
@@ -15,9 +15,8 @@ from torch import nn
 
 from d2scale import __version__
 from d2scale.coco.dataset import load_training_dataset
-from d2scale.config.keys import OWN_OF_A_MACHINE
+from d2scale.coco.digests import DataFacts
 from d2scale.config.loading import flatten
-from d2scale.config.own_datasets import annotation_digests
 from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.engine.checkpoint.files import last_whole_checkpoint
 from d2scale.engine.checkpoint.resume import Position, RunRecord, resume_training
@@ -34,6 +33,7 @@ from d2scale.engine.telemetry.machine import describe_machine
 from d2scale.engine.telemetry.reporter import Reporter
 from d2scale.engine.telemetry.writers import JsonWriter, TensorBoardWriter, Writer
 from d2scale.engine.trainer import Trainer
+from d2scale.launch.comparison import refuse_different_ranks
 from d2scale.launch.elastic import refuse_separate_folders
 from d2scale.memory.devices import hold_to_budget
 from d2scale.planning.formats import plan_table
@@ -63,21 +63,17 @@ class Job:
     method: str | None  # a scaling method; None: the one of the recipe
     resume: bool  # go on from the last checkpoint in the run's folder, if there is one
     eval_only: bool  # evaluate and stop
-    images: int  # in the training dataset; 0 if the run does not train
+    data: DataFacts
     notes: tuple[str, ...] = ()  # for the log: what was decided before the log began
 
-    def settings(self) -> dict[str, Any]:
-        """Return what must be the same on all ranks, by the name that the user knows."""
-        keys = {k: v for k, v in flatten(self.cfg) if k not in OWN_OF_A_MACHINE}
-        return {
-            **keys,
-            **annotation_digests(self.cfg, tested=True),
+    def refuse_differences(self) -> None:
+        """Raise a ConfigError on all ranks if some rank has another job than the first."""
+        options = {
             "--method": self.method,
             "--resume": self.resume,
             "--eval-only": self.eval_only,
-            "images in DATASETS.TRAIN": self.images,
-            "version of d2scale": __version__,
         }
+        refuse_different_ranks(dict(flatten(self.cfg)), self.data.digests, options)
 
 
 def run_rank(job: Job) -> Results:
@@ -90,8 +86,8 @@ def run_rank(job: Job) -> Results:
         The metrics of the last evaluation, under the names that ``metrics.json`` uses; empty
         without ``DATASETS.TEST``, and on all ranks but the first.
     """
-    ranks.refuse_differences(job.settings(), "start the run with the same on every machine")
-    plan = None if job.eval_only else plan_on_ranks(job.cfg, job.method, job.images)
+    job.refuse_differences()
+    plan = None if job.eval_only else plan_on_ranks(job.cfg, job.method, job.data.images)
     folder = Path(job.cfg.OUTPUT_DIR)
     make_folder(folder)
     locks = plan is not None and ranks.rank() == 0

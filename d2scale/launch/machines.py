@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from d2scale.errors import ConfigError, D2ScaleError, Fault
+from d2scale.launch.comparison import SAME_EVERYWHERE, versions
 from d2scale.launch.network import let_gloo_reach, own_address
 from d2scale.launch.topology import Topology, address_of, url_fault
 
@@ -44,13 +45,14 @@ def machines_met(topology: Topology, device: str) -> Iterator[Watch | None]:
 
     Raises:
         ConfigError: for a URL that cannot be used, and if the machines were given different
-            numbers of machines or ranks, or have different devices (cpu or cuda).
+            numbers of machines or ranks, or have different devices (cpu or cuda) or packages.
         D2ScaleError: if a machine does not come within ``topology.join_timeout``.
     """
     if topology.num_machines == 1:
         yield None
         return
     facts = {
+        **versions(),
         "--num-machines": topology.num_machines,
         "--num-gpus": topology.num_processes,
         "MODEL.DEVICE": device,
@@ -144,10 +146,9 @@ def _refuse_differences(machines: list[dict[str, Any]]) -> None:
     first, *others = machines
     for number, other in enumerate(others, start=1):
         for key, value in first.items():
-            if other[key] != value:
+            if other.get(key) != value:
                 name, allowed = f"{key} on machine {number}", f"{value!r}, as on machine 0"
-                advice = "start the run with the same on every machine"
-                raise ConfigError([Fault(name, other[key], allowed, advice)])
+                raise ConfigError([Fault(name, other.get(key), allowed, SAME_EVERYWHERE)])
 
 
 class Watch:

@@ -134,7 +134,7 @@ def _check_inputs(
         _load_weights(recipes[0])
     with collecting(faults):
         if data is not None and data.images is None:
-            return {}, check_datasets(recipes[0])
+            return {}, check_datasets(recipes[0]).images
         if data is not None:
             return read_subset(data), 0
     return {}, 0
