@@ -21,8 +21,7 @@ def other_rank(monkeypatch):
 
     def give(changes):
         def gathered(given):
-            assert set(changes) <= set(given)
-            return [given, {**given, **changes}]
+            return [given, {key: changes.get(key, value) for key, value in given.items()}]
 
         monkeypatch.setattr(ranks, "gather_objects", gathered)
 
@@ -47,9 +46,18 @@ def test_a_rank_that_was_given_something_else_is_refused(other_rank, key, value,
     assert str(raised.value) == f"{line} the same on every machine"
 
 
+def test_only_the_first_difference_of_the_data_is_told(other_rank):
+    """Other images have other boxes."""
+    other_rank({"images of mine": "6", "boxes of mine": "8"})
+    with pytest.raises(ConfigError, match=r"^images of mine on rank 1 is '6'") as raised:
+        refuse_different_ranks(SETTINGS, {"images of mine": "5", **DATA}, OPTIONS)
+    assert len(raised.value.faults) == 1
+
+
 def test_folders_and_workers_are_each_machines_own(monkeypatch):
     compared = []
     monkeypatch.setattr(ranks, "refuse_differences", lambda given, _: compared.append(given))
     refuse_different_ranks(SETTINGS, DATA, OPTIONS)
-    (given,) = compared
-    assert not {"OUTPUT_DIR", "DATALOADER.NUM_WORKERS"} & set(given)
+    keys = {key for given in compared for key in given}
+    assert keys > {"SOLVER.BASE_LR", *DATA, *OPTIONS}
+    assert not {"OUTPUT_DIR", "DATALOADER.NUM_WORKERS"} & keys
