@@ -39,6 +39,8 @@ def add_parser(commands: Commands) -> None:
     add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
     help_text = "how long machines wait for each other (600)"
     add("--join-timeout", type=float, default=600, metavar="SECONDS", help=help_text)
+    help_text = "how long ranks wait for one of them before the run ends (1800)"
+    add("--rank-timeout", type=float, default=1800, metavar="SECONDS", help=help_text)
     add("--method", help="per_gpu, keep_total or max_memory")
     add("--lr-rule", help="auto, linear, sqrt, none or gain (D2SCALE.LR_RULE)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
@@ -64,6 +66,7 @@ def _topology(arguments: argparse.Namespace) -> Topology:
         arguments.machine_rank,
         arguments.dist_url,
         arguments.join_timeout,
+        arguments.rank_timeout,
     )
 
 

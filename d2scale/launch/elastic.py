@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from d2scale.errors import ConfigError, Fault
+from d2scale.errors import ConfigError, D2ScaleError, Fault
 from d2scale.launch.machines import Watch
 from d2scale.launch.network import let_gloo_reach, own_address
 from d2scale.launch.topology import Topology, number_of_torchrun, under_torchrun
@@ -78,8 +78,12 @@ def join_machines(store: dist.Store, rank: int, world_size: int) -> Watch | None
 def _end_with_a_loss(watch: Watch) -> None:
     while not (loss := watch.loss(SILENT_AFTER_SECONDS)):
         time.sleep(1)
+    end_with(loss)
+
+
+def end_with(loss: D2ScaleError) -> None:
+    """End this process at once: its rank may wait in a collective call for ever."""
     logger.error("%s", loss)
-    # The rank itself may wait in a collective call for ever.
     os._exit(1)
 
 

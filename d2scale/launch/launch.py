@@ -12,36 +12,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError
-from d2scale.launch.elastic import join_machines
+from d2scale.launch.elastic import end_with, join_machines
+from d2scale.launch.group import run_in_group, spawned_group, torchruns_group, watch_ranks
 from d2scale.launch.machines import Watch, machines_met
 from d2scale.launch.topology import (
     Topology,
-    address_of,
-    number_of_torchrun,
     torchrun_faults,
     under_torchrun,
 )
 from d2scale.run_folder.files import write_atomically
 from d2scale.run_folder.shortages import telling_of_shortages
 
-# The evaluation of a large dataset keeps the other ranks waiting for the first.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# torchrun starts all ranks within seconds; it notices no machine that is gone before they meet.
-_MEETING_TIMEOUT = timedelta(minutes=5)
-# torchrun counts how often it has started the ranks anew.
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _LATER_SECONDS = 1.0
-_GLOO_SECONDS = 0.1
+# A process that is stopped, or caught in the kernel, does not end by SIGTERM.
+_TERMINATE_SECONDS = 5.0
 _THREADS = "OMP_NUM_THREADS"
 # How gloo and NCCL tell that a rank on another machine is gone.
 _BROKEN_CONNECTION = ("gloo/transport", "Connection closed by peer", "DistBackendError")
@@ -75,7 +66,7 @@ def launch(
     if faults := torchrun_faults():
         raise ConfigError(faults)
     if under_torchrun():
-        return _run_rank_of_torchrun(function, args, use_cuda=use_cuda)
+        return _run_rank_of_torchrun(function, args, topology, use_cuda=use_cuda)
     if topology.world_size == 1:
         return function(*args)
     if faults := topology.faults():
@@ -91,11 +82,12 @@ def launch(
 
 
 def _run_rank_of_torchrun(
-    function: Callable[..., Any], args: Sequence[Any], *, use_cuda: bool
+    function: Callable[..., Any], args: Sequence[Any], topology: Topology, *, use_cuda: bool
 ) -> Any:
-    group = _torchruns_group()
+    group = torchruns_group()
     watch = join_machines(group.store, group.rank, group.world_size)
-    result = _run_in_group(function, args, group, use_cuda=use_cuda)
+    watch_ranks(group, topology, end_with)
+    result = run_in_group(function, args, group, topology, use_cuda=use_cuda)
     if watch is not None:
         watch.leave()
     return result
@@ -123,10 +115,18 @@ def _start_and_wait(
             error = watch.loss_behind_an_error() or error
         raise error from None
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+        _end(processes)
+
+
+def _end(processes: Sequence[Any]) -> None:
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + _TERMINATE_SECONDS
+    for process in processes:
+        process.join(timeout=max(0, until - time.monotonic()))
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def _error_of_ranks(
@@ -168,93 +168,31 @@ def _run_rank(
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    error_file = folder / f"{local_rank}.error"
     try:
         with telling_of_shortages():
-            group = _spawned_group(local_rank, topology, folder, use_cuda)
-            result = _run_in_group(function, args, group, use_cuda=use_cuda)
+            group = spawned_group(local_rank, topology, folder)
+            # The rank itself may wait for ever.
+            watch_ranks(group, topology, lambda error: os._exit(_hand_over(error, error_file)))
+            result = run_in_group(function, args, group, topology, use_cuda=use_cuda)
             if local_rank == 0:
                 (folder / "result").write_bytes(pickle.dumps(result))
     except D2ScaleError as error:
-        _hand_over(error, folder / f"{local_rank}.error")
+        sys.exit(_hand_over(error, error_file))
     except Exception:
         # Perhaps only because another rank was killed: the parent shall see that one first.
         time.sleep(_LATER_SECONDS)
         raise
 
 
-def _hand_over(error: D2ScaleError, path: Path) -> None:
-    """End this rank with its error in a file for the parent, or told here if that is refused."""
+def _hand_over(error: D2ScaleError, path: Path) -> int:
+    """Put a rank's error into a file for the parent, or tell it here; return the exit status."""
     try:
         write_atomically(path, pickle.dumps(error))
     except ConfigError:  # there is no room for temporary files
         sys.stderr.writelines(f"d2scale: error: {line}\n" for line in str(error).splitlines())
-        sys.exit(EXIT_STATUS_USER_ERROR)
-    sys.exit(1)
-
-
-class _Group(NamedTuple):
-    """A rank's place in its process group."""
-
-    store: dist.Store  # where the ranks exchange their addresses
-    local_rank: int  # the rank's number on its machine
-    rank: int  # its number among all
-    world_size: int
-
-
-def _run_in_group(
-    function: Callable[..., Any], args: Sequence[Any], group: _Group, *, use_cuda: bool
-) -> Any:
-    """Run ``function`` as one rank of a process group."""
-    options: dict[str, Any] = {"backend": "gloo"}
-    if use_cuda:
-        device = torch.device("cuda", _own_gpu(group.local_rank))
-        torch.cuda.set_device(device)
-        options = {"backend": "nccl", "device_id": device}
-    dist.init_process_group(
-        store=group.store,
-        rank=group.rank,
-        world_size=group.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
-        **options,
-    )
-    result = function(*args)
-    # Not after an error: the other ranks may be inside a collective. And not at once: gloo's
-    # thread may still hold the last operation, and the group waits for it with Python's lock.
-    time.sleep(_GLOO_SECONDS)
-    dist.destroy_process_group()
-    return result
-
-
-def _own_gpu(local_rank: int) -> int:
-    """Return the number of a rank's GPU among those that its process sees."""
-    # A cluster that gives each process a GPU of its own shows it that one alone.
-    return 0 if torch.cuda.device_count() == 1 else local_rank
-
-
-def _torchruns_group() -> _Group:
-    try:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=_MEETING_TIMEOUT)))
-    except RuntimeError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).partition("\n")[0]
-        raise D2ScaleError(f"the ranks have not all come to {place} ({reason})") from error
-    # Its agent may keep one store for all starts, in which a rank could find the address of a
-    # rank that was killed. Each machine counts its own restarts, so this is for one machine.
-    restarts = os.environ.get(RESTARTS) if os.environ.get("GROUP_WORLD_SIZE") == "1" else None
-    store = dist.PrefixStore(f"restart{restarts or 0}", store)
-    return _Group(store, number_of_torchrun("LOCAL_RANK", 0), rank, world_size)
-
-
-def _spawned_group(local_rank: int, topology: Topology, folder: Path, use_cuda: bool) -> _Group:
-    rank = topology.machine_rank * topology.num_processes + local_rank
-    world_size = topology.world_size
-    address = address_of(topology.dist_url)
-    if topology.num_machines == 1 or address is None:
-        # A file, for another program could meanwhile take a port that is free now.
-        file = dist.FileStore(str(folder / "store"), world_size)
-        return _Group(file, local_rank, rank, world_size)
-    store = dist.TCPStore(*address, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False)
-    return _Group(dist.PrefixStore("ranks", store), local_rank, rank, world_size)
+        return EXIT_STATUS_USER_ERROR
+    return 1
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from d2scale.errors import Fault
 
-_LONGEST_JOIN_SECONDS = 7 * 24 * 3600
+_LONGEST_SECONDS = 7 * 24 * 3600
 _LAST_PORT, _MOST = 2**16 - 1, 2**31 - 1
 
 
@@ -67,6 +67,8 @@ class Topology:
     machine_rank: int = 0  # number of this machine, from 0
     dist_url: str = "auto"  # tcp://HOST:PORT of machine 0; auto on a single machine
     join_timeout: float = 600  # seconds for which the machines wait for each other
+    # Seconds for which ranks wait for one of them. Evaluation keeps all waiting for the first.
+    rank_timeout: float = 1800
 
     @property
     def world_size(self) -> int:
@@ -91,9 +93,11 @@ class Topology:
         if not 0 <= self.machine_rank < max(1, self.num_machines):
             allowed = f"0 to {self.num_machines - 1}"
             faults.append(Fault("--machine-rank", self.machine_rank, allowed, "number from 0"))
-        if not 0 < self.join_timeout <= _LONGEST_JOIN_SECONDS:
-            allowed = f"more than 0, at most {_LONGEST_JOIN_SECONDS}"
-            faults.append(Fault("--join-timeout", self.join_timeout, allowed, "give seconds"))
+        timeouts = (("--join-timeout", self.join_timeout), ("--rank-timeout", self.rank_timeout))
+        for option, seconds in timeouts:
+            if not 0 < seconds <= _LONGEST_SECONDS:
+                allowed = f"more than 0, at most {_LONGEST_SECONDS}"
+                faults.append(Fault(option, seconds, allowed, "give seconds"))
         needs_no_url = self.num_machines == 1 and self.dist_url == "auto"
         if not needs_no_url and address_of(self.dist_url) is None:
             faults.append(url_fault(self.dist_url))

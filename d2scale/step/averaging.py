@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from d2scale.step import ranks
 from d2scale.step.private_torch import copy_all
+from d2scale.step.waiting import exchange
 
 # Large enough for the network, small beside a model.
 BUCKET_BYTES = 16 * 2**20
@@ -194,7 +195,8 @@ class GradientAverager:
     @torch.no_grad()
     def _complete_first(self, *, use: bool) -> None:
         bucket, buffer, handle = self._running.popleft()
-        handle.wait()
+        with exchange():
+            handle.wait()
         if use:
             copy_all(list(bucket.views(buffer)))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from d2scale.planning.rules import own_virtual_ranks
 from d2scale.step import ranks
 from d2scale.step.averaging import by_kind, in_buckets
+from d2scale.step.waiting import exchange
 
 Gradients = list[Tensor | None]
 
@@ -95,7 +96,8 @@ class OrderedSum:
                 for part, place in zip(buffer.split(sizes), places, strict=True):
                     gradient = gradients[place]
                     part.zero_() if gradient is None else part.copy_(gradient.reshape(-1))
-            dist.broadcast(buffer, sender)
+            with exchange():
+                dist.broadcast(buffer, sender)
             total = buffer.clone() if total is None else total.add_(buffer)
         assert total is not None
         for part, parameter in zip(total.split(sizes), parameters, strict=True):

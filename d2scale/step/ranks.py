@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from d2scale.errors import ConfigError, Fault
+from d2scale.step.waiting import exchange
 
 T = TypeVar("T")
 
@@ -61,14 +62,16 @@ def _host_group(world: dist.ProcessGroup | None) -> dist.ProcessGroup:
 def sum_over_ranks(values: Tensor) -> Tensor:
     """All-reduce ``values`` in place, on their device, and return them."""
     if world_size() > 1:
-        dist.all_reduce(values)
+        with exchange():
+            dist.all_reduce(values)
     return values
 
 
 def sum_on_host(values: Tensor) -> Tensor:
     """All-reduce a CPU tensor in place, through the host's group, and return it."""
     if world_size() > 1:
-        dist.all_reduce(values, group=host_group())
+        with exchange():
+            dist.all_reduce(values, group=host_group())
     return values
 
 
@@ -77,7 +80,8 @@ def largest_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     if world_size() == 1:
         return dict(values)
     tensor = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=host_group())
+    with exchange():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=host_group())
     return dict(zip(values, tensor.tolist(), strict=True))
 
 
@@ -86,7 +90,8 @@ def gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=host_group())
+    with exchange():
+        dist.all_gather_object(values, value, group=host_group())
     return values
 
 
@@ -95,7 +100,8 @@ def gather_on_first_rank(value: T) -> list[T] | None:
     if world_size() == 1:
         return [value]
     values: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, values, dst=0, group=host_group())
+    with exchange():
+        dist.gather_object(value, values, dst=0, group=host_group())
     return values
 
 
@@ -104,15 +110,17 @@ def broadcast_object(value: T) -> T:
     if world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, group=host_group())
+    with exchange():
+        dist.broadcast_object_list(values, src=0, group=host_group())
     return values[0]
 
 
 def broadcast_model(model: nn.Module) -> None:
     """Give every rank the parameters and buffers of rank 0, as DistributedDataParallel does."""
     if world_size() > 1:
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), 0)
+        with exchange():
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), 0)
 
 
 def same_on_all_ranks(value: object) -> bool:

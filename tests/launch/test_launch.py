@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,8 +16,16 @@ import torch
 from d2scale.errors import ConfigError, D2ScaleError, DataError
 from d2scale.launch import machines
 from d2scale.launch.elastic import may_start_anew, store_faults
-from d2scale.launch.launch import RankError, Topology, _own_gpu, launch
-from rank_functions import killed_on, program_error, sleep_for_ever, user_error_on, where_am_i
+from d2scale.launch.group import _own_gpu
+from d2scale.launch.launch import RankError, Topology, launch
+from rank_functions import (
+    killed_on,
+    program_error,
+    sleep_for_ever,
+    stopped_on,
+    user_error_on,
+    where_am_i,
+)
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -60,6 +69,16 @@ def test_killed_rank_ends_the_others():
     with pytest.raises(D2ScaleError, match="rank 1 was ended from outside by SIGKILL"):
         launch(killed_on, [1], Topology(2))
     assert time.monotonic() - start < 60
+
+
+def test_a_rank_that_hangs_is_named_and_ended(tmp_path, capfd):
+    """It is stopped, so that it does not answer to SIGTERM either."""
+    error = "^rank 0 of 2 kept rank 1 waiting for 4 s: .* --rank-timeout; --resume goes on"
+    with pytest.raises(D2ScaleError, match=error):
+        launch(stopped_on, [0, str(tmp_path / "pid")], Topology(2, rank_timeout=4))
+    told = r"d2scale: waiting for rank 0 of 2 for \d s, until 4 s \(--rank-timeout\)"
+    assert re.search(told, capfd.readouterr().err)
+    assert not any(map(is_running, pids_in(tmp_path)))
 
 
 def test_interrupt_ends_all_ranks_quietly(tmp_path, capfd):

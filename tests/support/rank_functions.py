@@ -14,6 +14,7 @@ from torch import nn
 
 from d2scale.engine.data.sampling import rank_slice
 from d2scale.errors import DataError, Fault
+from d2scale.launch import rank_watch
 from d2scale.planning.rules import micro_batch_sizes
 from d2scale.step import agreement, guard
 from d2scale.step.averaging import GradientAverager
@@ -126,6 +127,17 @@ def killed_on(failing: int):
     if dist.get_rank() == failing:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
+
+
+def stopped_on(stopping: int, marker: str):
+    """The others wait, and their watch tells of it early."""
+    rank_watch._TOLD_AFTER_SECONDS = 1.5
+    gather_objects(None)
+    if rank() == stopping:
+        with open(f"{marker}.{stopping}", "w") as file:
+            file.write(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    gather_objects(None)
 
 
 def sleep_for_ever(marker: str):
