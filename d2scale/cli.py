@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -21,6 +22,7 @@ from d2scale.errors import (
     Fault,
     MissingPackageError,
 )
+from d2scale.launch.topology import number_of_torchrun, under_torchrun
 from d2scale.run_folder.shortages import telling_of_shortages
 
 # What the extra "train" brings: planning works without.
@@ -36,6 +38,8 @@ TRAINING_PACKAGES = (
 )
 
 _INTERRUPTED = "d2scale: interrupted"
+# In which torchrun notices that a rank has ended.
+_LATER_SECONDS = 3.0
 _STATUS_INTERRUPTED = 130  # as a shell has it
 
 
@@ -51,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _interrupts_ending_imports(), telling_of_shortages():
             return command(arguments)
     except D2ScaleError as error:
+        _let_first_rank_tell()
         for line in str(error).splitlines():
             print(f"d2scale: error: {line}", file=sys.stderr)
         return EXIT_STATUS_USER_ERROR
@@ -67,6 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe has left; Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _let_first_rank_tell() -> None:
+    """Wait, on the other ranks of torchrun, which ends them when one has ended.
+
+    They mostly have the same to tell.
+    """
+    if under_torchrun() and number_of_torchrun("LOCAL_RANK", 0) > 0:
+        time.sleep(_LATER_SECONDS)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

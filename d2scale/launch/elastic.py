@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from d2scale.errors import ConfigError, D2ScaleError, Fault
 from d2scale.launch.machines import Watch
-from d2scale.launch.network import let_gloo_reach, own_address
+from d2scale.launch.network import own_address, use_route_to
 from d2scale.launch.topology import Topology, number_of_torchrun, under_torchrun
 from d2scale.run_folder.lock import lock_holder
 from d2scale.step import ranks
@@ -57,7 +57,7 @@ def store_faults() -> list[Fault]:
 
 
 def join_machines(store: dist.Store, rank: int, world_size: int) -> Watch | None:
-    """Let gloo use the route between torchrun's machines; end this rank when one of them is lost.
+    """Let torchrun's ranks use the route between its machines, and end with a machine that is lost.
 
     Returns the watch of this machine, which its first rank keeps; None on the others.
     """
@@ -67,7 +67,7 @@ def join_machines(store: dist.Store, rank: int, world_size: int) -> Watch | None
     host = os.environ["MASTER_ADDR"]
     store.set(f"address{rank}", own_address(host) or "")
     addresses = [store.get(f"address{number}").decode() for number in range(world_size)]
-    let_gloo_reach([host, *filter(None, addresses)])
+    use_route_to([host, *filter(None, addresses)])
     if number_of_torchrun("LOCAL_RANK", 0) != 0:
         return None
     watch = Watch(dist.PrefixStore("machines", store), topology)

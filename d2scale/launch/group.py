@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +14,12 @@ import torch
 import torch.distributed as dist
 
 from d2scale.errors import D2ScaleError
+from d2scale.launch.network import reason_against
 from d2scale.launch.rank_watch import RankWatch
 from d2scale.launch.topology import Topology, address_of, number_of_torchrun
 from d2scale.step.waiting import exchange
+
+logger = logging.getLogger(__name__)
 
 # A rank's watch says more than gloo and NCCL do, so it comes first.
 _AFTER_THE_WATCH = timedelta(minutes=1)
@@ -23,6 +27,7 @@ _AFTER_THE_WATCH = timedelta(minutes=1)
 _MEETING_TIMEOUT = timedelta(minutes=5)
 # torchrun counts how often it has started the ranks anew.
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+_TOLD_AFTER_SECONDS = 5.0
 _GLOO_SECONDS = 0.1
 
 
@@ -85,20 +90,36 @@ def _own_gpu(local_rank: int) -> int:
 
 def torchruns_group() -> Group:
     """Return this rank's place among those that torchrun has started; waits for all of them."""
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    place = "{}:{}".format(*address)
+    if number_of_torchrun("RANK", 0) != 0:
+        _wait_for_store(address, place)
     try:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=_MEETING_TIMEOUT)))
     except RuntimeError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).partition("\n")[0]
         raise D2ScaleError(f"the ranks have not all come to {place} ({reason})") from error
     # Its agent may keep one store for all starts, in which a rank could find the address of a
     # rank that was killed. Each machine counts its own restarts, so this is for one machine.
     restarts = os.environ.get(RESTARTS) if os.environ.get("GROUP_WORLD_SIZE") == "1" else None
     prefix, local_rank = f"restart{restarts or 0}", number_of_torchrun("LOCAL_RANK", 0)
-    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     other = dist.TCPStore(*address, timeout=_MEETING_TIMEOUT, wait_for_workers=False)
     stores = dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, other)
     return Group(*stores, local_rank, rank, world_size)
+
+
+def _wait_for_store(address: tuple[str, int], place: str) -> None:
+    """Wait until rank 0 answers, or torchrun; torch would print frames of C++ meanwhile."""
+    began = time.monotonic()
+    told = False
+    while reason := reason_against(address):
+        waited = time.monotonic() - began
+        if waited > _MEETING_TIMEOUT.total_seconds():
+            raise D2ScaleError(f"the ranks have not all come to {place} ({reason})")
+        if waited > _TOLD_AFTER_SECONDS and not told:
+            logger.warning("waiting for rank 0 at %s (%s)", place, reason)
+            told = True
+        time.sleep(_GLOO_SECONDS)
 
 
 def spawned_group(local_rank: int, topology: Topology, folder: Path) -> Group:

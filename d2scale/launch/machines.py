@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,12 @@ import torch.distributed as dist
 
 from d2scale.errors import ConfigError, D2ScaleError, Fault
 from d2scale.launch.comparison import SAME_EVERYWHERE, versions
-from d2scale.launch.network import let_gloo_reach, own_address
+from d2scale.launch.network import (
+    own_address,
+    reason_against,
+    reason_against_serving,
+    use_route_to,
+)
 from d2scale.launch.topology import Topology, address_of, url_fault
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ _DONE, _ENDED = "done", "ended: "
 def machines_met(topology: Topology, device: str) -> Iterator[Watch | None]:
     """Within the context, all machines of the run are there; None for a single one.
 
-    Says whom it waits for. gloo is told of the interface by which the machines reach each other.
+    Says whom it waits for, and lets gloo and NCCL use the interface of the route between machines.
 
     Raises:
         ConfigError: for a URL that cannot be used, and if the machines were given different
@@ -79,7 +83,9 @@ def _open_store(topology: Topology, deadline: float) -> dist.Store:
     assert address is not None
     is_first = topology.machine_rank == 0
     if not is_first:
-        _wait(topology, 0, deadline, lambda: _reason_against(address))
+        _wait(topology, 0, deadline, lambda: reason_against(address))
+    elif reason := reason_against_serving(address):
+        raise ConfigError([url_fault(topology.dist_url, reason)])
     try:
         timeout = timedelta(seconds=min(_CONNECT_SECONDS, topology.join_timeout))
         store = dist.TCPStore(*address, is_master=is_first, timeout=timeout, wait_for_workers=False)
@@ -88,15 +94,6 @@ def _open_store(topology: Topology, deadline: float) -> dist.Store:
     except RuntimeError as error:  # newer versions of torch raise a DistNetworkError
         reason = str(error).partition("\n")[0]
         raise ConfigError([url_fault(topology.dist_url, reason)]) from error
-
-
-def _reason_against(address: tuple[str, int]) -> str | None:
-    """Return why nobody answers at ``address``; None if somebody does."""
-    try:
-        socket.create_connection(address, timeout=_TOLD_AFTER_SECONDS).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def _wait(
@@ -123,7 +120,7 @@ def _wait(
 def _exchange(
     store: dist.Store, topology: Topology, facts: Mapping[str, Any], deadline: float
 ) -> list[dict[str, Any]]:
-    """Return the facts of all machines, by number; let gloo use the route between them."""
+    """Return the facts of all machines, by number; let gloo and NCCL use the route between them."""
     host, _ = address_of(topology.dist_url) or ("", 0)
     own = {"facts": facts, "address": own_address(host)}
     store.set(f"machine{topology.machine_rank}", json.dumps(own))
@@ -133,7 +130,7 @@ def _exchange(
         _wait(topology, number, deadline, partial(_missing, store, key))
         machines.append(json.loads(store.get(key)))
     # Machine 0 may know itself by a loopback address only: then by the way to the others.
-    let_gloo_reach([host, *(machine["address"] for machine in machines if machine["address"])])
+    use_route_to([host, *(machine["address"] for machine in machines if machine["address"])])
     return [machine["facts"] for machine in machines]
 
 

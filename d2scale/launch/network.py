@@ -10,10 +10,42 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 # gloo listens at what it is told here, and else at the address that the host's own name has. Debian
-# and Ubuntu give that name a loopback address, at which no other machine finds it.
-GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+# and Ubuntu give that name a loopback address, at which no other machine finds it. NCCL takes the
+# first interface that it finds, perhaps one of containers; "=" is for exactly this name.
+_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
 _ROUTES = Path("/proc/net/route")
 _ANY_PORT = 9
+_CONNECT_SECONDS = 3.0
+
+
+def reason_against(address: tuple[str, int]) -> str | None:
+    """Return why nobody answers at ``address``, a host and a port; None if somebody does."""
+    try:
+        socket.create_connection(address, timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def reason_against_serving(address: tuple[str, int]) -> str | None:
+    """Return why this machine cannot be the one at ``address``, a host and a port; None if it can.
+
+    torch would print frames of C++.
+    """
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    place = ("", address[1])
+    try:
+        with socket.create_server(place, family=family, dualstack_ipv6=both) as server:
+            server.settimeout(_CONNECT_SECONDS)
+            if reason := reason_against(address):
+                return reason
+            server.accept()[0].close()
+    except TimeoutError:
+        return "another machine answers there"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def own_address(host: str) -> str | None:
@@ -56,7 +88,8 @@ def _number(text: str) -> int:
     return socket.ntohl(int(text, 16))
 
 
-def let_gloo_reach(hosts: Sequence[str]) -> None:
-    """Have gloo use the interface of the route to ``hosts``, unless the user has named one."""
-    if GLOO_INTERFACE not in os.environ and (name := interface_towards(hosts)):
-        os.environ[GLOO_INTERFACE] = name
+def use_route_to(hosts: Sequence[str]) -> None:
+    """Have gloo and NCCL use the interface of the route to ``hosts``, unless the user named one."""
+    if name := interface_towards(hosts):
+        for variable, prefix in _VARIABLES.items():
+            os.environ.setdefault(variable, prefix + name)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from d2scale.errors import ConfigError, D2ScaleError, DataError
-from d2scale.launch import machines
+from d2scale.launch import network
 from d2scale.launch.elastic import may_start_anew, store_faults
 from d2scale.launch.group import _own_gpu
 from d2scale.launch.launch import RankError, Topology, launch
@@ -201,12 +201,21 @@ def test_a_port_that_another_program_uses_is_told_in_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_machine_0_at_the_address_of_another_is_told_soon(monkeypatch):
-    monkeypatch.setattr(machines, "_CONNECT_SECONDS", 2.0)
+@pytest.mark.parametrize("host", ["192.0.2.1", "host.invalid"])
+def test_machine_0_at_the_address_of_another_is_told_soon(host, capfd):
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"^--dist-url is 'tcp://192"):
-        launch(torch.get_num_threads, topology=Topology(1, 2, 0, "tcp://192.0.2.1:29500"))
+    with pytest.raises(ConfigError, match=rf"^--dist-url is 'tcp://{host}:29500'; .* \(.*\)$"):
+        launch(torch.get_num_threads, topology=Topology(1, 2, 0, f"tcp://{host}:29500"))
     assert time.monotonic() - started < 60
+    assert capfd.readouterr().err == ""
+
+
+def test_another_program_at_the_address_is_no_store(monkeypatch):
+    """It answers as a machine of another run would, at an address that is not of this one."""
+    monkeypatch.setattr(network, "reason_against", lambda address: None)
+    monkeypatch.setattr(network, "_CONNECT_SECONDS", 0.1)
+    with pytest.raises(ConfigError, match=r"another machine answers there"):
+        launch(torch.get_num_threads, topology=Topology(1, 2, 0, "tcp://192.0.2.1:29500"))
 
 
 def test_under_torchrun_the_ranks_are_used(tmp_path):

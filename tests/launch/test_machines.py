@@ -15,7 +15,7 @@ import torch
 from d2scale.errors import ConfigError, D2ScaleError
 from d2scale.launch import machines
 from d2scale.launch.launch import Topology, launch
-from d2scale.launch.network import interface_towards, let_gloo_reach
+from d2scale.launch.network import interface_towards, use_route_to
 from machines import cluster
 from rank_functions import user_error_on
 
@@ -139,15 +139,21 @@ def test_a_machine_says_why_it_ends(one_thread):
     assert first == f"machine 1 of 2 has ended: {second}"
 
 
-def test_gloo_is_told_of_the_route_unless_the_user_has_decided(monkeypatch, route_table):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "chosen")
-    let_gloo_reach(["198.18.0.1"])
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "chosen"
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    let_gloo_reach(["localhost"])
-    assert "GLOO_SOCKET_IFNAME" not in os.environ
-    let_gloo_reach(["localhost", "198.18.0.1"])
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+@pytest.mark.parametrize(
+    ("variable", "interface"), [("GLOO_SOCKET_IFNAME", "ib0"), ("NCCL_SOCKET_IFNAME", "=ib0")]
+)
+def test_gloo_and_nccl_are_told_of_the_route_unless_the_user_has_decided(
+    monkeypatch, route_table, variable, interface
+):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "chosen")
+    use_route_to(["198.18.0.1"])
+    assert os.environ[variable] == "chosen"
+    monkeypatch.delenv(variable)
+    use_route_to(["localhost"])
+    assert variable not in os.environ
+    use_route_to(["localhost", "198.18.0.1"])
+    assert os.environ[variable] == interface
 
 
 @pytest.mark.parametrize(
