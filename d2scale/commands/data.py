@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +48,18 @@ def run(arguments: argparse.Namespace) -> int:
     from d2scale.coco.catalog import dataset_spec
     from d2scale.coco.dataset import check_datasets
     from d2scale.coco.inspection import inspect_dataset
+    from d2scale.coco.upstream_needs import evaluation_faults
     from d2scale.report.dataset_text import config_lines, inspection_text
 
     if faults := [*_option_faults(arguments), *_without_effect(arguments)]:
         raise ConfigError(faults)
-    cfg, on_disk = _config(arguments)
+    cfg, settings = _config(arguments)
     named = dict.fromkeys(cfg.DATASETS.TEST, "DATASETS.TEST")
     named = dict.fromkeys(cfg.DATASETS.TRAIN, "DATASETS.TRAIN") | named
     with collecting(faults):
         check_datasets(cfg, eval_only=not cfg.DATASETS.TRAIN)
+    if not faults:
+        faults += _engine_faults(cfg, settings)
     for number, (name, key) in enumerate(named.items()):
         spec = dataset_spec(name, key=key, cfg=cfg)
         found = inspect_dataset(name, spec, most_images=arguments.read, progress=_with_bar)
@@ -65,9 +68,29 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.output is not None:
             _write_sheet(found, Path(arguments.output), alone=len(named) == 1)
     _tell(faults)
-    if on_disk:
+    if _names_path(arguments.data):
         print("\n" + config_lines(name, spec, Path.cwd()), end="")
+        for fault in evaluation_faults(spec):
+            print(f"\nnote: detectron2 and d2go cannot evaluate on it: {fault.advice}")
     return 0
+
+
+def _engine_faults(cfg: CfgNode, settings: Mapping[str, Any]) -> Iterator[Fault]:
+    """Yield what the engine that trains a config refuses of its datasets besides."""
+    from d2scale.coco.catalog import dataset_spec
+    from d2scale.coco.upstream_needs import evaluation_faults, model_class_faults
+    from d2scale.config.own_datasets import own_datasets
+    from d2scale.config.upstream import engine_of
+
+    if not settings:
+        return
+    own = own_datasets(cfg)
+    if own:
+        yield from model_class_faults(cfg, settings)
+    if engine_of(settings)[0] != "default":
+        for name in own:
+            if name in cfg.DATASETS.TEST:
+                yield from evaluation_faults(dataset_spec(name, cfg=cfg))
 
 
 def _tell(faults: list[Fault]) -> None:
@@ -93,7 +116,7 @@ def _without_effect(arguments: argparse.Namespace) -> Iterator[Fault]:
     """Yield what is given for another kind of PATH|NAME than this one."""
     if arguments.opts and not _is_config(arguments.data):
         yield Fault("KEY VALUE", " ".join(arguments.opts), "none but for a config", "leave it out")
-    if not _is_config(arguments.data) and _is_on_disk(Path(arguments.data)):
+    if _names_path(arguments.data):
         return
     for option in ("images", "name"):
         if (value := getattr(arguments, option)) is not None:
@@ -105,12 +128,13 @@ def _is_config(word: str) -> bool:
     return "://" in word or Path(word).suffix in (".yaml", ".yml")
 
 
-def _is_on_disk(path: Path) -> bool:
-    return path.is_dir() or path.suffix == ".json"
+def _names_path(word: str) -> bool:
+    """Return whether a folder or an annotation file is given."""
+    return not _is_config(word) and (Path(word).is_dir() or Path(word).suffix == ".json")
 
 
-def _config(arguments: argparse.Namespace) -> tuple[CfgNode, bool]:
-    """Return a config with the datasets that the user means, and whether a path names them."""
+def _config(arguments: argparse.Namespace) -> tuple[CfgNode, dict[str, Any]]:
+    """Return a config with the datasets that the user means, and a recipe's own settings."""
     from d2scale.coco.catalog import dataset_names
     from d2scale.coco.finding import find_dataset
     from d2scale.config import get_cfg
@@ -118,9 +142,9 @@ def _config(arguments: argparse.Namespace) -> tuple[CfgNode, bool]:
 
     word, path = arguments.data, Path(arguments.data)
     if _is_config(word):
-        return load_recipe(word, arguments.opts)[0], False
-    cfg, on_disk = get_cfg(), _is_on_disk(path)
-    if on_disk:
+        return load_recipe(word, arguments.opts)
+    cfg = get_cfg()
+    if _names_path(word):
         images = None if arguments.images is None else Path(arguments.images)
         own, spec = cfg.D2GO_DATA.DATASETS.COCO_INJECTION, find_dataset(path, images)
         word = arguments.name or _name_of(path)
@@ -131,7 +155,7 @@ def _config(arguments: argparse.Namespace) -> tuple[CfgNode, bool]:
         allowed = f"a folder, a file .json or .yaml, or one of {', '.join(dataset_names())}"
         raise DataError([Fault("PATH|NAME", word, allowed, "check the path")])
     cfg.DATASETS.TRAIN = (word,)
-    return cfg, on_disk
+    return cfg, {}
 
 
 def _name_of(path: Path) -> str:

@@ -19,7 +19,7 @@ from d2scale.config.defaults import NUMBERS_OR_NONE, add_project_configs, get_cf
 from d2scale.config.keys import get_key
 from d2scale.config.projects import entry_points
 from d2scale.config.safe_yaml import LARGEST_TEXT, UnreadValue, parse_yaml
-from d2scale.config.upstream import LOOK_ALIKES, UNPLANNED_SECTIONS, engine_of
+from d2scale.config.upstream import LOOK_ALIKES, MODEL, UNPLANNED_SECTIONS, engine_of
 from d2scale.config.value_rules import of_any_size, or_none, type_of_default
 from d2scale.errors import ConfigError, Fault
 
@@ -161,8 +161,18 @@ def load_cfg(path: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_project_configs(cfg)
     settings = {**dict(flatten(load_yaml(path))), **dict(parse_opts(opts))}
-    other = "detectron2" if engine_of(settings)[0] == "detectron2" else "d2go"
-    _merge(cfg, settings.items(), partial(_faults_of_unknown_key, other))
+    engine, _ = engine_of(settings)
+    other = "detectron2" if engine == "detectron2" else "d2go"
+    try:
+        _merge(cfg, settings.items(), partial(_faults_of_unknown_key, other))
+    except ConfigError as error:
+        if engine == "default" or MODEL not in settings:
+            raise
+        # The recipe of a model that is not here is full of keys that nothing here knows.
+        models = sorted(entry.name for entry in entry_points(group="d2scale.models"))
+        allowed = f"a model of the default engine ({', '.join(models)})"
+        fault = Fault(MODEL, settings[MODEL], allowed, f"train with --engine {other}")
+        raise ConfigError([fault]) from error
     return cfg
 
 

@@ -36,8 +36,14 @@ SCHEDULES_WITHOUT_STEPS = ("WarmupCosineLR", "WarmupPolyLR", "WarmupStepWithFixe
 # Sections that planning has no keys in, or only look-alikes.
 UNPLANNED_SECTIONS = (*("MODEL.", "INPUT.", "DATASETS.", "DATALOADER.", "TEST.AUG."),)
 
-
-_MODEL = "MODEL.META_ARCHITECTURE"
+# What counts the classes of their own models, and the number where a recipe says none. Projects
+# tell theirs.
+CLASS_COUNT_KEYS = {
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+}
+USUAL_CLASSES = 80
+MODEL = "MODEL.META_ARCHITECTURE"
 # Those that any engine reads with d2scale.
 _D2SCALE_KEYS = ("D2SCALE.", "SOLVER.AUTO_SCALING_METHODS", *own_datasets.KEYS)
 
@@ -52,9 +58,9 @@ def engine_of(settings: Mapping[str, Any]) -> tuple[str, str]:
 
     The engine is ``default``, ``detectron2`` or ``d2go``.
     """
-    model = settings.get(_MODEL, "GeneralizedRCNN")
+    model = settings.get(MODEL, "GeneralizedRCNN")
     if any(entry.name == model for entry in entry_points(group="d2scale.models")):
-        return "default", f"{_MODEL} {model} is a model of an installed project"
+        return "default", f"{MODEL} {model} is a model of an installed project"
     others = [
         key
         for key in settings
@@ -62,7 +68,7 @@ def engine_of(settings: Mapping[str, Any]) -> tuple[str, str]:
     ]
     if others:
         return "d2go", f"{others[0]} is no key of detectron2"
-    return "detectron2", f"{_MODEL} is {model}, and all keys are detectron2's"
+    return "detectron2", f"{MODEL} is {model}, and all keys are detectron2's"
 
 
 def is_plain_detectron2(keys: Iterable[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,20 +11,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from d2scale.coco.catalog import DatasetSpec, dataset_spec
-from d2scale.coco.class_count import class_count_faults
 from d2scale.coco.dataset import check_files_exist
-from d2scale.config.class_count import class_count_key
-from d2scale.config.keys import get_key
-from d2scale.config.own_datasets import JSON_FILES, NAMES, own_datasets
+from d2scale.coco.upstream_needs import evaluation_faults, model_class_faults
+from d2scale.config.own_datasets import NAMES, own_datasets
 from d2scale.errors import Fault, collecting
 
-# Of detectron2's and d2go's own models. Projects tell theirs.
-_CLASS_COUNT_KEYS = {
-    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
-    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
-}
-# What pycocotools reads of an annotation, besides what any dataset has.
-_FOR_EVALUATION = ("area", "iscrowd")
 # Names in the catalogs that come from a config of this process.
 _registered: set[str] = set()
 
@@ -41,9 +31,9 @@ def own_dataset_faults(cfg: Any) -> list[Fault]:
             with collecting(faults):
                 check_files_exist(name, spec, key=NAMES)
                 if name in cfg.DATASETS.TEST:
-                    faults += _evaluation_faults(spec)
+                    faults += evaluation_faults(spec)
         if own:
-            faults += _class_count_faults(cfg)
+            faults += model_class_faults(cfg)
     return faults
 
 
@@ -56,28 +46,6 @@ def _is_at(name: str, spec: DatasetSpec) -> bool:
     """Return whether a name in detectron2's catalog stands for the files of ``spec``."""
     json_file = MetadataCatalog.get(name).get("json_file", "")
     return Path(json_file).absolute() == spec.json_file
-
-
-def _evaluation_faults(spec: DatasetSpec) -> Iterator[Fault]:
-    try:
-        annotations = json.loads(spec.json_file.read_bytes())["annotations"]
-        lacking = [name for name in _FOR_EVALUATION if None in {a.get(name) for a in annotations}]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        reason = f"check the file ({type(error).__name__}: {error})"
-        yield Fault(JSON_FILES, str(spec.json_file), "annotations in COCO's format", reason)
-        return
-    if lacking:
-        allowed = "for evaluation annotations with area (square pixels) and iscrowd (0)"
-        advice = f"add {' and '.join(lacking)}, or leave the dataset out of DATASETS.TEST"
-        yield Fault(JSON_FILES, str(spec.json_file), allowed, advice)
-
-
-def _class_count_faults(cfg: Any) -> list[Fault]:
-    key = class_count_key(cfg) or _CLASS_COUNT_KEYS.get(cfg.MODEL.META_ARCHITECTURE)
-    number = None if key is None else get_key(cfg, key)
-    if key is None or not number:  # 0 follows the dataset
-        return []
-    return class_count_faults(cfg, key, number, advice="correct it")
 
 
 def register_own_datasets(cfg: Any) -> None:

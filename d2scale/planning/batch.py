@@ -151,7 +151,7 @@ def _max_memory(cfg: Any, schedule: Schedule, hardware: Hardware) -> Batch:
     largest = hardware.largest_fit(accumulates=steps > 1)
     if largest is None:
         allowed = "with max_memory, the images per GPU or what is needed to find them"
-        advice = f"give --ims-per-gpu, or {' and '.join(hardware.unknown)}"
+        advice = f"set it, or {' and '.join(hardware.unknown)}"
         raise ConfigError([Fault(IMS_PER_GPU, 0, allowed, advice)])
     notes = [_reason_for_largest(hardware, largest)]
     total = hardware.world_size * largest * (steps or 1)

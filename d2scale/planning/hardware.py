@@ -162,9 +162,13 @@ class Hardware:
 
     @property
     def unknown(self) -> list[str]:
-        """What is missing to plan the memory, and the options that give it."""
-        missing = ["the memory of the GPU (--gpu-memory-gib)"] if self.budget_gib is None else []
-        return missing + (["a memory profile (--profile)"] if self.profile is None else [])
+        """What is missing to plan the memory, the keys that give it, and options for a plan."""
+        missing = []
+        if self.budget_gib is None:
+            missing.append("the memory of the GPU (D2SCALE.MEMORY.BUDGET_GIB or --gpu-memory-gib)")
+        if self.profile is None:
+            missing.append("a memory profile (D2SCALE.MEMORY.PROFILE or --profile)")
+        return missing
 
     @property
     def room_gib(self) -> float | None:

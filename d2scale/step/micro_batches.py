@@ -90,7 +90,9 @@ def inexact_reasons(
     if exact is None:
         reasons.append(
             f"{type(model).__name__} does not tell its loss normalizers, so the losses of a "
-            "micro-batch count by its images"
+            "micro-batch count by its images: of losses that are divided by boxes the step may be "
+            "far from the whole one's, while boxes sampled at random and padding to the images of "
+            "a micro-batch change about one per cent each"
         )
     if trained := plain_norms(model) if one_forward else trained_norms(model):
         reasons.append(

@@ -11,7 +11,7 @@ from d2scale.cli import main
 from d2scale.config import load_cfg
 from d2scale.engine.run import train
 from d2scale.errors import ConfigError
-from own_data import OwnData, injection
+from own_data import RECIPE, OwnData, injection
 
 
 @pytest.fixture
@@ -202,3 +202,27 @@ def test_the_sheet_shows_every_odd_image_and_boxes(data, tell, tmp_path):
     assert (abs(first - 128).max(axis=2) < 4).mean() > 0.5
     colours = sheet[8 : 8 + 320, 416 : 416 + 400]
     assert (np.ptp(colours, axis=2) > 120).any()  # a box
+
+
+RETINANET = "MODEL: {META_ARCHITECTURE: RetinaNet}\nDATASETS: {TRAIN: [mine], TEST: [mine]}\n"
+
+
+def test_the_verdict_is_that_of_the_recipes_engine(data, tell, write_config):
+    for entry in data.content["annotations"]:
+        del entry["area"]
+    data.write()
+    path = write_config(RETINANET + injection(data))
+    key = "MODEL.RETINANET.NUM_CLASSES"
+    number = f"{key} is 80; allowed: {data.classes}, the classes of mine; correct it"
+    _, errors = tell(path, status=2)
+    assert errors[0] == number
+    assert "add area, or leave the dataset out of DATASETS.TEST" in errors[1]
+    right = RETINANET.replace("RetinaNet", f"RetinaNet, RETINANET: {{NUM_CLASSES: {data.classes}}}")
+    path = write_config(right + injection(data))
+    _, (line,) = tell(path, status=2)
+    assert "add area" in line
+    assert tell(path, "DATASETS.TEST", "()")[1] == []
+    # MetaFCOS follows the dataset, and d2scale's own metric measures the boxes.
+    assert tell(write_config(RECIPE + injection(data)))[1] == []
+    text, _ = tell(data.root)
+    assert "note: detectron2 and d2go cannot evaluate on it: add area" in text

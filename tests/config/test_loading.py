@@ -118,6 +118,18 @@ def test_the_engine_refuses_every_key_that_it_does_not_have_at_once(write_config
     assert "MODEL.MASK_ON" in lines[2]
 
 
+@pytest.mark.parametrize(
+    ("solver", "engine"), [("BASE_LR: 0.1", "detectron2"), ("BETAS: [0.9, 0.99]", "d2go")]
+)
+def test_the_recipe_of_another_engines_model_is_one_line(write_config, solver, engine):
+    text = "MODEL: {META_ARCHITECTURE: GeneralizedRCNN, RPN: {NMS_THRESH: 0.7}, MASK_ON: True}\n"
+    with pytest.raises(ConfigError) as raised:
+        load_cfg(write_config(f"{text}SOLVER: {{{solver}}}\n"))
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith("MODEL.META_ARCHITECTURE is 'GeneralizedRCNN'; allowed: a model of")
+    assert line.endswith(f"train with --engine {engine}")
+
+
 def test_planning_passes_over_other_keys_but_not_misspelt_ones(write_config):
     path = write_config("MODEL: {MASK_ON: true}\nOTHER: {KEY: 1}\nSOLVER: {OPTIMIZER: sgd}\n")
     load_recipe(path)
@@ -193,7 +205,7 @@ def test_the_engine_reads_no_python_tag_at_all_but_an_override_replaces_it(write
 @pytest.mark.parametrize(
     ("text", "engine"),
     [
-        ("MODEL: {META_ARCHITECTURE: RetinaNet, RETINANET: {NUM_CONVS: 1}}", "detectron2"),
+        ("MODEL: {RETINANET: {NUM_CONVS: 1}}", "detectron2"),
         ("MODEL: {RETINANET: {NUM_CONVS: 1}}\nD2GO: {A: 1}", "d2go"),
     ],
 )

@@ -38,7 +38,7 @@ def test_max_memory_says_what_is_missing(recipes):
     other = ("INPUT.MAX_SIZE_TRAIN", "4000")  # no profile is shipped for it
     with pytest.raises(ConfigError, match=r"--gpu-memory-gib.* and .*--profile"):
         plan_of(path, 2, "max_memory", other)
-    with pytest.raises(ConfigError, match=r"or a memory profile \(--profile\)"):
+    with pytest.raises(ConfigError, match=r"or a memory profile \(D2SCALE.MEMORY"):
         plan_of(path, 2, "max_memory", other, budget_gib=16.0)
 
 

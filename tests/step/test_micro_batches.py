@@ -113,6 +113,7 @@ def test_reasons_are_told_once(caplog):
             step([make_samples(1), make_samples(1)])
     assert len(caplog.records) == 1
     assert "loss normalizers" in caplog.text
+    assert "boxes sampled at random and padding" in caplog.text
     assert "batch_norm" in caplog.text
 
 
