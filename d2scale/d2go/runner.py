@@ -34,7 +34,13 @@ from d2scale.detectron2.own_datasets import own_dataset_faults, registered_by_d2
 from d2scale.detectron2.private_upstream import SteadyIterationTimer, bare_model
 from d2scale.detectron2.progress import ProgressRecord, resume_by_images
 from d2scale.detectron2.scaling import applied_plan, defrosted, facts_of_model, warn_without_effect
-from d2scale.detectron2.step_state import STEP_STATE, StateHook, StepState, build_step_state
+from d2scale.detectron2.step_state import (
+    STEP_STATE,
+    FinalCheckpointHook,
+    StateHook,
+    StepState,
+    build_step_state,
+)
 from d2scale.detectron2.user_errors import (
     exit_alone_on_user_error,
     exit_on_user_error,
@@ -167,7 +173,7 @@ class Runner(GeneralizedRCNNRunner):
             timer = SteadyIterationTimer(lambda: run_step.iteration_seconds)
             hooks = [timer if type(hook) is IterationTimer else hook for hook in hooks]
         states = [] if state is None else [StateHook(state, [periodic_checkpointer.period])]
-        return [*states, *hooks, run_step]
+        return [FinalCheckpointHook(checkpointer, state), *states, *hooks, run_step]
 
     def do_train(self, cfg: Any, model: torch.nn.Module, resume: bool) -> Any:
         """Scale the config, then train as d2go does."""

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from d2scale.coco.catalog import dataset_names
 from d2scale.config.keys import get_key
 from d2scale.config.own_datasets import NAMES
+from d2scale.detectron2.last_checkpoint import check_readable, last_whole_checkpoint
 from d2scale.detectron2.own_datasets import own_dataset_faults
-from d2scale.errors import Fault
+from d2scale.errors import Fault, collecting
 
 _REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
@@ -34,12 +35,32 @@ def model_faults(cfg: Any) -> list[Fault]:
 
 
 def weights_faults(weights: str | None) -> list[Fault]:
-    """Return what is wrong with the file of a model's first weights, without reading it."""
+    """Return what is wrong with the file of a model's first weights, which is read."""
     path = (weights or "").partition("?")[0]  # as detectron2: behind it stand options
-    if not path or "://" in path or Path(path).is_file():
+    if not path or "://" in path:
         return []
-    advice = 'correct the path; "" trains from random weights'
-    return [Fault("MODEL.WEIGHTS", weights, "a file that exists", advice)]
+    if not Path(path).is_file():
+        advice = 'correct the path; "" trains from random weights'
+        return [Fault("MODEL.WEIGHTS", weights, "a file that exists", advice)]
+    faults: list[Fault] = []
+    with collecting(faults):
+        check_readable(Path(path))
+    return faults
+
+
+def beginning_faults(
+    weights: str | None, folder: Path, *, resume: bool, eval_only: bool
+) -> list[Fault]:
+    """Return what is wrong with that which a run begins with: a checkpoint, or first weights."""
+    faults: list[Fault] = []
+    with collecting(faults):
+        if resume and last_whole_checkpoint(folder) is not None:
+            return []
+        if eval_only and not weights:
+            advice = "name them, or use --resume for the last checkpoint"
+            return [Fault("MODEL.WEIGHTS", "", "weights to evaluate", advice)]
+        return weights_faults(weights)
+    return faults
 
 
 def norm_faults(settings: Mapping[str, Any], processes: int) -> list[Fault]:

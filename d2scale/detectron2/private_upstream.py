@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, defaults, hooks
 from detectron2.engine.hooks import IterationTimer
 from detectron2.utils import comm
@@ -17,6 +18,8 @@ from fvcore.common.timer import Timer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+
+from d2scale.detectron2.last_checkpoint import reading
 
 try:
     from torch.distributed.fsdp import FSDPModule
@@ -73,13 +76,31 @@ def evaluation_periods(trainer: TrainerBase) -> set[int]:
     return {hook._period for hook in trainer._hooks if isinstance(hook, hooks.EvalHook)}
 
 
+class WholeCheckpointer(DetectionCheckpointer):
+    """detectron2's, for models that are not trained: every parameter must be in the file.
+
+    detectron2 names those that are not in the log, and leaves them random.
+    """
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        super()._log_incompatible_keys(incompatible)
+        lacking = {*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)}
+        names = [name for name, _ in self.model.named_parameters() if name in lacking]
+        if names:
+            raise LookupError(f"it lacks {len(names)} parameters of the model, such as {names[0]}")
+
+
 @contextmanager
 def files_judged(checkpointer: Any, judge: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Within the context, ``judge`` is called with what a checkpoint holds before it is loaded."""
+    """Within the context, ``judge`` is called with what a checkpoint holds before it is loaded.
+
+    One that cannot be read is a CheckpointError.
+    """
     read = checkpointer._load_file
 
     def read_and_judge(path: str) -> dict[str, Any]:
-        content: dict[str, Any] = read(path)
+        with reading(path):
+            content: dict[str, Any] = read(path)
         judge(content)
         return content
 

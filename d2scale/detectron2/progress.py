@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from d2scale import __version__
+from d2scale.detectron2.last_checkpoint import name_last_checkpoint, using
 from d2scale.detectron2.private_upstream import files_judged, taking_steps
 from d2scale.detectron2.rates import set_rates
 from d2scale.detectron2.scaling import applied_plan
@@ -189,10 +190,10 @@ def resume_by_images(
     def resume_or_load(path: str, *, resume: bool = True) -> Any:
         groups = [dict(group) for group in optimizer.param_groups]
         rates = None if scheduler is None else list(scheduler.base_lrs)
-        resumes = resume and checkpointer.has_checkpoint()
+        resumes = resume and _finds_checkpoint(checkpointer)
         content = _load_own(partial(load, path, resume=resume), checkpointer, judges=resumes)
         first: int | None = None
-        with exit_together_on_user_error():
+        with exit_together_on_user_error(), using("record of the checkpoint"):
             if resumes and "iteration" in content:
                 first = record.next_iteration(content["iteration"])
             _refuse_other_files((first, record.clock.iterations), checkpointer.save_dir)
@@ -207,11 +208,22 @@ def resume_by_images(
     checkpointer.resume_or_load = resume_or_load
 
 
+def _finds_checkpoint(checkpointer: Any) -> bool:
+    """Return whether detectron2 will find a checkpoint; it is named first. All ranks call it."""
+    with exit_together_on_user_error():
+        if ranks.rank() == 0 and "://" not in checkpointer.save_dir:
+            name_last_checkpoint(Path(checkpointer.save_dir))
+    found: bool = checkpointer.has_checkpoint()
+    return found
+
+
 def _load_own(load: Callable[[], Any], checkpointer: Any, *, judges: bool) -> Any:
     """Return what ``load`` does; a checkpoint that it ``judges`` must be of this engine."""
+    if not judges:
+        return load()
     judge = partial(_refuse_other_writers, checkpointer)
-    judging = files_judged(checkpointer, judge) if judges else nullcontext()
-    with exit_together_on_user_error(), judging:
+    file = f"checkpoint {checkpointer.get_checkpoint_file()}"
+    with exit_together_on_user_error(), files_judged(checkpointer, judge), using(file):
         return load()
 
 

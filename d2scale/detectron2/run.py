@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -21,14 +20,15 @@ from d2scale.config.loading import flatten
 from d2scale.config.own_datasets import make_paths_absolute
 from d2scale.config.upstream import is_lazy_config
 from d2scale.detectron2.checks import (
+    beginning_faults,
     dataset_faults,
     lazy_dataset_faults,
     model_faults,
     norm_faults,
-    weights_faults,
 )
 from d2scale.detectron2.config import load_cfg
 from d2scale.detectron2.datasets import annotation_digests, register_datasets
+from d2scale.detectron2.last_checkpoint import last_whole_checkpoint, reading
 from d2scale.detectron2.lazy_config import (
     FOR_EVALUATION,
     FOR_TRAINING,
@@ -38,7 +38,7 @@ from d2scale.detectron2.lazy_config import (
 )
 from d2scale.detectron2.lazy_nodes import node_faults
 from d2scale.detectron2.lazy_training import build_model, evaluate_lazy, train_lazy
-from d2scale.detectron2.private_upstream import join_local_group
+from d2scale.detectron2.private_upstream import WholeCheckpointer, join_local_group
 from d2scale.detectron2.scaling import refuse_unplannable, warn_without_effect
 from d2scale.detectron2.trainer import RecipeTrainer
 from d2scale.detectron2.training import Scaling
@@ -149,8 +149,8 @@ def _model_faults(
     job: Job, recipe: Any, settings: Mapping[str, Any], world_size: int
 ) -> list[Fault]:
     faults = [] if job.is_lazy else model_faults(recipe)
-    if not (job.resume and holds_run(Path(recipe.OUTPUT_DIR))):
-        faults += weights_faults(recipe.MODEL.WEIGHTS)
+    weights, folder = recipe.MODEL.WEIGHTS, Path(recipe.OUTPUT_DIR)
+    faults += beginning_faults(weights, folder, resume=job.resume, eval_only=job.eval_only)
     if not job.eval_only and not torch.cuda.is_available():
         faults += norm_faults(settings, world_size)
     return faults
@@ -196,7 +196,9 @@ def _evaluate(job: Job, cfg: Any, folder: Path) -> Results:
         model = build(cfg)
     with _writing_to(folder, locks=False):
         weights = cfg.train.get("init_checkpoint") if job.is_lazy else cfg.MODEL.WEIGHTS
-        DetectionCheckpointer(model, str(folder)).resume_or_load(weights, resume=job.resume)
+        last = last_whole_checkpoint(folder) if job.resume else None
+        with exit_together_on_user_error(), reading(f"{last or weights}"):
+            WholeCheckpointer(model).load(str(last or weights), checkpointables=[])
         if job.is_lazy:
             return evaluate_lazy(cfg, model)
         results: Results = RecipeTrainer.test(cfg, model)

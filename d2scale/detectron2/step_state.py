@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
+from d2scale.detectron2.last_checkpoint import using
 from d2scale.detectron2.private_upstream import checkpoint_periods, evaluation_periods
+from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.planning.plan import Plan
+from d2scale.run_folder.files import FINAL_CHECKPOINT
 from d2scale.step import ranks
 from d2scale.step.guard import MicroBatchSize
 from d2scale.step.model_state import ModelState
@@ -50,7 +54,8 @@ class StepState:
         """Keep the ``size`` of the step's micro-batches too, and set it as a checkpoint says."""
         self._size = size
         if self._loaded_size is not None:
-            size.load_state_dict(self._loaded_size)
+            with exit_together_on_user_error(), using("micro_batches of the checkpoint"):
+                size.load_state_dict(self._loaded_size)
 
     def gather(self) -> None:
         """Collect the states of the virtual ranks on rank 0. All ranks call it."""
@@ -88,6 +93,31 @@ class StepState:
     def of_first_rank(self) -> AbstractContextManager[None]:
         """Return a context manager in which every rank's model has the state of rank 0's."""
         return self._model_state.of_first_rank()
+
+
+class FinalCheckpointHook(HookBase):
+    """Saves ``model_final.pth`` for a training that resumed with no step left.
+
+    A kill came between the last periodic checkpoint and the final one, or in the latter.
+    """
+
+    def __init__(self, checkpointer: Any, state: StepState | None) -> None:
+        self._checkpointer = checkpointer
+        self._state = state
+
+    def after_train(self) -> None:
+        trainer = self.trainer
+        if min(trainer.iter, trainer.start_iter) < trainer.max_iter:
+            return
+        last = Path(self._checkpointer.get_checkpoint_file()).name
+        if ranks.broadcast_object(last) == FINAL_CHECKPOINT:
+            return
+        if self._state is not None:
+            self._state.gather()
+        # A DefaultTrainer keeps the last iteration that it has finished: the loop counted on.
+        after, trainer.iter = trainer.iter, trainer.max_iter - 1
+        self._checkpointer.save(FINAL_CHECKPOINT.removesuffix(".pth"), iteration=trainer.iter)
+        trainer.iter = after
 
 
 class StateHook(HookBase):

@@ -38,7 +38,12 @@ from d2scale.detectron2.private_upstream import (
 from d2scale.detectron2.progress import ProgressRecord, resume_by_images
 from d2scale.detectron2.run_step import RunStep
 from d2scale.detectron2.scaling import scale_in_place, warn_without_effect
-from d2scale.detectron2.step_state import STEP_STATE, StateHook, build_step_state
+from d2scale.detectron2.step_state import (
+    STEP_STATE,
+    FinalCheckpointHook,
+    StateHook,
+    build_step_state,
+)
 from d2scale.detectron2.user_errors import exit_together_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.launch.comparison import refuse_different_ranks
@@ -134,7 +139,10 @@ class Scaling:
             checkpointer, record, inner.optimizer, scheduler, cfg.SOLVER.MAX_ITER, trainer
         )
         run_step = RunStep(cfg, checkpointer, record, state)
-        insert_hooks(trainer, [_Facts(self), run_step, StateHook(state)])
+        insert_hooks(
+            trainer,
+            [_Facts(self), run_step, FinalCheckpointHook(checkpointer, state), StateHook(state)],
+        )
         if follows_gain(cfg):
             timer = SteadyIterationTimer(lambda: run_step.iteration_seconds)
             replace_hook(trainer, IterationTimer, timer)

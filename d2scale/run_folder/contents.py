@@ -57,7 +57,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     except (OSError, UnicodeDecodeError):
         return None
     # What lies elsewhere is no checkpoint of this run.
-    is_name = name == Path(name).name and len(name.encode()) <= _LONGEST_NAME
+    is_name = name == Path(name).name not in ("", "..") and len(name.encode()) <= _LONGEST_NAME
     return folder / name if is_name and name.isprintable() else None
 
 

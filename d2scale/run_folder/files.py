@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
-from d2scale.errors import ConfigError, Fault
+from d2scale.errors import ConfigError, Fault, one_line
 from d2scale.run_folder.shortages import free_space
 
 CONFIG_FILE = "config.yaml"
@@ -68,6 +70,17 @@ def reason_of(error: Exception) -> str:
         # torch's zip writer says "unexpected pos" about a full disk, after what the system said.
         error = error.__context__
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return one line about a file that torch does not load, without advice to trust it."""
+    text = str(error).strip()
+    if isinstance(error, UnpicklingError) or "weights_only" in text:
+        # Such as: Unsupported global: GLOBAL os.system was not an allowed global by default.
+        asked = re.search(r"GLOBAL (\S+) was not|Unsupported (?:class|type) (\S+)", text)
+        name = asked and (asked[1] or asked[2])
+        return f"it asks for {name}, which is not run" if name else "it holds no plain tensors"
+    return one_line(error)
 
 
 def _open_in_place(path: Path) -> IO[bytes] | None:

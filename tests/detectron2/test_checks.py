@@ -35,6 +35,10 @@ def faults_of(tmp_path, monkeypatch, capsys):
     [
         (["MODEL.WEIGHTS", NO_FILE], f"MODEL.WEIGHTS is '{NO_FILE}'"),
         (["--eval-only", "MODEL.WEIGHTS", NO_FILE], f"MODEL.WEIGHTS is '{NO_FILE}'"),
+        (["--eval-only"], "MODEL.WEIGHTS is ''; allowed: weights to evaluate"),
+        (["--eval-only", "--resume"], "MODEL.WEIGHTS is ''; allowed: weights to evaluate"),
+        (["MODEL.WEIGHTS", "recipe.yaml"], "checkpoint recipe.yaml is 'unreadable'"),
+        (["--eval-only", "MODEL.WEIGHTS", "recipe.yaml"], "checkpoint recipe.yaml is 'unreadable'"),
         (["MODEL.META_ARCHITECTURE", "RetinaNets"], "MODEL.META_ARCHITECTURE is 'RetinaNets'"),
         (["MODEL.BACKBONE.NAME", "resnet"], "MODEL.BACKBONE.NAME is 'resnet'"),
         (["--num-gpus", "2", "MODEL.RESNETS.NORM", "SyncBN"], "MODEL.RESNETS.NORM is 'SyncBN'"),

@@ -1,6 +1,7 @@
 """``d2scale train`` on recipes of plain detectron2: any number of processes, killed and resumed."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -90,6 +91,21 @@ def test_killed_and_resumed_on_another_number_of_processes(train, whole, before,
     output = train(out, "--resume", processes=after)
     assert "8 images seen in 2 iterations: going on with iteration 2 of 6" in output
     assert difference(train.checkpoint(out), whole) < ROUNDING
+
+
+@pytest.mark.parametrize("named", ["model_0000005.pth", "model_final.pth", ""])
+def test_a_kill_before_the_end_of_the_last_checkpoint(train, whole, named):
+    """With ``named`` in last_checkpoint; detectron2 writes both files in place."""
+    folder = train.folder / f"cut-{named}"
+    shutil.copytree(train.folder / "whole", folder)
+    os.truncate(folder / "model_final.pth", 5000)
+    (folder / "last_checkpoint").write_text(named)
+    train(folder.name, "--resume")
+    final = train.checkpoint(folder.name)
+    assert difference(final, whole) == 0
+    assert normalizers(final) == normalizers(whole)
+    assert (final["iteration"], final["trainer"]["iteration"]) == (5, 5)
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
 
 
 def test_a_users_script_under_torchrun(train, whole):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from d2scale.errors import CheckpointError, Fault, one_line
+from d2scale.errors import CheckpointError, Fault
 from d2scale.planning.progress import RECORD
 from d2scale.run_folder.contents import last_checkpoint
-from d2scale.run_folder.files import CHECKPOINTS, LAST_CHECKPOINT
+from d2scale.run_folder.files import CHECKPOINTS, LAST_CHECKPOINT, why_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -90,17 +88,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         advice = f"its part {part} is not what was written; use another one, and check the disk"
         raise _unreadable(path, "damaged", advice)
     return content
-
-
-def why_unreadable(error: Exception) -> str:
-    """Return one line about a file that torch does not load, without advice to trust it."""
-    text = str(error).strip()
-    if isinstance(error, UnpicklingError) or "weights_only" in text:
-        # Such as: Unsupported global: GLOBAL os.system was not an allowed global by default.
-        asked = re.search(r"GLOBAL (\S+) was not|Unsupported (?:class|operand|type) (\S+)", text)
-        name = asked and (asked[1] or asked[2])
-        return f"it asks for {name}, which is not run" if name else "it holds no plain tensors"
-    return one_line(error)
 
 
 def _damaged_part(path: Path) -> str | None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from d2scale.engine.checkpoint.files import fits, why_unreadable
+from d2scale.engine.checkpoint.files import fits
 from d2scale.errors import CheckpointError, Fault
+from d2scale.run_folder.files import why_unreadable
 from meta_fcos.pickles import load_pickle, unreadable
 
 logger = logging.getLogger(__name__)
