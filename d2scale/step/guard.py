@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from d2scale.config.value_rules import is_whole
 from d2scale.errors import D2ScaleError
 from d2scale.step import ranks
 from d2scale.step.agreement import AgreedOutOfMemoryError
@@ -124,7 +123,7 @@ class MicroBatchSize:
         """
         counts = [state[name] for name in _KEPT if name != "larger"]
         sizes = [*state["larger"], state["now"]]
-        if not all(is_whole(count) and count >= 0 for count in (*counts, *sizes)):
+        if not all(type(count) is int and count >= 0 for count in (*counts, *sizes)):
             raise ValueError("a count of micro-batches is no whole number")
         if state["planned"] != self._planned:
             return
