@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from d2scale import __version__
 from d2scale.commands import all_commands
@@ -21,6 +23,7 @@ from d2scale.errors import (
     D2ScaleError,
     Fault,
     MissingPackageError,
+    printable,
 )
 from d2scale.launch.topology import number_of_torchrun, under_torchrun
 from d2scale.run_folder.shortages import telling_of_shortages
@@ -36,6 +39,8 @@ TRAINING_PACKAGES = (
     "matplotlib",
     "jinja2",
 )
+# What the system has against a path that a user names, wherever it is first looked at.
+_REFUSED = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)
 
 _INTERRUPTED = "d2scale: interrupted"
 # In which torchrun notices that a rank has ended.
@@ -47,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, or 2 for a user's mistake."""
     arguments = _parse(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what has no character
-            stream.reconfigure(errors="backslashreplace")
+    _print_any_text()
     try:
         _refuse_empty(arguments)
         with _interrupts_ending_imports(), telling_of_shortages():
@@ -72,6 +75,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe has left; Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        return _tell_of_path(error)
+
+
+def _tell_of_path(error: OSError) -> int:
+    """Print what the system has against a path, and return the status; raise any other error."""
+    if error.errno not in _REFUSED or error.filename is None:
+        raise error
+    allowed = "a name of a file or folder that the system lets this user look at"
+    fault = Fault("path", str(error.filename), allowed, f"check it ({error.strerror})")
+    print(f"d2scale: error: {fault}", file=sys.stderr)
+    return EXIT_STATUS_USER_ERROR
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong with words in characters that no terminal obeys."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def _let_first_rank_tell() -> None:
@@ -84,7 +106,7 @@ def _let_first_rank_tell() -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="d2scale", description="Run recipes written for a cluster on the GPUs at hand."
     )
     parser.add_argument("--version", action="version", version=f"d2scale {__version__}")
@@ -132,13 +154,21 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+def _print_any_text() -> None:
+    """Let names of files be printed that hold what is no character, or none of the terminal's."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _refuse_empty(arguments: argparse.Namespace) -> None:
     """Raise a ConfigError for words that a variable of the shell has left empty."""
-    values = {name: value for name, value in vars(arguments).items() if name != "opts"}
+    # Among the words of a list there may be KEY VALUE pairs, where a value may be empty.
+    listed = [] if arguments.takes_opts else ["runs"]
     empty = [
         name
-        for name, value in values.items()
-        if value == "" or (isinstance(value, list) and "" in value)
+        for name, value in vars(arguments).items()
+        if value == "" or (name in listed and "" in value)
     ]
     if empty:
         advice = "leave it out, or give it a value"

@@ -17,6 +17,7 @@ from tabulate import tabulate
 from torch import nn
 
 from d2scale.benchmark.data import Batches, open_batches
+from d2scale.config.value_rules import MOST_IMAGES, whole
 from d2scale.engine.checkpoint.weights import find_weights
 from d2scale.engine.data.transforms import input_faults
 from d2scale.engine.honoured import value_faults
@@ -91,10 +92,8 @@ def benchmark(cfg: CfgNode, options: BenchmarkOptions) -> BenchmarkResult:
 
 def _option_faults(options: BenchmarkOptions) -> Iterator[Fault]:
     for option, least in (("images", 1), ("warmup", 0), ("steps", 1), ("ims_per_gpu", 0)):
-        value = getattr(options, option)
-        if value < least:
-            key = "--" + option.replace("_", "-")
-            yield Fault(key, value, f"a whole number from {least}", "correct it")
+        key = "--" + option.replace("_", "-")
+        yield from whole(key, least, MOST_IMAGES).faults(getattr(options, option))
 
 
 def _device_faults(cfg: CfgNode) -> Iterator[Fault]:

@@ -32,12 +32,17 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
 
 
 def _check(index: int, parameter: nn.Parameter, values: Mapping[str, Any]) -> None:
-    tensors = [value for value in values.values() if isinstance(value, Tensor) and value.dim()]
-    if any(tensor.shape != parameter.shape for tensor in tensors):
-        raise ValueError(f"parameter {index} has another shape")
-    for name in _AVERAGES & values.keys():
-        if not isinstance(values[name], Tensor) and values[name] is not None:
-            raise ValueError(f"{name} of parameter {index} is no tensor")
+    for name, value in values.items():
+        if name in _AVERAGES and value is None:
+            continue
+        if not isinstance(value, Tensor):
+            fits = name not in _AVERAGES
+        elif value.is_meta or value.layout != torch.strided:
+            fits = False
+        else:  # a count of steps is one number
+            fits = value.shape == parameter.shape or (name not in _AVERAGES and not value.dim())
+        if not fits:
+            raise ValueError(f"{name} of parameter {index} is no tensor of its shape")
 
 
 def adapt_state(optimizer: torch.optim.Optimizer) -> None:

@@ -7,11 +7,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from d2scale.cli import main
-from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.config.defaults import add_project_configs, get_cfg
 from d2scale.config.loading import flatten
-from d2scale.engine import run as engine_run
 from wrong_values import VALUES, cases
 
 BASE = "d2scale://MetaFCOS/small-cpu.yaml"
@@ -28,33 +25,7 @@ SETTINGS = st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=4
 METHODS = st.sampled_from(["per_gpu", "keep_total", "max_memory"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _place(tmp_path_factory):
-    """An empty working directory, drawn datasets, and ranks that do nothing."""
-    root = write_shapes_dataset(tmp_path_factory.mktemp("shapes"), 12, 4, image_size=(64, 96))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("work"))
-        patch.setenv("DETECTRON2_DATASETS", str(root))
-        patch.setattr(engine_run, "launch", lambda *arguments, **options: {})
-        yield
-
-
-@pytest.fixture
-def refused_well(capsys):
-    """Run a command line and judge its status and what it says."""
-
-    def run(*words):
-        status = main(words)
-        output = capsys.readouterr()
-        assert status in (0, 2)
-        lines = [line for line in output.err.splitlines() if not line.startswith("d2scale: engine")]
-        if status == 2:
-            assert lines
-            assert all(line.startswith("d2scale: error: ") and line.isprintable() for line in lines)
-            assert sum(map(len, lines)) < 20_000
-        return status
-
-    return run
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def write(settings, path):
@@ -70,7 +41,7 @@ def write(settings, path):
     return str(path)
 
 
-@cases(120)
+@cases(60)
 @given(settings=SETTINGS, gpus=st.integers(-1, 20), method=METHODS)
 def test_any_config_is_planned_or_refused(settings, gpus, method, refused_well, tmp_path):
     config = write(settings, tmp_path / "config.yaml")
@@ -84,15 +55,54 @@ def test_any_config_is_checked_for_training(settings, refused_well, tmp_path):
     refused_well("train", "--engine", "default", "--config-file", config)
 
 
+# Keys that nobody has, and words that argparse may take for its own.
+HOSTILE = [
+    "",
+    ".",
+    "SOLVER.",
+    ".MAX_ITER",
+    "SOLVER..STEPS",
+    "__class__",
+    "SOLVER.__dict__",
+    "-",
+    "--",
+]
+WORDS = st.sampled_from([*KEYS, *HOSTILE]) | VALUES.map(str)
+
+
 @cases(60)
-@given(pairs=st.lists(st.tuples(st.sampled_from(KEYS), VALUES.map(str)), min_size=1, max_size=3))
-def test_any_override_is_planned_or_refused(pairs, refused_well):
-    words = [word for key, value in pairs for word in (key, value) if not value.startswith("-")]
-    if len(words) == 2 * len(pairs):
-        refused_well("plan", BASE, *words)
+@given(
+    pairs=st.lists(st.tuples(st.sampled_from(KEYS), VALUES.map(str)), max_size=3),
+    words=st.lists(WORDS, max_size=2),
+)
+def test_any_override_is_planned_or_refused(pairs, words, refused_well):
+    refused_well("plan", BASE, *(word for pair in pairs for word in pair), *words)
 
 
-@cases(150)
+PATHS = st.sampled_from(
+    ["", ".", "..", "/", "/dev/null", "nowhere", "\0", "x" * 300, "config.yaml"]
+)
+NAMES = st.sampled_from(["a", "../a", "coco_2017_train", "a\nb", "\ud800", ""]) | st.text(
+    max_size=5
+)
+
+
+@cases(40)
+@given(
+    columns=st.tuples(*[st.lists(each, max_size=2) for each in (NAMES, PATHS, PATHS)]),
+    command=st.sampled_from(
+        [["train", "--engine", "default", "--config-file"], ["data"], ["plan"]]
+    ),
+)
+def test_any_own_dataset_is_used_or_refused(columns, command, refused_well, tmp_path):
+    keys = ("NAMES", "IM_DIRS", "JSON_FILES")
+    section = dict(zip(keys, columns, strict=True))
+    settings = {"DATASETS.TRAIN": columns[0], "DATASETS.TEST": []}
+    settings |= {f"D2GO_DATA.DATASETS.COCO_INJECTION.{key}": section[key] for key in keys}
+    refused_well(*command, write(settings, tmp_path / "config.yaml"))
+
+
+@cases(100)
 @given(
     text=st.one_of(st.text(max_size=60), st.text("[]{}:,-&*!<>|'\"#%@ \n\tab01_BASE.", max_size=60))
 )
@@ -102,4 +112,33 @@ def test_any_override_is_planned_or_refused(pairs, refused_well):
 def test_any_text_is_a_config_or_none(text, refused_well, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    refused_well("plan", str(path))
+
+
+LEAVES = ["1", "~", "*a", "*b", "0x1F", "1e5", "1:30", "2026-02-30", "!!int x", "=", "on", '"\\0"']
+LEAVES += ["!!python/tuple [1]", "!!python/object/apply:os.system [x]", "!!binary x", "!!set {a}"]
+NODES = st.recursive(
+    st.sampled_from(LEAVES),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda parts: f"[{', '.join(parts)}]"),
+        st.lists(inner, max_size=3).map(lambda parts: f"{{<<: [{', '.join(parts)}], k: 1}}"),
+        st.lists(inner, max_size=3).map(
+            lambda parts: f"{{{', '.join(f'MAX_ITER{n}: {part}' for n, part in enumerate(parts))}}}"
+        ),
+        st.tuples(st.sampled_from(["&a", "&b"]), inner).map(" ".join),
+        st.tuples(st.integers(0, 60), inner).map(lambda drawn: "[" * drawn[0] + drawn[1]),
+        st.integers(0, 60).map(lambda depth: "[" * depth + "]" * depth),
+    ),
+    max_leaves=8,
+)
+
+
+@cases(100)
+@given(pairs=st.lists(st.tuples(st.sampled_from([*KEYS, "<<"]), NODES), max_size=5))
+@example(pairs=[("MODEL", "&a {<<: *a}")])
+@example(pairs=[("_BASE_", "&a [*a]")])
+@example(pairs=[("MODEL", "[" * 100_000)])
+def test_any_yaml_with_anchors_is_a_config_or_none(pairs, refused_well, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(f"{key}: {node}\n" for key, node in pairs))
     refused_well("plan", str(path))

@@ -44,7 +44,7 @@ def _annotations():
     }
 
 
-@cases(150)
+@cases(100)
 @given(content=wrong_in(_annotations()) | VALUES)
 def test_any_annotation_file_is_read_or_refused(content, folder, datasets):
     folder.json_file.write_text(json.dumps(content))
@@ -58,7 +58,7 @@ PROFILE = MemoryProfile(
 ).to_json()
 
 
-@cases(100)
+@cases(60)
 @given(content=wrong_in(PROFILE) | VALUES, images=st.integers(0, 100))
 def test_any_profile_is_read_or_refused(content, images, tmp_path):
     (tmp_path / "profile.json").write_text(json.dumps(content))
@@ -97,7 +97,7 @@ def run_folder(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-@cases(12)
+@cases(6)
 @given(content=wrong_in(RUN), log=st.text(max_size=40), place=st.integers(0, len(LOG)))
 def test_any_run_folder_is_reported_or_refused(content, log, place, run_folder):
     run_folder.mkdir(exist_ok=True)

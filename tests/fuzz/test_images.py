@@ -55,7 +55,7 @@ FILES = st.tuples(st.sampled_from(_KINDS), st.none() | st.integers(0, 2**16 - 1)
 SIZES = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
 
 
-@cases(300)
+@cases(120)
 @given(content=FILES.flatmap(wrong_bytes) | FILES | st.builds(claiming, SIZES, SIZES))
 @example(content=claiming(2**31, 2**31))
 @example(content=claiming(0, 5))

@@ -75,6 +75,20 @@ def test_other_parameters_are_refused():
     parameter.grad = torch.ones(2)
     saved.step()
     other = torch.optim.AdamW([nn.Parameter(torch.ones(3))])
-    with pytest.raises(ValueError, match="another shape"):
+    with pytest.raises(ValueError, match="no tensor of its shape"):
         load_optimizer_state(other, saved.state_dict())
     assert not other.state
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(1.5), torch.ones(2, device="meta"), torch.ones(2).to_sparse(), 1.5]
+)
+def test_an_average_that_is_none_is_refused(value):
+    parameter, saved = adamw("cpu")
+    parameter.grad = torch.ones(2)
+    saved.step()
+    state = saved.state_dict()
+    state["state"][0]["exp_avg"] = value
+    _, other = adamw("cpu")
+    with pytest.raises(ValueError, match="exp_avg of parameter 0"):
+        load_optimizer_state(other, state)
