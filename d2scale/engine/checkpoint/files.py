@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from d2scale.errors import CheckpointError, Fault
+from d2scale.errors import CheckpointError, Fault, one_line
 from d2scale.planning.progress import RECORD
 from d2scale.run_folder.contents import last_checkpoint
 from d2scale.run_folder.files import CHECKPOINTS, LAST_CHECKPOINT, why_unreadable
