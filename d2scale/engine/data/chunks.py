@@ -23,8 +23,9 @@ from d2scale.coco.images import check_size
 from d2scale.coco.records import Records
 from d2scale.engine.data.images import read_image, resize_and_flip
 from d2scale.engine.data.transforms import Augmentation, transform_boxes
-from d2scale.engine.data.workers import TOLD_AFTER_SECONDS, end_with_parent, patiently
+from d2scale.engine.data.workers import TOLD_AFTER_SECONDS, patiently
 from d2scale.errors import DataError
+from d2scale.launch.children import end_with_parent
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,23 +18,7 @@ T = TypeVar("T")
 LOADER_TIMEOUT = number("D2SCALE.LOADER_TIMEOUT_SECONDS", above=0, advice="600 is usual")
 # After so long a wait is told.
 TOLD_AFTER_SECONDS = 15
-_PARENT_SECONDS = 1.0  # between two looks at the parent process
 _ADVICE = "then go on with --resume"
-
-
-def end_with_parent(parent: int, _: int) -> None:
-    """Let this worker process end when the process ``parent`` does (torch's ``worker_init_fn``).
-
-    torch's own watch asks for the parent's number when the worker is ready. A parent that has died
-    by then is never missed, and the worker lives on, holding its output open.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def patiently(chunks: Iterator[T], timeout_seconds: float) -> Iterator[T]:

@@ -1,7 +1,13 @@
 """One loader to a process: detectron2's own batches, whatever the processes and workers."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 from itertools import chain, islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,3 +274,31 @@ def test_a_batch_that_is_no_list_of_samples_is_an_error_in_one_line(foreign):
         loader = train_loader([{"images": []}], range(2), 4, 2)
     with pytest.raises(ConfigError, match="a batch of the training loader is 'dict'"):
         next(loader)
+
+
+RANK = """\
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import test_loader
+if __name__ == "__main__":
+    loader = test_loader.ours(num_workers=2, mapper=test_loader.slow_mapper)
+    loader._batches = loader._start_workers()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def slow_mapper(entry):
+    time.sleep(200)
+
+
+def test_workers_end_with_a_rank_that_is_killed_as_it_starts_them(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK.format(folder=str(Path(__file__).parent)))
+    path = os.pathsep.join([*sys.path])
+    # The workers hold the pipe open for as long as they live.
+    done = subprocess.run(
+        [sys.executable, tmp_path / "rank.py"],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        timeout=100,
+    )
+    assert done.returncode == -signal.SIGKILL
