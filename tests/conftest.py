@@ -44,6 +44,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def warm_ranks():
+    """Start ranks as forks of a process that has imported torch, which takes a new one seconds."""
+    import warm_processes
+
+    with warm_processes.warm_ranks():
+        yield
+
+
 @pytest.fixture
 def coco(tmp_path, monkeypatch):
     """A faultless train2017 in a temporary DETECTRON2_DATASETS."""

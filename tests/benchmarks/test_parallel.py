@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import accumulation
 import data_parallel
 import pytest
 import torch
 from split_steps import medians, new_model, recipe
+
+pytestmark = pytest.mark.usefixtures("warm_ranks")
 
 
 @pytest.fixture
@@ -44,6 +49,16 @@ def test_the_first_device_holds_more_than_the_others(monkeypatch, one_thread):
     assert threads["first device MB"] > threads["other devices MB"]
     for row in others[1:]:
         assert row["first device MB"] == pytest.approx(row["other devices MB"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "words", [("--images", "15"), ("--devices", "1"), ("--images", "0"), ("--steps", "0")]
+)
+def test_images_that_do_not_divide_are_refused(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["data_parallel.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        data_parallel.main()
+    assert re.search(f"{words[0]} (is )?{words[1]}[ ;]", capsys.readouterr().err)
 
 
 def test_once_a_step_sends_a_part_of_the_bytes_for_the_same_gradient(monkeypatch, one_thread):

@@ -4,8 +4,8 @@ import json
 import logging
 import math
 import random
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from d2scale.config.defaults import get_cfg
 from d2scale.engine.data.loader import build_test_loader
 from d2scale.engine.evaluation import evaluate, format_results
 from d2scale.errors import DataError
+from warm_processes import Python
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RECALLS = ("ARdet1", "ARdet10", "ARdet100", "ARs", "ARm", "ARl")
@@ -244,9 +245,9 @@ def evaluate_on_rank(folder, rank, world_size=2):
 
 def test_ranks_together_give_the_results_of_one(dataset, tmp_path):
     alone = evaluate(Oracle(dataset, noise=4.0), dataset, make_loader(dataset), tmp_path / "one")
-    command = [sys.executable, "-W", "error", __file__, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank)]) for rank in (0, 1)]
-    assert [process.wait(120) for process in ranks] == [0, 0]
+    ranks = [Python([__file__, str(tmp_path), str(rank)]) for rank in (0, 1)]
+    ends = [process.end() for process in ranks]
+    assert [end.returncode for end in ends] == [0, 0], ends
     together = json.loads((tmp_path / "results.json").read_text())
     np.testing.assert_equal(together, alone)
     name = "coco_instances_results.json"
@@ -270,4 +271,5 @@ def test_results_are_formatted_as_detectron2_does():
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")
     evaluate_on_rank(sys.argv[1], int(sys.argv[2]))

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +17,7 @@ from d2scale.launch.launch import Topology, launch
 from d2scale.planning.memory_profile import GIB, MemoryProfile, Phase
 from landscapes import landscapes
 from planning_functions import plans_for_devices_of
+from warm_processes import Python, run_python
 
 MEASURED = MemoryProfile((Phase("backward", GIB, GIB),), "measured")
 
@@ -130,7 +128,7 @@ def shapes(tmp_path, monkeypatch):
 
 def command(folder, *arguments, launcher=()):
     return [
-        *(sys.executable, *launcher, training_processes.__file__, "train"),
+        *(*launcher, training_processes.__file__, "train"),
         *("--config-file", str(folder / "recipe.yaml"), *arguments),
     ]
 
@@ -145,25 +143,22 @@ def on_two_machines(folder, *options):
     """Start a run on two machines, each with options of its own, and return their ends."""
     url = f"tcp://localhost:{free_port()}"
     machines = [
-        subprocess.Popen(
+        Python(
             command(
                 folder,
                 *("--num-machines", "2", "--machine-rank", str(number), "--dist-url", url),
                 *mine,
                 *("OUTPUT_DIR", str(folder / f"run{number}")),
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            )
         )
         for number, mine in enumerate(options)
     ]
     try:
-        ends = [machine.communicate(timeout=120) for machine in machines]
+        ends = [machine.end() for machine in machines]
     finally:
         for machine in machines:
             machine.kill()
-    return [(machine.returncode, err) for machine, (_, err) in zip(machines, ends, strict=True)]
+    return [(end.returncode, end.stderr) for end in ends]
 
 
 @pytest.mark.parametrize(
@@ -210,16 +205,11 @@ def test_max_memory_measures_and_trains_in_one_process_group_under_torchrun(shap
     )
     # The simulated device has room for a few images; rank 0 always comes late.
     options = ("D2SCALE.MEMORY.BUDGET_GIB", "0.6", "D2SCALE.MAX_IMS_PER_BATCH", "8")
-    done = subprocess.run(
-        [
-            *command(shapes, "--method", "max_memory", *options, launcher=torchrun),
-            *("SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "OUTPUT_DIR", str(shapes / "run")),
-        ],
-        env={**os.environ, "MEASURE_ON_CPU": "1", "LATE_RANK": "0"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    words = [
+        *command(shapes, "--method", "max_memory", *options, launcher=torchrun),
+        *("SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "OUTPUT_DIR", str(shapes / "run")),
+    ]
+    done = run_python(words, MEASURE_ON_CPU="1", LATE_RANK="0")
     assert done.returncode == 0, done.stderr[-3000:]
     plan = json.loads((shapes / "run" / "plan.json").read_text())
     assert plan["world_size"] == 2

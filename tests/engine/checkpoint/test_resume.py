@@ -24,6 +24,7 @@ from d2scale.errors import CheckpointError, ConfigError
 from d2scale.planning.progress import RECORD
 from d2scale.run_folder.lock import run_lock
 from training_processes import RECIPE
+from warm_processes import run_python
 
 LINEAR = ("D2SCALE.LR_RULE", "linear")
 ALLOWED = ("D2SCALE.ALLOW_CHANGED_RECIPE", True)
@@ -297,14 +298,12 @@ def start(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
 
     def run(*arguments, launcher=(), **environment):
-        command = [
-            *(sys.executable, *launcher, training_processes.__file__, "train"),
+        words = [
+            *(*launcher, training_processes.__file__, "train"),
             *("--config-file", str(tmp_path / "recipe.yaml"), *arguments),
             *("OUTPUT_DIR", str(tmp_path / "run")),
         ]
-        return subprocess.run(
-            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=200
-        )
+        return run_python(words, **environment)
 
     return run
 
