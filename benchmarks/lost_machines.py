@@ -4,9 +4,10 @@
 
 Network namespaces stand for the machines; it needs the right to make them. ``d2scale train`` is
 started on both, on CPUs, on drawn shapes: machines are killed, frozen, cut off or never come, or
-were given something else than the other. A row for each machine that is left: seconds from the
-accident, or else from the start, to its end, its exit status and its one line. Prints a table and
-keeps it, with the machine that it was made on, in results/lost_machines.json.
+were given something else than the other. A row for each machine that is left: seconds to its end,
+from the accident or else from the moment when the last process had imported its packages, its exit
+status and its one line. Prints a table and keeps it, with the machine that it was made on, in
+results/lost_machines.json.
 """
 
 from __future__ import annotations
@@ -149,8 +150,9 @@ class Trial:
         options = (*numbers, "--dist-url", url, "--join-timeout", str(JOIN_SECONDS))
         command = (__file__, "train", "--config-file", str(self.root / "recipe.yaml"), *options)
         log = Path(f"{self.folder(number)}.log")
+        variables = {"VERSIONS": versions, "IMPORTED": str(self.marks)}
         self.processes[number] = self.machines[number].start(
-            *command, "OUTPUT_DIR", str(self.folder(number)), *words, log=log, VERSIONS=versions
+            *command, "OUTPUT_DIR", str(self.folder(number)), *words, log=log, **variables
         )
 
     def trains(self) -> bool:
@@ -162,13 +164,19 @@ class Trial:
 
     def seconds_until_ends(self, numbers: list[int]) -> dict[int, float]:
         """Wait for the machines; those that do not end are left out."""
-        began, ended = time.monotonic(), {}
-        while len(ended) < len(numbers) and time.monotonic() - began < GIVE_UP_SECONDS:
+        began, ended = time.time(), {}
+        while len(ended) < len(numbers) and time.time() - began < GIVE_UP_SECONDS:
             for number in numbers:
                 if number not in ended and self.processes[number].poll() is not None:
-                    ended[number] = time.monotonic() - began
+                    ended[number] = time.time()
             time.sleep(0.05)
-        return ended
+        imported = (file.stat().st_mtime for file in self.root.glob(f"{self.marks.name}.*"))
+        return {number: end - max(began, *imported) for number, end in ended.items()}
+
+    @property
+    def marks(self) -> Path:
+        """Beginning of the names of files that processes make which have imported all packages."""
+        return self.root / f"{self.name}-imported".replace(" ", "-")
 
 
 def run(case: Case, root: Path) -> list[Row]:
@@ -257,16 +265,18 @@ def main() -> None:
     print(table_of(every))
 
 
-def pretend_versions() -> None:
-    """Let packages have the versions that ``VERSIONS`` tells, in a process of a machine."""
+def prepare_process() -> None:
+    """In a process of a machine: the versions that it pretends to have, and a mark of its start."""
     for pair in filter(None, os.environ.get("VERSIONS", "").split()):
         module, _, version = pair.partition("=")
         found = importlib.import_module(module)
         found.__version__ = type(found.__version__)(version)
+    if "IMPORTED" in os.environ:
+        Path(f"{os.environ['IMPORTED']}.{os.getpid()}").touch()
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    pretend_versions()
+    prepare_process()
 if __name__ == "__main__":
     if "VERSIONS" in os.environ:
         from d2scale import cli
