@@ -170,8 +170,8 @@ class Trial:
                 if number not in ended and self.processes[number].poll() is not None:
                     ended[number] = time.time()
             time.sleep(0.05)
-        imported = (file.stat().st_mtime for file in self.root.glob(f"{self.marks.name}.*"))
-        return {number: end - max(began, *imported) for number, end in ended.items()}
+        began = max([began, *(f.stat().st_mtime for f in self.root.glob(f"{self.marks.name}.*"))])
+        return {number: end - began for number, end in ended.items()}
 
     @property
     def marks(self) -> Path:

@@ -34,8 +34,9 @@ def add_parser(commands: Commands) -> None:
     names = ("--num-gpus", "--num-processes")
     help_text = "processes on this machine, one to a GPU (1)"
     add(*names, dest="num_processes", type=int, default=1, metavar="N", help=help_text)
-    add("--num-machines", type=int, default=1, metavar="N")
-    add("--machine-rank", type=int, default=0, metavar="N")
+    help_text = "machines, on all of which the same command is started (1)"
+    add("--num-machines", type=int, default=1, metavar="N", help=help_text)
+    add("--machine-rank", type=int, default=0, metavar="N", help="number of this one, from 0")
     add("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
     help_text = "how long machines wait for each other (600)"
     add("--join-timeout", type=float, default=600, metavar="SECONDS", help=help_text)

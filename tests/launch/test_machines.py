@@ -118,9 +118,10 @@ def test_a_machine_that_never_comes(missing, caplog):
 
 
 @pytest.mark.parametrize("seconds", [0.0, float("inf"), float("nan")])
-def test_a_join_timeout_that_cannot_be_is_refused(seconds):
-    with pytest.raises(ConfigError, match=rf"--join-timeout is {seconds}; allowed: more than 0"):
-        launch(torch.get_num_threads, topology=Topology(2, join_timeout=seconds))
+@pytest.mark.parametrize("name", ["join", "rank"])
+def test_timeouts_that_cannot_be_are_refused(name, seconds):
+    with pytest.raises(ConfigError, match=rf"--{name}-timeout is {seconds}; allowed: more than 0"):
+        launch(torch.get_num_threads, topology=Topology(2, **{f"{name}_timeout": seconds}))
 
 
 def test_a_machine_says_why_it_ends(one_thread):
