@@ -47,7 +47,7 @@ from d2scale.detectron2.user_errors import (
     exit_together_on_user_error,
     faults_of_building,
 )
-from d2scale.errors import ConfigError
+from d2scale.errors import ConfigError, Fault, collecting
 from d2scale.planning.progress import RECORD, recipe_of
 from d2scale.planning.schedule import follows_gain
 from d2scale.run_folder.contents import write_plan
@@ -94,11 +94,16 @@ class Runner(GeneralizedRCNNRunner):
                 refuse_missing_quantization()
             _prepare_datasets(cfg)
             command = this_command()
+            faults: list[Fault] = []
             # A runner of one's own may register more, on the ranks.
             if cls.register is Runner.register:
-                check_names(cfg, command)
+                with collecting(faults):
+                    check_names(cfg, command)
             if names_own_method(cfg) and command.trains:
-                check_recipe(cfg, command.world_size)
+                with collecting(faults):
+                    check_recipe(cfg, command.world_size)
+            if faults:
+                raise ConfigError(faults)
 
     def register(self, cfg: Any) -> None:
         """Register what a config may name: datasets and the projects' models."""

@@ -237,8 +237,9 @@ class Hardware:
         if self.variants:
             return "no precision, activation checkpointing or INPUT size would make it fit"
         return (
-            "try SOLVER.AMP.ENABLED or D2SCALE.ACTIVATION_CHECKPOINTING, and give that "
-            "configuration's profile"
+            "try SOLVER.AMP.ENABLED, or activation checkpointing "
+            "(D2SCALE.ACTIVATION_CHECKPOINTING in the default engine, MODEL.MODELING_HOOKS in "
+            "d2go), and give that configuration's profile"
         )
 
     def _smaller_short_edge(self) -> int:

@@ -96,9 +96,10 @@ class MicroBatchSize:
         if largest == 1:
             raise StepDoesNotFitError(
                 f"out of memory in {_where(failure)}, with one image per GPU at a time; lower "
-                "INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN, set SOLVER.AMP.ENABLED or "
-                "D2SCALE.ACTIVATION_CHECKPOINTING to True, end other programs on the GPU, or use "
-                "one with more memory; then go on with --resume"
+                "INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN, set SOLVER.AMP.ENABLED to True, "
+                "checkpoint activations (D2SCALE.ACTIVATION_CHECKPOINTING in the default engine, "
+                "MODEL.MODELING_HOOKS in d2go), end other programs on the GPU, or use one with "
+                "more memory; then go on with --resume"
             )
         self.now = -(-largest // 2)
         self._larger.append(largest)
