@@ -28,6 +28,7 @@ from d2scale.d2go.scaling_methods import (
 )
 from d2scale.d2go.start import prepare_parent
 from d2scale.detectron2.data.loader import with_even_batch
+from d2scale.detectron2.data.patient import patient
 from d2scale.detectron2.data.readable import ReadableMapper
 from d2scale.detectron2.datasets import register_datasets
 from d2scale.detectron2.own_datasets import own_dataset_faults, registered_by_d2go
@@ -46,11 +47,13 @@ from d2scale.detectron2.user_errors import (
     exit_on_user_error,
     exit_together_on_user_error,
     faults_of_building,
+    let_hooks_exit_on_user_error,
 )
 from d2scale.errors import ConfigError, Fault, collecting
 from d2scale.planning.progress import RECORD, recipe_of
 from d2scale.planning.schedule import follows_gain
 from d2scale.run_folder.contents import write_plan
+from d2scale.run_folder.shortages import let_log_calmly
 from d2scale.step import ranks
 from d2scale.step.norms import synchronise_norms
 from d2scale.step.precision import bfloat16_faults
@@ -157,7 +160,8 @@ class Runner(GeneralizedRCNNRunner):
     ) -> Any:
         """Build d2go's loader, which tells of images that cannot be read."""
         mapper = ReadableMapper(mapper or cls.get_mapper(cfg, False))
-        return super().build_detection_test_loader(cfg, dataset_name, mapper=mapper, **kwargs)
+        loader = super().build_detection_test_loader(cfg, dataset_name, mapper=mapper, **kwargs)
+        return patient(loader, cfg.D2SCALE.LOADER_TIMEOUT_SECONDS)
 
     def _get_trainer_hooks(
         self,
@@ -172,6 +176,7 @@ class Runner(GeneralizedRCNNRunner):
         hooks = super()._get_trainer_hooks(
             cfg, model, optimizer, scheduler, periodic_checkpointer, trainer
         )
+        let_hooks_exit_on_user_error(trainer, Path(cfg.OUTPUT_DIR))
         checkpointer, state = periodic_checkpointer.checkpointer, self._state
         run_step = D2GoRunStep(cfg, checkpointer, self._record, state)
         if follows_gain(cfg):
@@ -226,3 +231,4 @@ def _log_to_folder(folder: str) -> None:
         setup_logger(
             folder, ranks.rank(), name=package, enable_propagation=True, configure_stdout=False
         )
+        let_log_calmly(package)

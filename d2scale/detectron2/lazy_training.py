@@ -15,6 +15,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from omegaconf import OmegaConf
 from torch import nn
 
+from d2scale.detectron2.data.patient import LOADER_SECONDS, patient
 from d2scale.detectron2.data.readable import tell_unreadable_images
 from d2scale.detectron2.training import Scaling
 from d2scale.detectron2.user_errors import faults_of_building
@@ -83,7 +84,7 @@ def evaluate_lazy(cfg: Any, model: nn.Module) -> dict[str, Any]:
     if "evaluator" not in cfg.dataloader:
         return {}
     loader, evaluator = _build(cfg, "dataloader.test"), _build(cfg, "dataloader.evaluator")
-    tell_unreadable_images(loader)
+    loader = patient(tell_unreadable_images(loader), LOADER_SECONDS)
     results = inference_on_dataset(model, loader, evaluator)
     print_csv_format(results)
     return dict(results)

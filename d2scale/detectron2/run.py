@@ -48,10 +48,12 @@ from d2scale.launch.comparison import refuse_different_ranks
 from d2scale.launch.elastic import may_start_anew, refuse_separate_folders, store_faults
 from d2scale.launch.launch import launch
 from d2scale.launch.topology import Topology, under_torchrun
+from d2scale.launch.workers import telling_of_lost_workers
 from d2scale.planning.virtual_ranks import ModelFacts
 from d2scale.run_folder.contents import holds_run
 from d2scale.run_folder.files import folder_faults, make_folder
 from d2scale.run_folder.lock import refuse_locked, run_lock
+from d2scale.run_folder.shortages import let_log_calmly, telling_of_shortages
 from d2scale.step import ranks
 
 logger = logging.getLogger(__name__)
@@ -209,7 +211,11 @@ def _evaluate(job: Job, cfg: Any, folder: Path) -> Results:
 def _writing_to(folder: Path, *, locks: bool) -> Iterator[None]:
     """Within the context, log to the folder, which is locked if asked to."""
     make_folder(folder)
-    with run_lock(folder) if locks and ranks.rank() == 0 else nullcontext():
+    with (
+        telling_of_shortages(folder),
+        telling_of_lost_workers(),
+        run_lock(folder) if locks and ranks.rank() == 0 else nullcontext(),
+    ):
         _log_to(folder)
         if locks:
             with exit_together_on_user_error():
@@ -235,6 +241,7 @@ def _log_to(folder: Path | None) -> None:
             name=name,
             configure_stdout=folder is None,
         )
+        let_log_calmly(name)
     if folder is None:
         own.addHandler(MemoryHandler(_MOST_EARLY_LINES, flushLevel=logging.CRITICAL + 1))
         return

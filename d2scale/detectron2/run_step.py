@@ -258,11 +258,12 @@ class RunStep(HookBase):
         return bool((self.inner.iter + 1) % self.inner.gather_metric_period == 0)
 
     def _open_data(self, trainer: SimpleTrainer) -> StepData:
+        timeout = self._cfg.D2SCALE.LOADER_TIMEOUT_SECONDS
         if self._plan is None or not (self.always or self._virtual_ranks):
             if self._record.images_seen:
                 logger.info("detectron2's sampler begins its order anew")
-            return StepData(trainer, None)
-        data = StepData(trainer, Layout.of_plan(self._plan))
+            return StepData(trainer, None, timeout)
+        data = StepData(trainer, Layout.of_plan(self._plan), timeout)
         if self._state is not None:
             with exit_together_on_user_error():
                 place = self._state.place if self._record.keeps_order else None

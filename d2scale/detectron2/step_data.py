@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from detectron2.engine import SimpleTrainer
 
 from d2scale.detectron2.data.loader import CutLoader, TrainLoader, train_loader
+from d2scale.detectron2.data.patient import patient
 from d2scale.detectron2.private_upstream import next_batch
 from d2scale.planning.plan import Plan
 from d2scale.planning.rules import own_virtual_ranks
@@ -35,15 +36,21 @@ class StepData:
     Args:
         trainer: if there is a layout, its loader is replaced by d2scale's over the same data.
         layout: None: the trainer's own loader already yields a rank's samples of a step.
+        timeout_seconds: for which the loader's workers are waited for.
     """
 
-    def __init__(self, trainer: SimpleTrainer, layout: Layout | None) -> None:
+    def __init__(
+        self, trainer: SimpleTrainer, layout: Layout | None, timeout_seconds: float
+    ) -> None:
         self._trainer = trainer
         self._layout = layout
         self._loader: TrainLoader | CutLoader | None = None
-        if layout is not None:
-            self._loader = loader = train_loader(trainer.data_loader, *layout)
-            trainer.reset_data_loader(lambda: loader)
+        loader = trainer.data_loader
+        if layout is None:
+            loader = patient(loader, timeout_seconds)
+        else:
+            self._loader = loader = train_loader(loader, *layout, timeout_seconds)
+        trainer.reset_data_loader(lambda: loader)
 
     def begin_at(self, place: Mapping[str, Any] | None, images_seen: int) -> None:
         """Go on at the place of a checkpoint, or after as many images where it has none.

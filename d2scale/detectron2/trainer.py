@@ -27,7 +27,9 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from d2scale.config.keys import get_key
 from d2scale.detectron2.data.loader import with_even_batch
+from d2scale.detectron2.data.patient import LOADER_SECONDS, patient
 from d2scale.detectron2.data.readable import tell_unreadable_images
 from d2scale.detectron2.private_upstream import without_wrapper
 from d2scale.detectron2.training import Scaling
@@ -68,7 +70,8 @@ class RecipeTrainer(ScaledTrainer, DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
         """Return detectron2's loader of a dataset, which tells of images that cannot be read."""
-        return tell_unreadable_images(super().build_test_loader(cfg, dataset_name))
+        loader = tell_unreadable_images(super().build_test_loader(cfg, dataset_name))
+        return patient(loader, get_key(cfg, "D2SCALE.LOADER_TIMEOUT_SECONDS", LOADER_SECONDS))
 
 
 def build_evaluator(name: str, folder: str) -> DatasetEvaluator:

@@ -44,7 +44,7 @@ from d2scale.detectron2.step_state import (
     StateHook,
     build_step_state,
 )
-from d2scale.detectron2.user_errors import exit_together_on_user_error
+from d2scale.detectron2.user_errors import exit_together_on_user_error, let_hooks_exit_on_user_error
 from d2scale.errors import ConfigError, Fault
 from d2scale.launch.comparison import refuse_different_ranks
 from d2scale.planning.methods import method_of
@@ -138,6 +138,7 @@ class Scaling:
         resume_by_images(
             checkpointer, record, inner.optimizer, scheduler, cfg.SOLVER.MAX_ITER, trainer
         )
+        let_hooks_exit_on_user_error(trainer, Path(cfg.OUTPUT_DIR))
         run_step = RunStep(cfg, checkpointer, record, state)
         insert_hooks(
             trainer,

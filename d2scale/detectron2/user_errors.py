@@ -9,38 +9,79 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from detectron2.engine import TrainerBase
 from torch.multiprocessing import ProcessExitedException
 
 from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fault
+from d2scale.launch.workers import telling_of_lost_workers
+from d2scale.run_folder.shortages import telling_of_shortages
 from d2scale.step import ranks
 
 _LATER_SECONDS = 2.0
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Within the context, a D2ScaleError is printed and ends this process."""
+def exit_on_user_error(*folders: Path) -> Iterator[None]:
+    """Within the context, a D2ScaleError is printed and ends this process.
+
+    So do a loader worker that was lost and anything that has run out, such as the disk of
+    ``folders``, which are written to.
+    """
     try:
-        yield
+        with telling_of_shortages(*folders), telling_of_lost_workers():
+            yield
     except D2ScaleError as error:
         _print_faults(str(error))
         raise SystemExit(EXIT_STATUS_USER_ERROR) from error
 
 
 @contextmanager
-def exit_alone_on_user_error() -> Iterator[None]:
-    """Within the context, which only some ranks may leave, a D2ScaleError ends this process."""
+def exit_alone_on_user_error(*folders: Path) -> Iterator[None]:
+    """Within the context, which only some ranks may leave, a D2ScaleError ends this process.
+
+    See :func:`exit_on_user_error`.
+    """
     with exit_on_user_error():
         try:
-            yield
+            with telling_of_shortages(*folders), telling_of_lost_workers():
+                yield
         except D2ScaleError:
             # Others may have the same to tell. They are ended when rank 0 has ended.
             time.sleep(_LATER_SECONDS * (ranks.rank() > 0))
             raise
+
+
+def let_hooks_exit_on_user_error(trainer: TrainerBase, folder: Path) -> None:
+    """Let a full disk that a hook of ``trainer`` meets, in writing to ``folder``, be one line.
+
+    detectron2 prints the traceback of an exception of a hook, and then calls what ends a training.
+    """
+    own = weakref.proxy(trainer)  # a trainer in a reference cycle keeps its workers alive
+    ends = False
+
+    def shielded(method: Callable[[Any], None]) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal ends
+            if ends:
+                return
+            try:
+                with exit_alone_on_user_error(folder):
+                    method(own)
+            except SystemExit:
+                ends = True
+                raise
+
+        return call
+
+    for name in ("before_train", "after_step", "after_train"):
+        setattr(trainer, name, shielded(getattr(type(trainer), name)))
 
 
 @contextmanager

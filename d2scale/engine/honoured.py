@@ -13,9 +13,9 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from d2scale.config.value_rules import Rule, is_number, judge, names, number, one_of, or_none, whole
-from d2scale.engine.data.workers import LOADER_TIMEOUT
 from d2scale.engine.tiles import TILE_RULES
 from d2scale.errors import Fault
+from d2scale.launch.workers import LOADER_TIMEOUT
 from d2scale.planning.batch import ON_OOM
 from d2scale.planning.methods import METHOD_NAMES
 from d2scale.planning.sync_bn import SYNC_BN_RULE

@@ -21,7 +21,6 @@ from d2scale.engine.checkpoint.checkpointer import RunCheckpointer
 from d2scale.engine.checkpoint.files import last_whole_checkpoint
 from d2scale.engine.checkpoint.resume import Position, RunRecord, resume_training
 from d2scale.engine.data.loader import TrainLoader, build_train_loader
-from d2scale.engine.data.workers import telling_of_lost_workers
 from d2scale.engine.evaluation import evaluate_datasets
 from d2scale.engine.hooks import CheckpointHook, EvaluationHook
 from d2scale.engine.models import build_model, device_of, load_initial_weights
@@ -35,6 +34,7 @@ from d2scale.engine.telemetry.writers import JsonWriter, TensorBoardWriter, Writ
 from d2scale.engine.trainer import Trainer
 from d2scale.launch.comparison import refuse_different_ranks
 from d2scale.launch.elastic import refuse_separate_folders
+from d2scale.launch.workers import telling_of_lost_workers
 from d2scale.memory.devices import hold_to_budget
 from d2scale.planning.formats import plan_table
 from d2scale.planning.plan import Plan

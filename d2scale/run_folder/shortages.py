@@ -94,6 +94,12 @@ def free_space(path: str | Path) -> str:
     return ""
 
 
+def let_log_calmly(name: str) -> None:
+    """Let all handlers of the logger of this name be as :func:`log_calmly` makes them."""
+    for handler in logging.getLogger(name).handlers:
+        log_calmly(handler)
+
+
 def log_calmly(handler: logging.Handler) -> logging.Handler:
     """Let a handler that cannot write say so once, without a traceback for every line.
 

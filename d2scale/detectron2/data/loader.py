@@ -20,6 +20,7 @@ from d2scale.detectron2.data.batches import (
 )
 from d2scale.detectron2.data.from_upstream import ForeignLoaderError, LoaderParts, take_apart
 from d2scale.detectron2.data.mapping import Request, SeededMapping
+from d2scale.detectron2.data.patient import LOADER_SECONDS, patient
 from d2scale.detectron2.data.private_upstream import drawn_by, seed_of, shared_stream, with_drawn
 from d2scale.errors import CheckpointError, ConfigError, D2ScaleError, Fault
 
@@ -37,12 +38,19 @@ class TrainLoader(Iterator[list[Any]]):
         own: the virtual ranks of this process.
         virtual_ranks: how many there are, N0.
         ims_per_virtual_rank: images of each in a step, B0 / N0.
+        timeout_seconds: for which workers are waited for.
     """
 
     def __init__(
-        self, parts: LoaderParts, own: range, virtual_ranks: int, ims_per_virtual_rank: int
+        self,
+        parts: LoaderParts,
+        own: range,
+        virtual_ranks: int,
+        ims_per_virtual_rank: int,
+        timeout_seconds: float = LOADER_SECONDS,
     ) -> None:
         self._parts = parts
+        self._timeout_seconds = timeout_seconds
         self._sampler = parts.sampler
         self._own = own
         self._layout = (virtual_ranks, ims_per_virtual_rank)
@@ -135,7 +143,8 @@ class TrainLoader(Iterator[list[Any]]):
                 generator=torch.Generator(),
                 **self._parts.options,
             )
-            return iter(loader)
+            # Begun at once, while the warning is left out.
+            return iter(patient(loader, self._timeout_seconds))
 
 
 class CutLoader(Iterator[list[Any]]):
@@ -173,7 +182,11 @@ class CutLoader(Iterator[list[Any]]):
 
 
 def train_loader(
-    loader: Any, own: range, virtual_ranks: int, ims_per_virtual_rank: int
+    loader: Any,
+    own: range,
+    virtual_ranks: int,
+    ims_per_virtual_rank: int,
+    timeout_seconds: float = LOADER_SECONDS,
 ) -> TrainLoader | CutLoader:
     """Return a loader of this process's images, from the one that the recipe builds.
 
@@ -185,6 +198,7 @@ def train_loader(
         own: the virtual ranks of this process.
         virtual_ranks: how many there are, N0.
         ims_per_virtual_rank: images of each in a step, B0 / N0.
+        timeout_seconds: for which workers are waited for.
     """
     try:
         parts = take_apart(loader)
@@ -195,8 +209,9 @@ def train_loader(
             "training begins its order anew",
             reason,
         )
+        loader = patient(loader, timeout_seconds)
         return CutLoader(loader, len(own) * ims_per_virtual_rank)
-    return TrainLoader(parts, own, virtual_ranks, ims_per_virtual_rank)
+    return TrainLoader(parts, own, virtual_ranks, ims_per_virtual_rank, timeout_seconds)
 
 
 def with_even_batch(cfg: Any, world_size: int) -> Any:

@@ -6,7 +6,6 @@ file handle and one pinned block for each chunk, not for each image.
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -23,11 +22,9 @@ from d2scale.coco.images import check_size
 from d2scale.coco.records import Records
 from d2scale.engine.data.images import read_image, resize_and_flip
 from d2scale.engine.data.transforms import Augmentation, transform_boxes
-from d2scale.engine.data.workers import TOLD_AFTER_SECONDS, patiently
 from d2scale.errors import DataError
 from d2scale.launch.children import end_with_parent
-
-logger = logging.getLogger(__name__)
+from d2scale.launch.workers import TOLD_AFTER_SECONDS, patiently, share, tell_of_full_shm
 
 Sample = dict[str, Any]
 
@@ -61,10 +58,8 @@ class PackedChunk:
         full /dev/shm (64 MB in a Docker container) would have the rank wait for ever. Arrays go
         through a pipe, which is slower.
         """
-        try:
-            self.pixels = torch.as_tensor(self.pixels).share_memory_()
-        except (OSError, RuntimeError):
-            self.pixels = np.asarray(self.pixels)
+        pixels = torch.as_tensor(self.pixels)
+        self.pixels = pixels if share(pixels) else pixels.numpy()
         return self
 
     def unpack(self) -> list[Sample]:
@@ -161,10 +156,7 @@ def load_chunks(
             raise chunk
         if isinstance(chunk.pixels, np.ndarray) and not told:
             told = True
-            logger.warning(
-                "Shared memory is full (/dev/shm): images go through pipes, which is slower; give "
-                "it more, in Docker by --shm-size 8g, or lower DATALOADER.NUM_WORKERS"
-            )
+            tell_of_full_shm()
         yield chunk.unpack()
 
 

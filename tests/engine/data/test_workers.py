@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2scale.engine.data import chunks, workers
+from d2scale.engine.data import chunks
 from d2scale.engine.data.chunks import ChunkDataset, LoaderOptions, Request, load_chunks
 from d2scale.errors import D2ScaleError
+from d2scale.launch import workers
+from small_disks import run_in_namespace
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
+HERE = Path(__file__).parent
 SIDE = 256  # an image has 196 608 bytes
 
 
@@ -71,7 +74,7 @@ def test_workers_end_with_a_rank_that_is_killed_as_it_starts_them(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path[:0] = {[str(HERE), str(HERE.parents[1] / 'support')]!r}\n"
         "from d2scale.engine.data import chunks\n"
         "import test_workers\n"
         "dataset = test_workers.Drawn(None, 'hangs', False)\n"
@@ -89,7 +92,7 @@ mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 77
 exec {python} -c "
 import logging, sys
 logging.basicConfig()
-sys.path.insert(0, '{folder}')
+sys.path[:0] = ['{folder}', '{folder}/../../support']
 import test_workers
 print(test_workers.load(count=12, workers=2))"
 """
@@ -97,11 +100,6 @@ print(test_workers.load(count=12, workers=2))"
 
 @pytest.mark.parametrize("size", ["64k", "1m"])
 def test_a_full_shm_is_slower_not_a_hang(size):
-    script = IN_A_SMALL_SHM.format(size=size, python=sys.executable, folder=Path(__file__).parent)
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=100
-    )
-    if done.returncode == 77 or "unshare" in done.stderr:
-        pytest.skip("needs the right to mount a file system of its own")
+    done = run_in_namespace(IN_A_SMALL_SHM.format(size=size, python=sys.executable, folder=HERE))
     assert done.stdout.strip() == str(list(range(12))), done.stderr
     assert done.stderr.count("Shared memory is full (/dev/shm)") == 1

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+
+import torch
 
 from d2scale.config.value_rules import number
 from d2scale.errors import D2ScaleError
@@ -18,6 +22,9 @@ T = TypeVar("T")
 LOADER_TIMEOUT = number("D2SCALE.LOADER_TIMEOUT_SECONDS", above=0, advice="600 is usual")
 # After so long a wait is told.
 TOLD_AFTER_SECONDS = 15
+_SHM = "/dev/shm"  # noqa: S108  where torch shares memory, on Linux
+_SPARE_BYTES = 2**16
+_MOST_AT_A_TIME = 256  # workers that may share without a look at each other
 _ADVICE = "then go on with --resume"
 
 
@@ -44,6 +51,52 @@ def patiently(chunks: Iterator[T], timeout_seconds: float) -> Iterator[T]:
                 raise
             waited += TOLD_AFTER_SECONDS
             _tell_or_give_up(waited, timeout_seconds)
+
+
+def share(tensor: torch.Tensor) -> bool:
+    """Move a tensor to shared memory; return whether there was room.
+
+    Older versions of torch do not ask for the room: a process that writes where there is none ends
+    by a bus error. So it is asked for here, and where it is short one worker shares at a time.
+    """
+    needed = tensor.untyped_storage().nbytes() + _SPARE_BYTES
+    try:
+        if not os.path.isdir(_SHM) or _room() > _MOST_AT_A_TIME * needed:
+            tensor.share_memory_()
+            return True
+        with _only_worker():
+            if _room() < needed:
+                return False
+            tensor.share_memory_()
+            return True
+    except (OSError, RuntimeError):
+        return False
+
+
+def _room() -> int:
+    return shutil.disk_usage(_SHM).free
+
+
+@contextmanager
+def _only_worker() -> Iterator[None]:
+    """Within the context no other worker on this machine is, of any rank."""
+    import fcntl  # not on Windows, which has no such folder
+
+    folder = os.open(_SHM, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def tell_of_full_shm() -> None:
+    """Warn that images go through pipes, to be called once by whoever notices."""
+    logger.warning(
+        "Shared memory is full (/dev/shm), or too few files may be open: images go through pipes, "
+        "which is slower; give it more, in Docker by --shm-size 8g, raise ulimit -n, or lower "
+        "DATALOADER.NUM_WORKERS"
+    )
 
 
 def _tell_or_give_up(waited: float, timeout_seconds: float) -> None:
