@@ -9,6 +9,7 @@ import platform
 import shutil
 import socket
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import IPv4Address
 
@@ -22,6 +23,8 @@ _UPSTREAM = ("detectron2", "d2go", "mobile_cv")
 _TRAIN = "pip install 'd2scale[train]'"
 _LITTLE_SHM_GIB, _LITTLE_DISK_GIB = 1, 5
 _FEW_FILES, _MANY_FILES = 1024, 65536
+_FEW_PROCESSES = 1024
+_LITTLE_TMP_GIB = 0.05
 _OTHER = "only the engines of upstream recipes need it; see the README"
 
 
@@ -48,7 +51,9 @@ def diagnose() -> str:
         ("host", _host()),
         ("shared memory", _shared_memory()),
         ("open files", _open_files()),
+        ("processes", _processes()),
         ("free disk", _free_disk()),
+        ("temporary", _temporary()),
         ("datasets", os.path.abspath(os.environ.get("DETECTRON2_DATASETS", "datasets"))),
     ]
     return "\n".join(f"{name + ':':15}{value}" for name, value in lines)
@@ -82,7 +87,10 @@ def _shared_memory() -> str:
         free_gib = shutil.disk_usage("/dev/shm").free / GIB  # noqa: S108  # only looked at
     except OSError:
         return "unknown"
-    advice = "images go through pipes when it is full, and NCCL may fail; in Docker: --shm-size 8g"
+    advice = (
+        "images go through pipes when it is full, workers need 12 KiB each for locks, and NCCL may "
+        "fail; in Docker: --shm-size 8g"
+    )
     return f"{free_gib:.2f} GiB free" + (f"; {advice}" if free_gib < _LITTLE_SHM_GIB else "")
 
 
@@ -97,8 +105,36 @@ def _open_files() -> str:
     return f"at most {limit}" + (f"; {advice}" if 0 <= limit < _FEW_FILES else "")
 
 
+def _processes() -> str:
+    """Tell whether ranks, their loader workers and all their threads can be started."""
+    try:
+        import resource
+    except ImportError:
+        return "unknown"
+    limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if limit < 0:
+        return "not limited"
+    advice = "raise it with ulimit -u, in a container its limit of pids"
+    return f"at most {limit}" + (f"; {advice}" if limit < _FEW_PROCESSES else "")
+
+
+def _temporary() -> str:
+    """Tell where ranks exchange addresses and errors, and whether they can."""
+    try:
+        folder = tempfile.gettempdir()
+    except OSError:
+        return "none can be written; make room, or set TMPDIR: several ranks cannot start"
+    free_gib = shutil.disk_usage(folder).free / GIB
+    advice = "ranks and loader workers need some of it; make room, or set TMPDIR"
+    return f"{folder}, {free_gib:.2f} GiB free" + (
+        f"; {advice}" if free_gib < _LITTLE_TMP_GIB else ""
+    )
+
+
 def _free_disk() -> str:
     """Tell what is left for checkpoints in the working directory."""
+    if not os.access(os.getcwd(), os.W_OK):
+        return "none here, for this folder cannot be written; set OUTPUT_DIR to another"
     free_gib = shutil.disk_usage(os.getcwd()).free / GIB
     advice = "a checkpoint of a large model has 0.4 GiB, and a run keeps all of them"
     return f"{free_gib:.1f} GiB here" + (f"; {advice}" if free_gib < _LITTLE_DISK_GIB else "")

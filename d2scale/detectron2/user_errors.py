@@ -24,7 +24,7 @@ from d2scale.launch.workers import telling_of_lost_workers
 from d2scale.run_folder.shortages import telling_of_shortages
 from d2scale.step import ranks
 
-_LATER_SECONDS = 2.0
+_LATER_SECONDS = 5.0
 
 
 @contextmanager

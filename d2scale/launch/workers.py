@@ -23,6 +23,7 @@ LOADER_TIMEOUT = number("D2SCALE.LOADER_TIMEOUT_SECONDS", above=0, advice="600 i
 # After so long a wait is told.
 TOLD_AFTER_SECONDS = 15
 _SHM = "/dev/shm"  # noqa: S108  where torch shares memory, on Linux
+_MORE_SHM = "give it more, in Docker by --shm-size 8g"
 _SPARE_BYTES = 2**16
 _MOST_AT_A_TIME = 256  # workers that may share without a look at each other
 _ADVICE = "then go on with --resume"
@@ -51,6 +52,20 @@ def patiently(chunks: Iterator[T], timeout_seconds: float) -> Iterator[T]:
                 raise
             waited += TOLD_AFTER_SECONDS
             _tell_or_give_up(waited, timeout_seconds)
+
+
+def check_room_for(workers: int) -> None:
+    """Raise a D2ScaleError if /dev/shm has no room for the locks of a loader's workers."""
+    if not workers or not os.path.isdir(_SHM):
+        return
+    # Each lock has a page: three are a queue's, five an event's; a queue to each worker, one back.
+    needed = (8 + 3 * workers) * os.sysconf("SC_PAGE_SIZE")
+    if (free := _room()) < needed:
+        raise D2ScaleError(
+            f"shared memory ({_SHM}) has {free // 1024} KiB free, and {workers} workers of a "
+            f"loader need {needed // 1024} for their locks alone; {_MORE_SHM}, or set "
+            f"DATALOADER.NUM_WORKERS 0, {_ADVICE}"
+        )
 
 
 def share(tensor: torch.Tensor) -> bool:
@@ -94,8 +109,8 @@ def tell_of_full_shm() -> None:
     """Warn that images go through pipes, to be called once by whoever notices."""
     logger.warning(
         "Shared memory is full (/dev/shm), or too few files may be open: images go through pipes, "
-        "which is slower; give it more, in Docker by --shm-size 8g, raise ulimit -n, or lower "
-        "DATALOADER.NUM_WORKERS"
+        "which is slower; %s, raise ulimit -n, or lower DATALOADER.NUM_WORKERS",
+        _MORE_SHM,
     )
 
 

@@ -31,6 +31,9 @@ def line_of(name):
     return line
 
 
+TOLD = ("shared memory", "open files", "processes", "free disk", "temporary")
+
+
 def test_little_shared_memory_few_files_and_a_full_disk_are_told(monkeypatch):
     usage = SimpleNamespace(free=64 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -39,12 +42,25 @@ def test_little_shared_memory_few_files_and_a_full_disk_are_told(monkeypatch):
     assert "--shm-size" in line_of("shared memory")
     assert "at most 64; raise it with ulimit -n 4096" in line_of("open files")
     assert "0.1 GiB here; " in line_of("free disk")
+    assert "at most 64; raise it with ulimit -u" in line_of("processes")
+    usage.free = 2**20
+    assert "set TMPDIR" in line_of("temporary")
+
+
+def test_folders_that_cannot_be_written_are_told(monkeypatch):
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "set TMPDIR" in line_of("temporary")
+    assert "set OUTPUT_DIR" in line_of("free disk")
 
 
 def test_enough_of_everything_is_told_without_advice(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (4096, 4096))
-    assert not any(";" in line_of(name) for name in ("shared memory", "open files", "free disk"))
+    assert not any(";" in line_of(name) for name in TOLD)
 
 
 def test_a_gpu_is_named_with_what_its_float32_is(monkeypatch):

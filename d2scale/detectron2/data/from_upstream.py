@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from detectron2.data.build import trivial_batch_collator
@@ -14,7 +12,6 @@ from detectron2.data.common import AspectRatioGroupedDataset, ToIterableDataset
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from d2scale.detectron2.data.private_upstream import follows_shared_stream, unmapped
-from d2scale.launch.children import begin_worker
 
 # Settings of a DataLoader that do not say what it loads.
 _OPTIONS = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
@@ -63,7 +60,6 @@ def take_apart(loader: Any) -> LoaderParts:
     if grouped:
         _check_sizes(entries, mapper)
     options = {name: getattr(loader, name) for name in _OPTIONS}
-    options["worker_init_fn"] = partial(begin_worker, os.getpid(), options["worker_init_fn"])
     if loader.num_workers:
         options["prefetch_factor"] = loader.prefetch_factor
     mapper = mapper or _unchanged

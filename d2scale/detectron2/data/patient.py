@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from d2scale.launch.children import begin_worker
 from d2scale.launch.workers import (
     TOLD_AFTER_SECONDS,
+    check_room_for,
     patiently,
     share,
     tell_of_full_shm,
@@ -54,6 +55,7 @@ class PatientLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
+        check_room_for(self._loader.num_workers)
         # Workers start now. No name for their iterator: a traceback would keep them alive.
         return _opened(patiently(iter(self._loader), self._timeout_seconds))
 

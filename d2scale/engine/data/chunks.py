@@ -24,7 +24,13 @@ from d2scale.engine.data.images import read_image, resize_and_flip
 from d2scale.engine.data.transforms import Augmentation, transform_boxes
 from d2scale.errors import DataError
 from d2scale.launch.children import end_with_parent
-from d2scale.launch.workers import TOLD_AFTER_SECONDS, patiently, share, tell_of_full_shm
+from d2scale.launch.workers import (
+    TOLD_AFTER_SECONDS,
+    check_room_for,
+    patiently,
+    share,
+    tell_of_full_shm,
+)
 
 Sample = dict[str, Any]
 
@@ -167,6 +173,7 @@ def _start_workers(
     ahead: int,
 ) -> Iterator[PackedChunk | DataError]:
     workers = options.num_workers
+    check_room_for(workers)
     with warnings.catch_warnings():
         # That there are more workers than cores: the recipe asks for them.
         warnings.filterwarnings("ignore", message="This DataLoader will create")

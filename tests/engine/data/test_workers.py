@@ -103,3 +103,9 @@ def test_a_full_shm_is_slower_not_a_hang(size):
     done = run_in_namespace(IN_A_SMALL_SHM.format(size=size, python=sys.executable, folder=HERE))
     assert done.stdout.strip() == str(list(range(12))), done.stderr
     assert done.stderr.count("Shared memory is full (/dev/shm)") == 1
+
+
+def test_no_room_for_the_locks_of_workers_is_one_line(monkeypatch):
+    monkeypatch.setattr(workers, "_room", lambda: 2**15)
+    with pytest.raises(D2ScaleError, match=r"32 KiB free.*1 workers .* need 44 .*NUM_WORKERS 0"):
+        load()
