@@ -1,7 +1,7 @@
 import yaml
 
 from d2scale.config import load_recipe
-from d2scale.planning.formats import plan_table, plan_yaml
+from d2scale.planning.formats import plan_table, plan_yaml, table
 from d2scale.planning.hardware import Hardware
 from d2scale.planning.plan import make_plan
 
@@ -44,3 +44,7 @@ def test_micro_batches_that_plain_engines_do_not_have_are_told(recipes, tmp_path
     assert "# d2scale runs a step in 4 micro-batches" in plan_yaml(
         plan, str(path), settings, str(tmp_path)
     )
+
+
+def test_a_name_that_a_terminal_would_obey_is_one_cell():
+    assert r"| one\n\x1b[31mtwo |" in table(["name"], [("one\n\x1b[31mtwo",)])

@@ -24,7 +24,7 @@ tried = 0  # cases so far
 def cases(count: int):
     """Return a decorator of a hypothesis test: ``count`` cases, each of which fails if it hangs."""
     options = settings(
-        max_examples=10 * count if FUZZES else count,
+        max_examples=4 * count if FUZZES else count,
         derandomize=not FUZZES,
         database=None,
         report_multiple_bugs=False,
