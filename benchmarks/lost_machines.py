@@ -206,7 +206,7 @@ def row(case: Case, trial: Trial, number: int, seconds: float | None) -> Row:
     return {
         "key": f"{case.what}: {number}",
         "what": case.what,
-        "machine": number,
+        "on": f"machine {number}",
         "seconds": None if seconds is None else round(seconds, 1),
         "status": status,
         "lines": len(errors),
@@ -244,13 +244,18 @@ def undisturbed(root: Path, *, loopback: bool) -> list[Row]:
     same = not any(statuses) and distance(trial.folder(0), alone.folder(0)) == 0
     words = "weights bit-equal to those of one machine" if same else trial.said(0)[-160:]
     facts = {"seconds": round(max(seconds.values(), default=0), 1), "status": statuses[0]}
-    return [{"key": what, "what": what, "machine": "both", **facts, "says": words, "passed": same}]
+    return [{"key": what, "what": what, "on": "both", **facts, "says": words, "passed": same}]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="WORD", help="cases whose name has it")
     wanted = parser.parse_args().only
+    try:
+        with cluster(1):
+            pass
+    except OSError as error:
+        sys.exit(f"network namespaces are not permitted here: {error}")
     with tempfile.TemporaryDirectory(prefix="d2scale-") as name:
         root = Path(name)
         write_data(root)
