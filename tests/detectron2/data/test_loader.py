@@ -288,7 +288,7 @@ if __name__ == "__main__":
 
 
 def slow_mapper(entry):
-    time.sleep(200)
+    time.sleep(400)
 
 
 def test_workers_end_with_a_rank_that_is_killed_as_it_starts_them(tmp_path):
@@ -299,6 +299,6 @@ def test_workers_end_with_a_rank_that_is_killed_as_it_starts_them(tmp_path):
         [sys.executable, tmp_path / "rank.py"],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
-        timeout=100,
+        timeout=200,
     )
     assert done.returncode == -signal.SIGKILL
