@@ -64,6 +64,8 @@ def killed(root: Path, kills: int, ranks: int) -> Row:
 
     ``root`` holds ``recipe.yaml``. A line about every kill goes to standard error.
     """
+    # A shell has what it starts in the background ignore Ctrl-C, and so all that is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     chance = random.Random(ranks)  # noqa: S311  no secret
     whole = root / f"undisturbed-{ranks}"
     began = time.time()
