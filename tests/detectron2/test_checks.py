@@ -150,3 +150,18 @@ def test_the_data_of_a_lazy_config_are_looked_for(faults_of, monkeypatch):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     assert f"dataset {name} is '/nowhere/instances.json'" in line
+
+
+def test_ranks_compare_their_datasets_in_one_order(write_config, monkeypatch):
+    from d2scale.detectron2 import datasets
+    from d2scale.detectron2.config import load_cfg
+
+    monkeypatch.setattr(datasets, "file_digests", dict)
+    years = range(2010, 2018)
+    monkeypatch.setattr(datasets, "dataset_names", lambda cfg: ())
+    cfg = load_cfg(write_config(RETINANET))
+    names = [f"coco_{year}_{part}" for year in years for part in ("val", "train")]
+    cfg.DATASETS.TRAIN = tuple(names)
+    known = [*datasets.annotation_digests(cfg)]
+    assert known == sorted(known)
+    assert {"coco_2014_train", "coco_2017_val"} <= {*known}
