@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,8 @@ def kill_and_resume(
     send(kill.target, process)
     left = wait_for_end(folder)
     for pid in left:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.communicate()
     inside = any(folder.glob(".model*.partial"))
     # A folder without a checkpoint takes the same command again.
@@ -150,7 +152,7 @@ def kill_and_resume(
     told, equal = "", False
     try:
         run(root, folder, kill.ranks, *["--resume"] * bool(resumes))
-        equal = is_whole(folder) and distance(folder, whole) == 0
+        equal = is_whole(folder) and same_weights(folder, whole)
     except RuntimeError as error:
         told = str(error)
     if equal:
@@ -206,13 +208,11 @@ def send(target: str, process: subprocess.Popen[str]) -> None:
     ranks = children(process.pid) if target == "rank" else []
     with_all = target in ("group", "interrupt")
     number = {"terminate": signal.SIGTERM, "interrupt": signal.SIGINT}.get(target, signal.SIGKILL)
-    try:
+    with suppress(ProcessLookupError):  # it has just ended
         if with_all:
             os.killpg(process.pid, number)
         else:
             os.kill(ranks[-1] if ranks else process.pid, number)
-    except ProcessLookupError:
-        pass  # it has just ended
 
 
 def children(parent: int) -> list[int]:
@@ -259,12 +259,9 @@ def load(folder: Path) -> dict[str, Any]:
     return content
 
 
-def distance(folder: Path, expected: Path) -> float:
-    """Norm of all differences between two final models, relative to that of all weights."""
+def same_weights(folder: Path, expected: Path) -> bool:
+    """Return whether two final models have the same bits."""
     found, weights = load(folder)["model"], load(expected)["model"]
-    norms = [
-        ((found[name].double() - value.double()).norm(), value.double().norm())
-        for name, value in weights.items()
-    ]
-    different, all_weights = (torch.stack(each).norm() for each in zip(*norms, strict=True))
-    return float(different / all_weights)
+    return found.keys() == weights.keys() and all(
+        torch.equal(found[name], value) for name, value in weights.items()
+    )

@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kills import same_weights
 from machine import keep, table_of
 from namespaces import Machine, cluster
-from resume import RECIPE, distance
+from resume import RECIPE
 
 from d2scale.coco.shapes import write_shapes_dataset
 
@@ -241,7 +242,7 @@ def undisturbed(root: Path, *, loopback: bool) -> list[Row]:
             trial.start(number, *SAME_BITS, host=host)
         seconds = trial.seconds_until_ends([0, 1])
     statuses = [process.poll() for process in trial.processes.values()]
-    same = not any(statuses) and distance(trial.folder(0), alone.folder(0)) == 0
+    same = not any(statuses) and same_weights(trial.folder(0), alone.folder(0))
     words = "weights bit-equal to those of one machine" if same else trial.said(0)[-160:]
     facts = {"seconds": round(max(seconds.values(), default=0), 1), "status": statuses[0]}
     return [{"key": what, "what": what, "on": "both", **facts, "says": words, "passed": same}]
@@ -262,11 +263,13 @@ def main() -> None:
         runs = {c.what: (lambda c=c: run(c, root)) for c in cases(root)}
         for loopback, what in ((False, "nothing happens"), (True, "host names on loopback")):
             runs[what] = lambda loopback=loopback: undisturbed(root, loopback=loopback)
-        for what, made in runs.items():
-            if wanted in what:
-                rows = made()
-                print(table_of(rows), flush=True)
-                every = keep("lost_machines", rows, "key")
+        chosen = [what for what in runs if wanted in what]
+        if not chosen:
+            parser.error(f"--only is {wanted!r}; allowed: a word of {', '.join(runs)}")
+        for what in chosen:
+            rows = runs[what]()
+            print(table_of(rows), flush=True)
+            every = keep("lost_machines", rows, "key")
     print(table_of(every))
 
 
