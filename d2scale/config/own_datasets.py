@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -80,10 +81,20 @@ def _list_faults(columns: Mapping[str, Any]) -> Iterator[Fault]:
             yield Fault(
                 key, list(columns[key]), allowed, "give each dataset one, in the same order"
             )
+        if wrong := [path for path in columns[key] if not _can_be_a_path(path)]:
+            allowed = "paths without null characters and lone surrogates"
+            yield Fault(key, wrong, allowed, "correct them")
 
 
 def _names_a_folder(name: str) -> bool:
     return name == Path(name).name != ".." and name.isprintable()
+
+
+def _can_be_a_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def make_paths_absolute(cfg: Any) -> None:

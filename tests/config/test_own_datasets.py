@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,4 +91,12 @@ def test_a_recipe_is_another_if_the_annotations_change_and_not_if_they_move(tmp_
 def test_a_name_that_is_no_name_of_a_folder_is_refused(name):
     section = {NAMES: [name], IM_DIRS: ["images"], JSON_FILES: ["a.json"]}
     with pytest.raises(DataError, match="rename the dataset"):
+        own_datasets(section)
+
+
+@pytest.mark.parametrize("key", [IM_DIRS, JSON_FILES])
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_a_path_that_no_system_has_is_refused(key, path):
+    section = {NAMES: ["mine"], IM_DIRS: ["images"], JSON_FILES: ["a.json"], key: [path]}
+    with pytest.raises(DataError, match=rf"{re.escape(key)} is .*; allowed: paths without null"):
         own_datasets(section)

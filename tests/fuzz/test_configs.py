@@ -80,7 +80,7 @@ def test_any_override_is_planned_or_refused(pairs, words, refused_well):
 
 
 PATHS = st.sampled_from(
-    ["", ".", "..", "/", "/dev/null", "nowhere", "\0", "x" * 300, "config.yaml"]
+    ["", ".", "..", "/", "/dev/null", "nowhere", "\0", "\ud800", "x" * 300, "config.yaml"]
 )
 NAMES = st.sampled_from(["a", "../a", "coco_2017_train", "a\nb", "\ud800", ""]) | st.text(
     max_size=5
@@ -94,6 +94,7 @@ NAMES = st.sampled_from(["a", "../a", "coco_2017_train", "a\nb", "\ud800", ""]) 
         [["train", "--engine", "default", "--config-file"], ["data"], ["plan"]]
     ),
 )
+@example(columns=(["now"], ["nowhere"], ["\0"]), command=["plan"])
 def test_any_own_dataset_is_used_or_refused(columns, command, refused_well, tmp_path):
     keys = ("NAMES", "IM_DIRS", "JSON_FILES")
     section = dict(zip(keys, columns, strict=True))
