@@ -77,8 +77,8 @@ def test_a_faulty_schedule_is_told_before_processes_are_launched(cfg, capsys):
     with pytest.raises(SystemExit) as raised:
         Runner.create_shared_context(cfg)
     assert raised.value.code == 2
-    lines = [line.split()[2] for line in capsys.readouterr().err.splitlines()]
-    assert {*lines} >= {"SOLVER.STEPS", "SOLVER.BASE_LR", "DATASETS.TRAIN"}
+    keys = [line.split()[2] for line in capsys.readouterr().err.splitlines()]
+    assert sorted(keys) == ["DATASETS.TRAIN", "SOLVER.BASE_LR", "SOLVER.STEPS"]
 
 
 def test_the_runner_imports_neither_the_default_engine_nor_reports():

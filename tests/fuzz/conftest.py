@@ -1,6 +1,7 @@
 """A fuzzer that waits for ever fails, and how many cases there were is told."""
 
 import faulthandler
+import os
 
 import pytest
 
@@ -21,11 +22,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _end_even_in_c():
-    # A signal is seen by Python alone, not by a loop in a library.
-    faulthandler.dump_traceback_later(_MOST_SECONDS + 60, exit=True)
+def _end_even_in_c(pytestconfig):
+    """A signal is seen by Python alone, not by a loop in a library."""
+    # What is captured when the process ends at once is shown to nobody.
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        terminal = os.dup(2)
+    faulthandler.dump_traceback_later(_MOST_SECONDS + 60, exit=True, file=terminal)
     yield
     faulthandler.cancel_dump_traceback_later()
+    os.close(terminal)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -52,16 +57,21 @@ def refused_well(capsys):
     """Run a command line and judge its status and what it says."""
 
     def run(*words):
+        begin = "d2scale: error: "
         try:
             status = main(words)
-        except SystemExit as error:  # of argparse
-            status = error.code
+        except SystemExit as error:  # of argparse, which tells the usage as well
+            status, begin = error.code, ""
         output = capsys.readouterr()
         assert status in (0, 2)
-        lines = [line for line in output.err.split("\n") if not line.startswith("d2scale: engine")]
+        lines = output.err.removesuffix("\n").split("\n")
+        lines = [line for line in lines if not line.startswith("d2scale: engine")]
         assert all(line.isprintable() for line in lines)
         assert sum(map(len, lines)) < 20_000
         if status == 2:
             assert "error: " in output.err
+            assert all(line.startswith(begin) for line in lines)
+        else:
+            assert "Traceback" not in output.err
 
     return run
