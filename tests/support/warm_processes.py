@@ -1,4 +1,8 @@
-"""Processes that are forked from one that has imported torch, which takes a new one seconds."""
+"""Processes that are forked from one that has imported torch, which takes a new one seconds.
+
+They have one hash seed, so what depends on the order of a set differs between ranks only where
+they are spawned, as in ``tests/launch`` and ``test_kills.py``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from multiprocessing.reduction import DupFd
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from d2scale.launch import launch
@@ -44,6 +49,7 @@ def _enter(environment: Mapping[str, str], *outputs: Any) -> None:
         os.dup2(output.detach(), number)
     if "OMP_NUM_THREADS" in environment:  # which torch reads when it is imported
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    np.random.seed()  # a fork has the state of the process that it comes from
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     gc.freeze()  # looking through torch's objects for garbage takes 0.2 s
 
