@@ -132,6 +132,9 @@ def _number_and_file(error: BaseException) -> tuple[int | None, str | Path | Non
         # torch's zip writer says "unexpected pos" about a full disk, after what the system said.
         error = error.__context__
     if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        # A full pipe that must not block has the same number; Python adds these words.
+        if error.errno == _PROCESSES and "without blocking" in str(error):
+            return None, None
         return error.errno, error.filename if isinstance(error.filename, str) else None
     if isinstance(error, RuntimeError):
         for words, number in _IN_WORDS.items():

@@ -48,7 +48,16 @@ def test_each_shortage_says_what_to_do(error, words):
         raise error
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "x"), RuntimeError("shape"), KeyError(1)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOENT, "x"),
+        # What print() raises for a full pipe that must not block.
+        BlockingIOError(errno.EAGAIN, "write could not complete without blocking", 0),
+        RuntimeError("shape"),
+        KeyError(1),
+    ],
+)
 def test_another_error_stays_what_it_is(error):
     with pytest.raises(type(error)) as raised, telling_of_shortages():
         raise error
