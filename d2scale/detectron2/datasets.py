@@ -44,7 +44,7 @@ def annotation_digests(cfg: Any) -> dict[str, str]:
     Of those that their registration does not name nothing is known.
     """
     own, files = dataset_names(cfg), {}
-    # In one order on all ranks, which compare them one by one.
+    # In one order on all ranks, which tell the first that differs.
     for name in sorted(_names_in(cfg)):
         if name in DatasetCatalog.list():
             if json_file := MetadataCatalog.get(name).get("json_file"):

@@ -11,6 +11,7 @@ import torch
 import d2scale
 from d2scale.config.keys import OWN_OF_A_MACHINE
 from d2scale.config.own_datasets import annotation_digests
+from d2scale.errors import ConfigError
 from d2scale.step import ranks
 
 SAME_EVERYWHERE = "start the run with the same on every machine"
@@ -50,7 +51,12 @@ def refuse_different_ranks(
         ConfigError: on every rank, with a line for each difference, but one for the data.
     """
     recipe = {key: value for key, value in settings.items() if key not in OWN_OF_A_MACHINE}
-    ranks.refuse_differences({**versions(), **recipe, **options}, SAME_EVERYWHERE)
-    # One by one: other images have other boxes, and both make another file.
-    for pair in (*data.items(), *annotation_digests(settings, tested=True).items()):
-        ranks.refuse_differences(dict([pair]), SAME_EVERYWHERE)
+    given = sorted({**versions(), **recipe, **options}.items())
+    ranks.refuse_differences(dict(given), SAME_EVERYWHERE)
+    # In one exchange, for a rank that cannot read some file has fewer digests to compare.
+    digests = {**data, **annotation_digests(settings, tested=True)}
+    try:
+        ranks.refuse_differences(digests, SAME_EVERYWHERE)
+    except ConfigError as error:
+        # Other images have other boxes, and both make another file.
+        raise ConfigError(error.faults[:1]) from None

@@ -137,7 +137,7 @@ def refuse_differences(settings: Mapping[str, Any], advice: str) -> None:
     first, *others = gather_objects(dict(settings))
     faults: dict[str, Fault] = {}
     for number, other in enumerate(others, start=1):
-        for key in sorted({*first, *other}):
+        for key in {**first, **other}:
             if key not in faults and first.get(key) != other.get(key):
                 allowed = f"{first.get(key)!r}, as on rank 0"
                 faults[key] = Fault(f"{key} on rank {number}", other.get(key), allowed, advice)

@@ -61,3 +61,11 @@ def test_folders_and_workers_are_each_machines_own(monkeypatch):
     keys = {key for given in compared for key in given}
     assert keys > {"SOLVER.BASE_LR", *DATA, *OPTIONS}
     assert not {"OUTPUT_DIR", "DATALOADER.NUM_WORKERS"} & keys
+
+
+@pytest.mark.parametrize("data", [{}, DATA, {**DATA, "images of mine": "5"}])
+def test_ranks_exchange_as_often_whatever_files_they_can_read(monkeypatch, data):
+    exchanges = []
+    monkeypatch.setattr(ranks, "gather_objects", lambda given: exchanges.append(given) or [given])
+    refuse_different_ranks(SETTINGS, data, OPTIONS)
+    assert len(exchanges) == 2
