@@ -202,14 +202,14 @@ class Runner(GeneralizedRCNNRunner):
             if plan is not None and ranks.rank() == 0:
                 write_plan(Path(cfg.OUTPUT_DIR), plan)
         warn_without_effect(cfg, _WITHOUT_EFFECT, ENGINE)
-        with exit_alone_on_user_error():
+        with exit_alone_on_user_error(Path(cfg.OUTPUT_DIR)):
             trained = super().do_train(cfg, model, resume)
         theirs, ours = GeneralizedRCNNRunner.get_default_cfg(), self.get_default_cfg()
         return {name: for_d2go_alone(config, theirs, ours) for name, config in trained.items()}
 
     def do_test(self, cfg: Any, model: torch.nn.Module, train_iter: int | None = None) -> Any:
         """Evaluate as d2go does."""
-        with exit_alone_on_user_error():
+        with exit_alone_on_user_error(Path(cfg.OUTPUT_DIR)):
             return super().do_test(cfg, model, train_iter=train_iter)
 
 

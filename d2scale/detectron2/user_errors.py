@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from detectron2.engine import TrainerBase
 from torch.multiprocessing import ProcessExitedException
@@ -23,43 +23,40 @@ from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fa
 from d2scale.launch.workers import telling_of_lost_workers
 from d2scale.run_folder.shortages import telling_of_shortages
 from d2scale.step import ranks
+from d2scale.step.out_of_memory import is_out_of_memory
 
 _LATER_SECONDS = 5.0
+_PACKAGE = Path(__file__).parents[1]
 
 
 @contextmanager
 def exit_on_user_error(*folders: Path) -> Iterator[None]:
     """Within the context, a D2ScaleError is printed and ends this process.
 
-    So do a loader worker that was lost and anything that has run out, such as the disk of
-    ``folders``, which are written to.
+    So does the loss of a loader worker, and whatever has run out, such as the disk of ``folders``,
+    which are written to.
     """
     try:
         with telling_of_shortages(*folders), telling_of_lost_workers():
             yield
     except D2ScaleError as error:
-        _print_faults(str(error))
-        raise SystemExit(EXIT_STATUS_USER_ERROR) from error
+        _exit_for(error)
 
 
 @contextmanager
 def exit_alone_on_user_error(*folders: Path) -> Iterator[None]:
-    """Within the context, which only some ranks may leave, a D2ScaleError ends this process.
-
-    See :func:`exit_on_user_error`.
-    """
-    with exit_on_user_error():
-        try:
-            with telling_of_shortages(*folders), telling_of_lost_workers():
-                yield
-        except D2ScaleError:
-            # Others may have the same to tell. They are ended when rank 0 has ended.
-            time.sleep(_LATER_SECONDS * (ranks.rank() > 0))
-            raise
+    """As :func:`exit_on_user_error`, for an error that only some ranks may meet."""
+    try:
+        with telling_of_shortages(*folders), telling_of_lost_workers():
+            yield
+    except D2ScaleError as error:
+        # Others may have the same to tell. They are ended when rank 0 has ended.
+        time.sleep(_LATER_SECONDS * (ranks.rank() > 0))
+        _exit_for(error)
 
 
 def let_hooks_exit_on_user_error(trainer: TrainerBase, folder: Path) -> None:
-    """Let a full disk that a hook of ``trainer`` meets, in writing to ``folder``, be one line.
+    """Tell in one line of a full disk that a hook of ``trainer`` meets; it writes to ``folder``.
 
     detectron2 prints the traceback of an exception of a hook, and then calls what ends a training.
     """
@@ -110,14 +107,18 @@ def faults_of_building(key: str, value: str) -> Iterator[None]:
     """Within the context, whatever is raised becomes one line with the place that raised it.
 
     detectron2, and what it is extended with, judge values while they build of them: what is raised
-    there is most often a mistake in the recipe, and may be of any kind.
+    there is most often a mistake in the recipe, and may be of any kind. A lack of memory, and what
+    d2scale itself raises, passes as it is.
     """
     try:
-        yield
+        with telling_of_shortages():
+            yield
     except D2ScaleError:
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
+        if is_out_of_memory(error) or _PACKAGE in Path(place.filename).parents:
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         advice = f"correct its values ({reason}, in {place.filename}:{place.lineno})"
         raise ConfigError([Fault(key, value, "what can be built", advice)]) from error
@@ -138,6 +139,11 @@ def end_with_status_of_ranks() -> None:
         previous(kind, error, traceback)
 
     sys.excepthook = excepthook
+
+
+def _exit_for(error: D2ScaleError) -> NoReturn:
+    _print_faults(str(error))
+    raise SystemExit(EXIT_STATUS_USER_ERROR) from error
 
 
 def _print_faults(message: str) -> None:
