@@ -11,13 +11,14 @@ def main() -> int:
 
     Ctrl-C while it is being imported, which takes a second, ends the process without a traceback.
     """
-    interrupted = signal.getsignal(signal.SIGINT)
     # Whoever starts a program in the background may have it ignore Ctrl-C.
-    if interrupted is signal.default_int_handler:
+    heeds_interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeds_interrupts:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from d2scale import cli
 
-    signal.signal(signal.SIGINT, interrupted)
+    if heeds_interrupts:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli.main()
 
 
