@@ -39,11 +39,11 @@ TRAINING_PACKAGES = (
     "matplotlib",
     "jinja2",
 )
-# What the system has against a path that a user names, wherever it is first looked at.
+# How the system refuses a path that the user has named, wherever it is first used.
 _REFUSED = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM)
 
 _INTERRUPTED = "d2scale: interrupted"
-# In which torchrun notices that a rank has ended.
+# torchrun has noticed by then that a rank has ended.
 _LATER_SECONDS = 3.0
 _STATUS_INTERRUPTED = 130  # as a shell has it
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell_of_path(error: OSError) -> int:
-    """Print what the system has against a path, and return the status; raise any other error."""
+    """Print why the system refuses a path, and return the status; raise any other error."""
     if error.errno not in _REFUSED or error.filename is None:
         raise error
     allowed = "a name of a file or folder that the system lets this user look at"
@@ -97,9 +97,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _let_first_rank_tell() -> None:
-    """Wait, on the other ranks of torchrun, which ends them when one has ended.
+    """Wait on all ranks of torchrun but the first of this machine, so that it prints its error.
 
-    They mostly have the same to tell.
+    Then torchrun ends the others, which mostly have the same to tell.
     """
     if under_torchrun() and number_of_torchrun("LOCAL_RANK", 0) > 0:
         time.sleep(_LATER_SECONDS)
@@ -155,14 +155,14 @@ def _is_main_thread() -> bool:
 
 
 def _print_any_text() -> None:
-    """Let names of files be printed that hold what is no character, or none of the terminal's."""
+    """Let names of files be printed whose characters are broken, or unknown to the terminal."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _refuse_empty(arguments: argparse.Namespace) -> None:
-    """Raise a ConfigError for words that a variable of the shell has left empty."""
+    """Raise a ConfigError for empty arguments, as unset variables of the shell leave them."""
     # Among the words of a list there may be KEY VALUE pairs, where a value may be empty.
     listed = [] if arguments.takes_opts else ["runs"]
     empty = [

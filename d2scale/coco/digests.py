@@ -15,7 +15,7 @@ class DataFacts(NamedTuple):
     """What a run knows of its datasets before it starts its ranks."""
 
     images: int = 0  # to train on; 0 if the run does not train
-    digests: dict[str, str] = {}  # of all of them, by what they are of  # noqa: RUF012
+    digests: dict[str, str] = {}  # of all datasets, by what they describe  # noqa: RUF012
 
 
 def data_facts(trained: CocoDataset | None, tested: Iterable[CocoDataset]) -> DataFacts:

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _engine_faults(cfg: CfgNode, settings: Mapping[str, Any]) -> Iterator[Fault]:
-    """Yield what the engine that trains a config refuses of its datasets besides."""
+    """Yield what else the engine that trains a config refuses in its datasets."""
     from d2scale.coco.catalog import dataset_spec
     from d2scale.coco.upstream_needs import evaluation_faults, model_class_faults
     from d2scale.config.own_datasets import own_datasets

@@ -36,13 +36,12 @@ SCHEDULES_WITHOUT_STEPS = ("WarmupCosineLR", "WarmupPolyLR", "WarmupStepWithFixe
 # Sections that planning has no keys in, or only look-alikes.
 UNPLANNED_SECTIONS = (*("MODEL.", "INPUT.", "DATASETS.", "DATALOADER.", "TEST.AUG."),)
 
-# What counts the classes of their own models, and the number where a recipe says none. Projects
-# tell theirs.
+# The number of classes of detectron2's and d2go's own models; projects name their key themselves.
 CLASS_COUNT_KEYS = {
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
 }
-USUAL_CLASSES = 80
+USUAL_CLASSES = 80  # where a recipe gives no number
 MODEL = "MODEL.META_ARCHITECTURE"
 # Those that any engine reads with d2scale.
 _D2SCALE_KEYS = ("D2SCALE.", "SOLVER.AUTO_SCALING_METHODS", *own_datasets.KEYS)

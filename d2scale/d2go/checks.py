@@ -27,14 +27,16 @@ def register_models() -> None:
 
 
 def check_names(cfg: Any, command: Command) -> None:
-    """Refuse models, datasets and weights that are not there; for what d2go itself registers.
+    """Refuse models and datasets that are not registered, and weights that are not there.
+
+    Only for a runner that registers nothing of its own on the ranks.
 
     Raises:
         ConfigError: with all faults.
     """
     register_models()
     faults = model_faults(cfg)
-    # d2go registers those on the ranks.
+    # d2go registers dynamic ones on the ranks.
     if not cfg.D2GO_DATA.DATASETS.DYNAMIC_DATASETS:
         faults += dataset_faults(cfg, eval_only=not command.trains)
     if not command.resumes:
@@ -44,7 +46,7 @@ def check_names(cfg: Any, command: Command) -> None:
 
 
 def check_recipe(cfg: Any, world_size: int) -> None:
-    """Refuse a recipe that cannot be planned for so many ranks, as far as its memory goes unread.
+    """Refuse a recipe that cannot be planned for so many ranks, whatever its memory.
 
     Raises:
         ConfigError: with all faults.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from d2scale.launch.topology import number_of_torchrun
 
-# Of d2go's scripts and modules that evaluate or export.
+# With these begin the names of d2go's scripts and modules that evaluate or export.
 _NO_TRAINING = ("d2go.exporter", "exporter", "evaluator")
 
 

@@ -40,7 +40,7 @@ class D2GoRunStep(RunStep):
 def can_take_steps(cfg: Any, model: torch.nn.Module | None = None) -> bool:
     """Return whether :class:`D2GoRunStep` can take the steps of d2go's own trainer of ``model``.
 
-    None: of one that is not built yet, and not taken for sharded.
+    Without a ``model``, of one that is not built yet and that nothing shards.
     """
     amp_without_cuda = cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available()
     watched = cfg.ABNORMAL_CHECKER.ENABLED

@@ -1,4 +1,4 @@
-"""The checkpoints of a detectron2 run after a kill or a stranger: whole, or refused in one line."""
+"""The last whole checkpoint of a detectron2 run; damaged and foreign ones refused in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from d2scale.run_folder.files import (
 
 logger = logging.getLogger(__name__)
 
-# What content of another kind than was written raises where it is used.
+# Raised where content is used that has another type than what was written.
 _WRONG_KIND = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -79,7 +79,7 @@ def reading(path: str) -> Iterator[None]:
 
 @contextmanager
 def using(what: str) -> Iterator[None]:
-    """Within the context, let content of a wrong kind be a CheckpointError; ``what`` holds it."""
+    """Within the context, let content of ``what`` that has a wrong type be a CheckpointError."""
     try:
         yield
     except _WRONG_KIND as error:

@@ -74,14 +74,14 @@ def load_lazy_config(path: str, overrides: Sequence[str] = ()) -> Any:
     """
     try:
         from detectron2.config import LazyConfig
+
+        from d2scale.detectron2.lazy_nodes import override_faults
     except ModuleNotFoundError as error:
         needed_for = f"the LazyConfig {path}"
         raise MissingPackageError(str(error.name), needed_for, INSTALL_DETECTRON2) from error
     resolved = resolve_config_path(path)
     with _faults_of_code("config file", path, "a LazyConfig that detectron2 can load"):
         cfg = LazyConfig.load(resolved)
-    from d2scale.detectron2.lazy_nodes import override_faults
-
     with _faults_of_code("overrides", " ".join(overrides), "key=value, as detectron2 has them"):
         if faults := override_faults(cfg, overrides):
             raise ConfigError(faults)

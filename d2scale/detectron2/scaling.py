@@ -75,7 +75,7 @@ def refuse_unplannable(
     *,
     takes_steps: bool = True,
 ) -> None:
-    """Refuse what can be known of a plan before ranks are started, without its memory.
+    """Refuse a recipe that cannot be planned, before ranks start and whatever its memory.
 
     Raises:
         ConfigError: as :func:`scale_in_place`.

@@ -98,7 +98,7 @@ class StepState:
 class FinalCheckpointHook(HookBase):
     """Saves ``model_final.pth`` for a training that resumed with no step left.
 
-    A kill came between the last periodic checkpoint and the final one, or in the latter.
+    It was killed after its last step, before the final checkpoint was whole.
     """
 
     def __init__(self, checkpointer: Any, state: StepState | None) -> None:

@@ -94,7 +94,7 @@ def _room() -> int:
 
 @contextmanager
 def _only_worker() -> Iterator[None]:
-    """Within the context no other worker on this machine is, of any rank."""
+    """Within the context, keep out all other workers on this machine, of any rank."""
     import fcntl  # not on Windows, which has no such folder
 
     folder = os.open(_SHM, os.O_RDONLY)

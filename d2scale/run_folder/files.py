@@ -73,7 +73,7 @@ def reason_of(error: Exception) -> str:
 
 
 def why_unreadable(error: Exception) -> str:
-    """Return one line about a file that torch does not load, without advice to trust it."""
+    """Return one line about a file that torch does not load, without torch's advice to trust it."""
     text = str(error).strip()
     if isinstance(error, UnpicklingError) or "weights_only" in text:
         # Such as: Unsupported global: GLOBAL os.system was not an allowed global by default.

@@ -1,4 +1,4 @@
-"""What a machine can run out of, in words: disk, open files, processes; and log files without."""
+"""Tell in words what has run out: disk, open files or processes; and log on a full disk."""
 
 from __future__ import annotations
 

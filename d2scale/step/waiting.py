@@ -1,4 +1,4 @@
-"""Where this process waits for other ranks, for whoever watches over it from another thread."""
+"""Note when this process waits for other ranks, for a thread that watches over it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Wait(NamedTuple):
-    """An exchange with the other ranks in which this process is."""
+    """An exchange with the other ranks that this process takes part in now."""
 
     number: int  # of the exchange, from 1; the same on every rank
     since: float  # a value of ``time.monotonic()``

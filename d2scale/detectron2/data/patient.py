@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from d2scale.launch.children import begin_worker
 from d2scale.launch.workers import (
@@ -134,5 +134,4 @@ class _Packing:
         self._collate = collate
 
     def __call__(self, samples: Any) -> Any:
-        collated = self._collate(samples)
-        return collated if get_worker_info() is None else _Parcel(collated)
+        return _Parcel(self._collate(samples))

@@ -19,7 +19,7 @@ from d2scale.run_folder.files import CHECKPOINTS, LAST_CHECKPOINT, why_unreadabl
 logger = logging.getLogger(__name__)
 
 _SHOWN_KEYS = 3
-# What content of another kind than was written raises where it is used.
+# Raised where content is used that has another type than what was written.
 WRONG_KIND = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
