@@ -12,6 +12,7 @@ from d2scale.config.own_datasets import (
     NAMES,
     OwnDataset,
     annotation_digests,
+    file_digests,
     make_paths_absolute,
     own_datasets,
 )
@@ -85,6 +86,18 @@ def test_a_recipe_is_another_if_the_annotations_change_and_not_if_they_move(tmp_
     assert annotation_digests(tested) == {}
     assert list(annotation_digests(tested, tested=True)) == ["annotations of mine (digest)"]
     assert recipe("one.json", "{} ") != first
+
+
+def test_a_file_that_may_not_be_read_has_no_digest(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+    assert [*file_digests({"mine": path})] == ["annotations of mine (digest)"]
+    path.write_text("{ }")
+    monkeypatch.setattr(Path, "open", refuse)
+    assert file_digests({"mine": path}) == {}
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "a/b", "..", ".", "a\nb", "a\0b"])
