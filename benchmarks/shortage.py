@@ -3,7 +3,7 @@
     python benchmarks/shortage.py [--only disk shm files read-only commands]
 
 Runs `d2scale train`, and other commands that write, in mount namespaces of their own: a disk with
-so many bytes left, a small /dev/shm, few open files or processes, folders that cannot be written.
+so many bytes left, a small /dev/shm, few open files, folders that cannot be written.
 Each must train or end with status 2 and one line, in time, and after the disk has been full
 `--resume` must end with the weights of an undisturbed training. Needs the right to mount (root, or
 a container with it) and Linux. Prints a table and keeps it in results/shortage.json.
@@ -64,14 +64,11 @@ FILES = (
     (20, 1, 4),
     (20, 2, 0),
 )  # limit, ranks, workers
-# Another user than root, whom the limit of processes does not bind.
-FEW_PROCESSES = "exec setpriv --reuid 65534 --regid 65534 --clear-groups sh -c {}"
 
 OF_A_SHORTAGE = (
     "No space left",
     "shared memory",
     "open files",
-    "processes",
     "cannot be written to",
 )
 
@@ -93,7 +90,7 @@ class Bench:
 
     def train(self, ranks: int, settings: str, folder: str | Path, options: str = "") -> str:
         """Return the command of a training."""
-        words = ["d2scale.cli", "train", "--config-file", self.recipe, "--num-gpus", ranks]
+        words = ["d2scale", "train", "--config-file", self.recipe, "--num-gpus", ranks]
         words += [*options.split(), "OUTPUT_DIR", folder, *settings.split()]
         return shlex.join(map(str, [sys.executable, "-m", *words]))
 
@@ -201,12 +198,6 @@ def few_files(bench: Bench) -> Iterator[Row]:
         )
         what = f"ulimit -n {limit}, {ranks} ranks, {workers} workers"
         yield bench.run(what, f"ulimit -n {limit}; {train}")
-    folder = bench.root / "processes"
-    open_to_all = f"chmod 755 {bench.root}; mkdir -p -m 777 {folder}\n"
-    for limit in (12, 4):
-        train = bench.train(1, WITH_FILES.format(4), folder / str(limit))
-        script = open_to_all + FEW_PROCESSES.format(shlex.quote(f"ulimit -u {limit}; {train}"))
-        yield bench.run(f"ulimit -u {limit}, 4 workers", script)
 
 
 def read_only(bench: Bench) -> Iterator[Row]:
@@ -221,7 +212,7 @@ def read_only(bench: Bench) -> Iterator[Row]:
 
 
 def commands(bench: Bench) -> Iterator[Row]:
-    disk, recipe = bench.disk, bench.recipe
+    disk, recipe, images = bench.disk, bench.recipe, bench.root / "data/coco/val2017"
     run = bench.root / "run"
     bench.run("a run", bench.train(1, WITH_FILES.format(0), run))
     full = without_room(disk) + f"cd {disk}\n"
@@ -229,10 +220,10 @@ def commands(bench: Bench) -> Iterator[Row]:
         "plan -o": f"plan {recipe} -o {disk}/plan.json",
         "memory -o": f"memory {recipe} -o {disk}/memory.json",
         "report -o": f"report {run} -o {disk}/report.html",
-        "visualize": f"visualize {run} --input {bench.root}/data --output {disk}/pictures",
+        "visualize": f"visualize {run} --input {images} --output {disk}/pictures",
         "demo": "demo",
     }
-    python = f"{shlex.quote(sys.executable)} -m d2scale.cli"
+    python = f"{shlex.quote(sys.executable)} -m d2scale"
     for name, words in typed.items():
         yield bench.run(f"disk full under d2scale {name}", f"{full}{python} {words}")
 

@@ -43,7 +43,7 @@ def check_memory(cfg: Any, engine: str) -> None:
     Raises:
         ConfigError: with all faults.
     """
-    Hardware.from_cfg(cfg, 1, device_gib=_device_gib(cfg), engine=engine)
+    Hardware.from_cfg(cfg, 1, device_gib=device_gib_of(cfg), engine=engine)
 
 
 class TrainingMemory(ABC):
@@ -99,7 +99,7 @@ class TrainingMemory(ABC):
 
     def device_gib(self) -> float | None:
         """Return the memory of the smallest GPU of all ranks, None on a CPU. All ranks call it."""
-        gib = _device_gib(self._cfg)
+        gib = device_gib_of(self._cfg)
         return None if gib is None else -ranks.largest_over_ranks({"gib": -gib})["gib"]
 
     def generation(self) -> int:
@@ -213,7 +213,7 @@ def _as_in_training(dataset: str) -> Iterator[None]:
         raise DataError([Fault("DATASETS.TRAIN", dataset, allowed, advice)]) from error
 
 
-def _device_gib(cfg: Any) -> float | None:
+def device_gib_of(cfg: Any) -> float | None:
     """Return the memory of this rank's GPU, None on a CPU."""
     return _cuda_device().total_bytes / GIB if _on_cuda(cfg) else None
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from d2scale.config.keys import get_key, set_key
-from d2scale.detectron2.memory import TrainingMemory
+from d2scale.detectron2.memory import TrainingMemory, device_gib_of
 from d2scale.detectron2.private_upstream import bare_model
 from d2scale.errors import ConfigError, Fault
 from d2scale.planning.formats import plan_table
@@ -80,8 +80,9 @@ def refuse_unplannable(
     Raises:
         ConfigError: as :func:`scale_in_place`.
     """
+    device_gib = device_gib_of(cfg)
     hardware = Hardware.for_training(
-        cfg, world_size, method=method, device_gib=None, engine=engine, make_profile=None
+        cfg, world_size, method=method, device_gib=device_gib, engine=engine, make_profile=None
     )
     plan = make_plan(cfg, hardware, method=method, takes_steps=takes_steps, model=model)
     refuse_uneven_split(plan, cfg)

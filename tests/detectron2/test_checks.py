@@ -7,6 +7,8 @@ import pytest
 from d2scale import cli
 from d2scale.coco.shapes import write_shapes_dataset
 from d2scale.errors import ConfigError
+from d2scale.memory.devices import SimulatedDevice
+from d2scale.planning.virtual_ranks import ModelFacts
 from detectron2_commands import LAZY, RETINANET
 
 NO_FILE = "/nowhere/model.pth"
@@ -53,6 +55,21 @@ def faults_of(tmp_path, monkeypatch, capsys):
 def test_a_yaml_recipe(faults_of, words, expected):
     (line,) = faults_of(RETINANET, *words)
     assert line.startswith(expected)
+
+
+def test_a_gpu_needs_no_budget_to_be_filled(tmp_path, monkeypatch):
+    from d2scale.detectron2 import memory
+    from d2scale.detectron2.config import load_cfg
+    from d2scale.detectron2.scaling import refuse_unplannable
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RETINANET)
+    question = (load_cfg(str(path)), 2, "max_memory", "detectron2", ModelFacts())
+    with pytest.raises(ConfigError, match=r"D2SCALE\.IMS_PER_GPU is 0"):
+        refuse_unplannable(*question)
+    monkeypatch.setattr(memory, "_on_cuda", lambda cfg: True)
+    monkeypatch.setattr(memory, "_cuda_device", lambda: SimulatedDevice(10**9))
+    refuse_unplannable(*question)
 
 
 def test_a_plan_tells_of_a_split_that_training_refuses(tmp_path, capsys):

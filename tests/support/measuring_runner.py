@@ -10,6 +10,7 @@ from d2scale.memory.devices import SimulatedDevice
 
 memory._on_cuda = lambda cfg: True
 memory._cuda_device = lambda: SimulatedDevice(int(os.environ["DEVICE_BYTES"]))
+memory.TrainingMemory.generation = lambda training: 0
 
 
 class MeasuringRunner(Runner):

@@ -77,7 +77,7 @@ class Record(HookBase):
 class ToyRunner(Runner):
     """A Runner whose batches go on where a checkpoint has left them."""
 
-    def __init__(self, noise=2.0, steps=None, fails_at=None):
+    def __init__(self, noise=2.0, steps=None, fails_at=()):
         super().__init__()
         self._noise, self._steps, self._fails_at = noise, steps, fails_at
 
@@ -90,7 +90,7 @@ class ToyRunner(Runner):
         calls = itertools.count(1)
 
         def fail(*args):
-            if next(calls) == self._fails_at:
+            if next(calls) in self._fails_at:
                 raise OutOfMemoryError("out of memory")
 
         optimizer.register_step_post_hook(fail)
