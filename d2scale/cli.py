@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = arguments.command
     _print_any_text()
     try:
-        _refuse_empty(arguments)
+        _refuse_empty(arguments, sys.argv[1:] if argv is None else argv)
         with _interrupts_ending_imports(), telling_of_shortages():
             return command(arguments)
     except D2ScaleError as error:
@@ -161,7 +161,7 @@ def _print_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _refuse_empty(arguments: argparse.Namespace) -> None:
+def _refuse_empty(arguments: argparse.Namespace, words: Sequence[str]) -> None:
     """Raise a ConfigError for empty arguments, as unset variables of the shell leave them."""
     # Among the words of a list there may be KEY VALUE pairs, where a value may be empty.
     listed = [] if arguments.takes_opts else ["runs"]
@@ -170,11 +170,15 @@ def _refuse_empty(arguments: argparse.Namespace) -> None:
         for name, value in vars(arguments).items()
         if value == "" or (name in listed and "" in value)
     ]
-    if empty:
+    given = {word.partition("=")[0] for word in words}
+    keys = [option if (option := _option(name)) in given else name for name in empty]
+    if keys:
         advice = "leave it out, or give it a value"
-        raise ConfigError(
-            [Fault(f"argument {name}", "", "no empty word", advice) for name in empty]
-        )
+        raise ConfigError([Fault(key, "", "no empty word", advice) for key in keys])
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 if __name__ == "__main__":

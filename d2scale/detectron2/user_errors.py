@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from detectron2.engine import TrainerBase
 from torch.multiprocessing import ProcessExitedException
 
 from d2scale.errors import EXIT_STATUS_USER_ERROR, ConfigError, D2ScaleError, Fault
@@ -24,6 +23,9 @@ from d2scale.launch.workers import telling_of_lost_workers
 from d2scale.run_folder.shortages import telling_of_shortages
 from d2scale.step import ranks
 from d2scale.step.out_of_memory import is_out_of_memory
+
+if TYPE_CHECKING:  # d2go is started by what tells that it is not installed
+    from detectron2.engine import TrainerBase
 
 _LATER_SECONDS = 5.0
 _PACKAGE = Path(__file__).parents[1]
