@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import gc
+import logging
 import os
 from pathlib import Path
 
@@ -19,6 +20,13 @@ def _imports_are_no_garbage():
     """Leave what exists out of garbage collection; torch's objects make each take 0.2 s."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_seen():
+    """Undo what a benchmark that is called in this process has switched off."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def pytest_unconfigure():
