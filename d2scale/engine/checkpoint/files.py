@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from d2scale.errors import CheckpointError, Fault, one_line
-from d2scale.planning.progress import RECORD
 from d2scale.run_folder.contents import last_checkpoint
 from d2scale.run_folder.files import CHECKPOINTS, LAST_CHECKPOINT, why_unreadable
 
@@ -82,8 +81,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise _unreadable(path, "unreadable", advice) from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise _unreadable(path, "without a model", "use a checkpoint of a training")
-    # Others may have been saved without checksums, which torch can leave out.
-    if RECORD in content and (part := _damaged_part(path)):
+    if part := _damaged_part(path):
         advice = f"its part {part} is not what was written; use another one, and check the disk"
         raise _unreadable(path, "damaged", advice)
     return content
@@ -92,11 +90,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _damaged_part(path: Path) -> str | None:
     """Return the part of a checkpoint whose checksum is wrong, None if all are right.
 
-    torch writes a zip archive with checksums, and does not look at them when it reads.
+    torch writes a zip archive with checksums, and does not look at them when it reads. Its format
+    before torch 1.6 has none.
     """
+    if not zipfile.is_zipfile(path):
+        return None
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip()
+            # torch can be told to leave them out: then all are 0.
+            return archive.testzip() if any(part.CRC for part in archive.infolist()) else None
     except Exception as error:  # a damaged directory of parts raises nearly any type
         return f"({type(error).__name__}: {one_line(error)})"
 

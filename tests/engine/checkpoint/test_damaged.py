@@ -76,6 +76,12 @@ def test_a_flipped_bit_in_the_name_of_a_part_is_told(checkpoint):
         read_checkpoint(checkpoint)
 
 
+def test_a_flipped_bit_in_the_name_of_d2scales_record_is_told(checkpoint):
+    checkpoint.write_bytes(checkpoint.read_bytes().replace(b"d2scale", b"d2{cale"))
+    with pytest.raises(CheckpointError, match=r"damaged.*data\.pkl"):
+        read_checkpoint(checkpoint)
+
+
 class Hostile:
     def __reduce__(self):
         return (exec, ("raise SystemExit",))
