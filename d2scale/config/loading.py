@@ -20,7 +20,7 @@ from d2scale.config.keys import get_key
 from d2scale.config.projects import entry_points
 from d2scale.config.safe_yaml import LARGEST_TEXT, UnreadValue, parse_yaml
 from d2scale.config.upstream import LOOK_ALIKES, MODEL, UNPLANNED_SECTIONS, engine_of
-from d2scale.config.value_rules import of_any_size, or_none, type_of_default
+from d2scale.config.value_rules import names, of_any_size, or_none, type_of_default
 from d2scale.errors import ConfigError, Fault
 
 SHIPPED_PREFIX = "d2scale://"
@@ -33,6 +33,8 @@ _UPSTREAM_PREFIXES = {
 }
 
 _MOST_FILES = 200  # of one config, each as often as a _BASE_ names it
+
+_DATASETS = ("DATASETS.TRAIN", "DATASETS.TEST")
 
 # In a recipe of another engine these sections must still make sense to d2scale.
 _PLANNING_SECTIONS = ("SOLVER", "TEST", "D2SCALE", "QUANTIZATION", "MODEL_EMA")
@@ -253,7 +255,8 @@ def _set_checked(cfg: CfgNode, key: str, value: Any, default: Any) -> list[Fault
         return [rule.fault(value)]
     # yacs lets None replace anything, and looks into no list.
     value = get_key(cfg, key)
-    return rule.faults(value) or of_any_size(key).faults(value)
+    more = names(key, "names of datasets") if key in _DATASETS else of_any_size(key)
+    return rule.faults(value) or more.faults(value)
 
 
 def _as_float(value: Any) -> Any:

@@ -50,6 +50,7 @@ def test_any_config_is_planned_or_refused(settings, gpus, method, refused_well, 
 
 @cases(40)
 @given(settings=SETTINGS)
+@example(settings={"DATASETS.TEST": ["coco_pretrain_val_base", []]})
 def test_any_config_is_checked_for_training(settings, refused_well, tmp_path):
     config = write(settings, tmp_path / "config.yaml")
     refused_well("train", "--engine", "default", "--config-file", config)
